@@ -1,0 +1,7 @@
+//! OpenAI-compatible HTTP front, text processing, adapter registry and the pure scheduler of loramux.
+//!
+//! No device code and no model code: this crate decides, the shard executes.
+#![forbid(unsafe_code)]
+
+pub mod engine;
+pub mod scheduler;

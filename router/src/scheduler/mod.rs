@@ -1,0 +1,1 @@
+//! Pure and synchronous: no clock, no I/O, no device; a seed replays it.

@@ -1,0 +1,2 @@
+//! loramux
+fn main() {}
