@@ -77,7 +77,10 @@ mod tests {
         let cut: &[u8] = &[9, 0, 0, 0, 1, 2];
         assert_eq!(read::<ToShard>(&mut { cut }, &mut scratch).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         let half_header: &[u8] = &[9, 0];
-        assert_eq!(read::<ToShard>(&mut { half_header }, &mut scratch).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(
+            read::<ToShard>(&mut { half_header }, &mut scratch).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
         let huge: &[u8] = &[255, 255, 255, 255];
         assert_eq!(read::<ToShard>(&mut { huge }, &mut scratch).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }

@@ -1,7 +1,24 @@
 //! The one thread that ticks the scheduler and talks to the shard.
+//!
+//! [`EngineHandle`] is the HTTP side's end. The thread's loop is in [`run`]: take messages, watch the shard, plan and send
+//! one step, publish a snapshot. It alone touches the scheduler and the shard, so neither needs a lock.
 
+mod contents;
+mod handle;
+mod prepare;
+mod run;
+mod shard;
+mod status;
+mod supervise;
 mod types;
 
+#[cfg(test)]
+mod tests;
+
+pub use handle::{EngineHandle, Generation};
+pub use run::{EngineError, EngineOptions, Started, spawn};
+pub use shard::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
+pub use status::{EngineCounters, EngineStatus};
 pub use types::{
     AdapterFailure, AdapterUse, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest, PreparedAdapter,
 };

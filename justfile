@@ -1,0 +1,54 @@
+# `just` alone lists the recipes. Each is a command a person can run; CI runs `just ci` through ./test.sh.
+
+python := ".venv/bin/python"
+
+default:
+    @just --list
+
+# The demo model on port 8000
+serve *args:
+    cargo run --release -- {{args}}
+
+# Format, lints, tests, docs, dependency rules: what must be green before a commit
+check: fmt clippy test doc deny
+
+fmt:
+    cargo fmt --all --check
+
+clippy:
+    cargo clippy --workspace --all-targets -- -D warnings
+
+# Unit and integration tests, in release (the kernels are the product)
+test:
+    cargo test --release --workspace
+
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+
+deny:
+    cargo deny --all-features check bans licenses sources
+
+# Needs the advisory database, so the network
+advisories:
+    cargo deny check advisories
+
+# Black-box tests with the real clients against the release binary
+blackbox *args:
+    cargo build --release
+    {{python}} -m pytest -q tests/python {{args}}
+
+# A long run of the scheduler's simulator: `just sim 20000` seeds
+sim seeds="20000":
+    LORAMUX_SIM_SEEDS={{seeds}} cargo test --release -p loramux-router sim -- --nocapture
+
+# GB/s and GFLOP/s of each op
+bench-ops:
+    cargo run --release -p loramux-kernels --example bench_ops
+
+# Tokens per second of a running server: `just bench --model demo`
+bench *args:
+    {{python}} tests/python/bench.py {{args}}
+
+# All that CI does
+ci:
+    ./test.sh

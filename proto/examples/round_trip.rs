@@ -1,0 +1,58 @@
+//! What one step costs on the wire: a step of `n` decoding sequences to an echo thread over a Unix socket pair and a
+//! result with `n` samples back. Run with `cargo run --release -p loramux-proto --example round_trip`.
+
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use loramux_proto::{AdapterRef, Chunk, FromShard, Sample, Step, StepResult, ToShard, frame, from_shard, to_shard};
+
+const ROUNDS: usize = 5000;
+
+fn step(sequences: u64, blocks: u32) -> ToShard {
+    let chunk = |seq| Chunk {
+        seq,
+        start: blocks * 16 - 1,
+        len: 1,
+        blocks: (0..blocks).collect(),
+        adapters: vec![AdapterRef { slot: seq as u32, generation: 1, scale: 1.0 }],
+        sample: true,
+        prompt_logprobs: false,
+    };
+    let step = Step { id: 1, chunks: (0..sequences).map(chunk).collect(), ..Step::default() };
+    ToShard { body: Some(to_shard::Body::Step(step)) }
+}
+
+fn echo(mut socket: UnixStream) {
+    let (mut read, mut write) = (Vec::new(), Vec::new());
+    while let Ok(Some(ToShard { body: Some(to_shard::Body::Step(step)) })) = frame::read(&mut socket, &mut read) {
+        let samples = step.chunks.iter().map(|c| Sample { seq: c.seq, token: 7, ..Sample::default() }).collect();
+        let result = StepResult { id: step.id, samples, ..StepResult::default() };
+        let message = FromShard { body: Some(from_shard::Body::Step(result)) };
+        if frame::write(&mut socket, &mut write, &message).is_err() {
+            return;
+        }
+    }
+}
+
+fn main() -> std::io::Result<()> {
+    println!("sequences  context  bytes     p50 us  p99 us");
+    for (sequences, context) in [(1, 512), (16, 512), (64, 512), (256, 512)] {
+        let (mut ours, theirs) = UnixStream::pair()?;
+        let thread = std::thread::spawn(move || echo(theirs));
+        let message = step(sequences, context / 16);
+        let (mut read, mut write) = (Vec::new(), Vec::new());
+        let mut times_us = Vec::with_capacity(ROUNDS);
+        for _ in 0..ROUNDS {
+            let started = Instant::now();
+            frame::write(&mut ours, &mut write, &message)?;
+            frame::read::<FromShard>(&mut ours, &mut read)?;
+            times_us.push(started.elapsed().as_secs_f64() * 1e6);
+        }
+        times_us.sort_by(f64::total_cmp);
+        let (p50, p99) = (times_us[ROUNDS / 2], times_us[ROUNDS * 99 / 100]);
+        println!("{sequences:>9}  {context:>7}  {:>8}  {p50:>6.1}  {p99:>6.1}", write.len());
+        drop(ours);
+        let _ = thread.join();
+    }
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! The HTTP side's end of the engine: submit, prepare, watch. Nothing here waits for the device.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::run::Message;
+use super::status::EngineStatus;
+use super::types::{AdapterFailure, Failure, GenerateEvent, GenerateRequest, PreparedAdapter};
+use crate::scheduler::RequestId;
+
+/// What handles and the engine thread share.
+pub(super) struct Shared {
+    pub(super) status: RwLock<Arc<EngineStatus>>,
+    /// Requests handed in and not yet admitted or ended: the bound of the inbox.
+    pub(super) queued_requests: AtomicUsize,
+    pub(super) queued_tokens: AtomicU64,
+    pub(super) queued_requests_max: usize,
+    pub(super) queued_tokens_max: AtomicU64,
+    pub(super) draining: AtomicBool,
+    pub(super) next_id: AtomicU64,
+}
+
+/// A cheap, cloneable way to reach the engine thread.
+#[derive(Clone)]
+pub struct EngineHandle {
+    pub(super) shared: Arc<Shared>,
+    pub(super) inbox: Sender<Message>,
+}
+
+impl EngineHandle {
+    /// Hands one request over. Never waits.
+    ///
+    /// # Errors
+    /// [`Failure::QueueFull`] and [`Failure::Draining`] at once; what the scheduler finds later comes as
+    /// [`GenerateEvent::Failed`], always before [`GenerateEvent::Admitted`].
+    pub fn submit(&self, request: GenerateRequest) -> Result<Generation, Failure> {
+        let shared = &self.shared;
+        if shared.draining.load(Ordering::Relaxed) {
+            return Err(Failure::Draining);
+        }
+        let tokens = queue_tokens(&request);
+        let waiting = shared.queued_requests.fetch_add(1, Ordering::Relaxed);
+        let waiting_tokens = shared.queued_tokens.fetch_add(tokens, Ordering::Relaxed);
+        let limit = shared.queued_requests_max;
+        if waiting >= limit
+            || (waiting > 0 && waiting_tokens + tokens > shared.queued_tokens_max.load(Ordering::Relaxed))
+        {
+            shared.queued_requests.fetch_sub(1, Ordering::Relaxed);
+            shared.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
+            return Err(Failure::QueueFull { waiting, limit });
+        }
+        let id = RequestId(shared.next_id.fetch_add(1, Ordering::Relaxed));
+        // Bounded by what was asked for: n * max_tokens events and a few; a reader that stalls is the HTTP side's to cut.
+        let (events, receiver) = mpsc::unbounded_channel();
+        self.inbox.send(Message::Submit { id, request: Box::new(request), events }).map_err(|_| Failure::Draining)?;
+        Ok(Generation { id, events: receiver, inbox: self.inbox.clone(), ended: false })
+    }
+
+    /// Has the shard read, validate and pack one adapter directory into its host memory. Runs beside the steps.
+    ///
+    /// # Errors
+    /// [`AdapterFailure`] with the exact reason; `adapter_load_failed` when no shard could answer.
+    pub async fn prepare_adapter(&self, dir: PathBuf) -> Result<PreparedAdapter, AdapterFailure> {
+        let gone = || AdapterFailure {
+            code: "adapter_load_failed".into(),
+            message: "service unavailable: the server is shutting down".into(),
+        };
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Prepare { dir, reply }).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// The latest snapshot.
+    pub fn status(&self) -> Arc<EngineStatus> {
+        Arc::clone(&self.shared.status.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// From now on [`Self::submit`] answers [`Failure::Draining`]; what runs goes on.
+    pub fn begin_drain(&self) {
+        self.shared.draining.store(true, Ordering::Relaxed);
+        let _ = self.inbox.send(Message::Wake);
+    }
+
+    /// Fails everything that still runs and ends the shard and the thread.
+    pub fn shut_down(&self) {
+        self.begin_drain();
+        let _ = self.inbox.send(Message::ShutDown);
+    }
+}
+
+/// What a request adds to the queue's token bound.
+pub(super) fn queue_tokens(request: &GenerateRequest) -> u64 {
+    request.prompt.len() as u64 * u64::from(request.n.max(1))
+}
+
+/// The events of one request. Dropping it cancels what is not finished: the memory is free within one step.
+pub struct Generation {
+    id: RequestId,
+    events: mpsc::UnboundedReceiver<GenerateEvent>,
+    inbox: Sender<Message>,
+    ended: bool,
+}
+
+impl Generation {
+    /// The next event; `None` after the last.
+    pub async fn recv(&mut self) -> Option<GenerateEvent> {
+        let event = self.events.recv().await;
+        self.ended |= event.is_none();
+        event
+    }
+
+    /// Events that wait to be read.
+    pub fn backlog(&self) -> usize {
+        self.events.len()
+    }
+
+    /// Ends one sequence from this side: its stop string was found. No further event of it matters.
+    pub fn finish(&mut self, index: u32) {
+        let _ = self.inbox.send(Message::FinishSequence { id: self.id, index });
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if !self.ended {
+            let _ = self.inbox.send(Message::Cancel { id: self.id });
+        }
+    }
+}

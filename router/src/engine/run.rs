@@ -1,0 +1,351 @@
+//! The engine thread: its loop, its messages, its clients.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use loramux_proto::{FromShard, Info, Loading};
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
+
+use super::contents::Contents;
+use super::handle::{EngineHandle, Shared, queue_tokens};
+use super::prepare::{Parked, Preparing};
+use super::shard::{ShardExit, ShardLauncher};
+use super::status::{EngineCounters, EngineStatus};
+use super::supervise::Link;
+use super::types::{AdapterFailure, Failure, GenerateEvent, GenerateRequest, PreparedAdapter};
+use crate::scheduler::{NewRequest, RequestId, Scheduler, SchedulerEvent};
+
+/// How often the snapshot is renewed while steps run.
+const PUBLISH_EVERY: Duration = Duration::from_millis(50);
+/// The loop looks at clocks at least this often.
+const TICK_MAX: Duration = Duration::from_millis(250);
+
+/// What the engine is told. Every sender is bounded by something else: requests by the queue limit, reports by the one
+/// step in flight and the preparations asked for.
+pub(super) enum Message {
+    Submit { id: RequestId, request: Box<GenerateRequest>, events: UnboundedSender<GenerateEvent> },
+    FinishSequence { id: RequestId, index: u32 },
+    Cancel { id: RequestId },
+    Prepare { dir: PathBuf, reply: oneshot::Sender<Result<PreparedAdapter, AdapterFailure>> },
+    Wake,
+    ShutDown,
+    Shard { incarnation: u64, message: Box<FromShard> },
+    ShardGone { incarnation: u64, exit: ShardExit },
+}
+
+/// Settings of the engine.
+pub struct EngineOptions {
+    /// Requests that may wait (429 beyond).
+    pub queued_requests_max: usize,
+    /// Prompt tokens that may wait; `None` = four times what the arena holds.
+    pub queued_tokens_max: Option<u64>,
+    /// Sequences in one step.
+    pub running_max: u32,
+    /// Token positions in one step.
+    pub step_tokens: u32,
+    /// Keep KV of finished prompts for the same tenant's next request.
+    pub prefix_caching: bool,
+    /// Key of the prefix cache's hashes: random per process.
+    pub prefix_key: [u8; 32],
+    /// Bytes of adapters the shard may keep in host memory.
+    pub host_adapter_bytes: u64,
+    /// Admission limit on the rank.
+    pub rank_max: u32,
+    /// A step that takes longer means a hung shard: it is killed and replaced.
+    pub step_watchdog: Duration,
+    /// Told about the progress of loading the base weights.
+    pub progress: Box<dyn Fn(&Loading) + Send>,
+}
+
+/// Why the engine thread ended.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The first shard never became ready: a wrong model path, too little memory.
+    #[error("{0}")]
+    Start(String),
+    /// Restarting does not help.
+    #[error("the shard died {restarts} times in a row without finishing a step; last: {last}")]
+    Restarts {
+        /// How many.
+        restarts: u32,
+        /// The last reason.
+        last: String,
+    },
+}
+
+/// Resolves once the first shard is ready, or cannot be.
+pub type Started = Receiver<Result<Info, EngineError>>;
+
+/// One request's reader.
+pub(super) struct Client {
+    events: UnboundedSender<GenerateEvent>,
+    /// What it still adds to the queue's bounds; taken when it is admitted or ends.
+    queued_tokens: Option<u64>,
+    prompt_tokens: u64,
+    /// Sequences that have not ended, by index.
+    open: Vec<bool>,
+}
+
+pub(super) struct Engine {
+    pub(super) inbox: Receiver<Message>,
+    pub(super) inbox_sender: Sender<Message>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) options: EngineOptions,
+    pub(super) launcher: Box<dyn ShardLauncher>,
+    pub(super) started: Option<Sender<Result<Info, EngineError>>>,
+    pub(super) link: Link,
+    pub(super) info: Info,
+    /// None until the first shard told its limits.
+    pub(super) scheduler: Option<Scheduler>,
+    pub(super) clients: HashMap<RequestId, Client>,
+    pub(super) contents: Contents,
+    pub(super) parked: Vec<Parked>,
+    pub(super) preparing: HashMap<u64, Preparing>,
+    pub(super) counters: EngineCounters,
+    pub(super) epoch: Instant,
+    published: Instant,
+}
+
+/// Starts the thread and the first shard.
+///
+/// # Errors
+/// [`std::io::Error`] if no thread can be started.
+pub fn spawn(
+    launcher: Box<dyn ShardLauncher>,
+    options: EngineOptions,
+) -> std::io::Result<(EngineHandle, Started, JoinHandle<Result<(), EngineError>>)> {
+    let (inbox_sender, inbox) = mpsc::channel();
+    let (started_sender, started) = mpsc::channel();
+    let shared = Arc::new(Shared {
+        status: RwLock::new(Arc::new(EngineStatus::default())),
+        queued_requests: AtomicUsize::new(0),
+        queued_tokens: AtomicU64::new(0),
+        queued_requests_max: options.queued_requests_max,
+        queued_tokens_max: AtomicU64::new(options.queued_tokens_max.unwrap_or(u64::MAX)),
+        draining: AtomicBool::new(false),
+        next_id: AtomicU64::new(1),
+    });
+    let handle = EngineHandle { shared: Arc::clone(&shared), inbox: inbox_sender.clone() };
+    let now = Instant::now();
+    let engine = Engine {
+        inbox,
+        inbox_sender,
+        shared,
+        options,
+        launcher,
+        started: Some(started_sender),
+        link: Link::default(),
+        info: Info::default(),
+        scheduler: None,
+        clients: HashMap::new(),
+        contents: Contents::default(),
+        parked: Vec::new(),
+        preparing: HashMap::new(),
+        counters: EngineCounters::default(),
+        epoch: now,
+        published: now,
+    };
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+    Ok((handle, started, thread))
+}
+
+impl Engine {
+    fn run(mut self) -> Result<(), EngineError> {
+        let ended = self.run_until_told();
+        self.shared.draining.store(true, Ordering::Relaxed);
+        for (_, client) in self.clients.drain() {
+            let _ = client.events.send(GenerateEvent::Failed(Failure::Draining));
+        }
+        self.link.end();
+        self.publish();
+        if let (Err(error), Some(started)) = (&ended, self.started.take()) {
+            let _ = started.send(Err(error.clone()));
+        }
+        ended
+    }
+
+    fn run_until_told(&mut self) -> Result<(), EngineError> {
+        self.launch()?;
+        loop {
+            match self.inbox.recv_timeout(self.wait()) {
+                Ok(message) => {
+                    if !self.handle(message)? {
+                        return Ok(());
+                    }
+                    while let Ok(message) = self.inbox.try_recv() {
+                        if !self.handle(message)? {
+                            return Ok(());
+                        }
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            self.watch()?;
+            self.expire_parked();
+            self.step();
+            if self.published.elapsed() >= PUBLISH_EVERY || self.link.in_flight.is_none() {
+                self.publish();
+            }
+        }
+    }
+
+    pub(super) fn now_ms(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn wait(&self) -> Duration {
+        let deadline = self.scheduler.as_ref().and_then(Scheduler::next_deadline_ms);
+        let until = deadline.map_or(TICK_MAX, |at| Duration::from_millis(at.saturating_sub(self.now_ms())));
+        until.clamp(Duration::from_millis(1), TICK_MAX)
+    }
+
+    /// False when the thread should end.
+    fn handle(&mut self, message: Message) -> Result<bool, EngineError> {
+        match message {
+            Message::Submit { id, request, events } => self.submit(id, *request, events),
+            Message::FinishSequence { id, index } => {
+                if let Some(scheduler) = &mut self.scheduler {
+                    scheduler.finish_sequence(id, index);
+                }
+                self.sequence_ended(id, index);
+            }
+            Message::Cancel { id } => {
+                if let Some(scheduler) = &mut self.scheduler {
+                    scheduler.cancel(id);
+                }
+                self.parked.retain(|parked| parked.new.id != id);
+                self.client_ended(id);
+            }
+            Message::Prepare { dir, reply } => self.prepare(dir, Some(reply), None),
+            Message::Wake => {}
+            Message::ShutDown => return Ok(false),
+            Message::Shard { incarnation, message } if incarnation == self.link.incarnation => self.report(*message)?,
+            Message::ShardGone { incarnation, exit } if incarnation == self.link.incarnation => self.lost(&exit)?,
+            Message::Shard { .. } | Message::ShardGone { .. } => {} // of a shard that was replaced
+        }
+        Ok(true)
+    }
+
+    fn submit(&mut self, id: RequestId, request: GenerateRequest, events: UnboundedSender<GenerateEvent>) {
+        let client = Client {
+            events,
+            queued_tokens: Some(queue_tokens(&request)),
+            prompt_tokens: request.prompt.len() as u64,
+            open: vec![true; request.n as usize],
+        };
+        self.clients.insert(id, client);
+        let deadline_at_ms = request.deadline_ms.map(|ms| self.now_ms().saturating_add(ms));
+        self.admit(NewRequest { id, request, deadline_at_ms });
+    }
+
+    /// Hands a request whose adapters are all in host memory to the scheduler.
+    pub(super) fn schedule(&mut self, new: NewRequest) {
+        let (id, now_ms) = (new.id, self.now_ms());
+        let Some(scheduler) = &mut self.scheduler else { return };
+        if let Err(failure) = scheduler.submit(now_ms, new) {
+            self.deliver(id, GenerateEvent::Failed(failure));
+        }
+    }
+
+    fn step(&mut self) {
+        let now_ms = self.now_ms();
+        if let Some(scheduler) = &mut self.scheduler {
+            let step = if self.link.can_step() { scheduler.plan(now_ms) } else { None };
+            let events = scheduler.take_events();
+            if let Some(step) = step {
+                self.link.send_step(step);
+            }
+            self.deliver_all(events);
+        }
+    }
+
+    pub(super) fn deliver_all(&mut self, events: Vec<SchedulerEvent>) {
+        for SchedulerEvent { request, event } in events {
+            self.deliver(request, event);
+        }
+    }
+
+    pub(super) fn deliver(&mut self, id: RequestId, event: GenerateEvent) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        let (mut failed, mut finished) = (false, None);
+        match &event {
+            GenerateEvent::Admitted { .. } => {
+                self.counters.prompt_tokens += client.prompt_tokens;
+                release_queue(&self.shared, client);
+            }
+            GenerateEvent::Token { .. } => self.counters.generation_tokens += 1,
+            GenerateEvent::Finished { index, .. } => finished = Some(*index),
+            GenerateEvent::Failed(_) => failed = true,
+            GenerateEvent::PromptLogprobs { .. } => {}
+        }
+        // A reader that left is cancelled by its own drop.
+        let _ = client.events.send(event);
+        if failed {
+            self.client_ended(id);
+        } else if let Some(index) = finished {
+            self.sequence_ended(id, index);
+        }
+    }
+
+    fn sequence_ended(&mut self, id: RequestId, index: u32) {
+        let Some(client) = self.clients.get_mut(&id) else { return };
+        if let Some(open) = client.open.get_mut(index as usize) {
+            *open = false;
+        }
+        if client.open.iter().all(|open| !open) {
+            self.client_ended(id);
+        }
+    }
+
+    fn client_ended(&mut self, id: RequestId) {
+        if let Some(mut client) = self.clients.remove(&id) {
+            release_queue(&self.shared, &mut client);
+        }
+    }
+
+    fn publish(&mut self) {
+        self.published = Instant::now();
+        let mut counters = self.counters;
+        let mut status = EngineStatus {
+            ready: self.link.is_healthy() && !self.shared.draining.load(Ordering::Relaxed),
+            started: self.scheduler.is_some(),
+            draining: self.shared.draining.load(Ordering::Relaxed),
+            shard: self.info.clone(),
+            ..EngineStatus::default()
+        };
+        (status.host_adapters, status.host_bytes) = self.contents.host();
+        if let Some(scheduler) = &self.scheduler {
+            let stats = scheduler.stats();
+            counters.preemptions = stats.preemptions;
+            counters.prefix_queries = stats.prefix_queries_tokens;
+            counters.prefix_hits = stats.prefix_hit_tokens;
+            counters.adapter_uploads = stats.adapter_uploads;
+            counters.adapter_evictions = stats.adapter_evictions;
+            status.running = stats.running;
+            status.waiting = stats.waiting + u32::try_from(self.parked.len()).unwrap_or(u32::MAX);
+            status.pages_free = stats.pages_free;
+            status.pages_kv = stats.pages_kv;
+            status.pages_adapters = stats.pages_adapters;
+            status.blocks_used = stats.blocks_used;
+            status.blocks_total = stats.blocks_total;
+            status.resident = stats.resident;
+            status.waiting_for_load = stats.waiting_for_adapter;
+        }
+        status.counters = counters;
+        *self.shared.status.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(status);
+    }
+}
+
+fn release_queue(shared: &Shared, client: &mut Client) {
+    if let Some(tokens) = client.queued_tokens.take() {
+        shared.queued_requests.fetch_sub(1, Ordering::Relaxed);
+        shared.queued_tokens.fetch_sub(tokens, Ordering::Relaxed);
+    }
+}

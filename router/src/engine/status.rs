@@ -1,0 +1,71 @@
+//! A snapshot of the engine for `/health`, `/metrics` and the start-up summary.
+
+use loramux_proto::Info;
+
+use super::types::ContentId;
+
+/// What the engine is doing, renewed at most every 50 ms.
+#[derive(Clone, Debug, Default)]
+pub struct EngineStatus {
+    /// A request can be served now: the shard is up, answers, and its last step moved.
+    pub ready: bool,
+    /// The shard was ready at least once.
+    pub started: bool,
+    /// No new requests are taken.
+    pub draining: bool,
+    /// What the shard said of itself.
+    pub shard: Info,
+    /// Sequences that hold device memory.
+    pub running: u32,
+    /// Sequences that wait for it, and requests that wait for their adapter's bytes.
+    pub waiting: u32,
+    /// Free pages of the arena.
+    pub pages_free: u32,
+    /// Pages that hold KV blocks, referenced or cached.
+    pub pages_kv: u32,
+    /// Pages that hold adapters.
+    pub pages_adapters: u32,
+    /// KV blocks that a sequence uses.
+    pub blocks_used: u32,
+    /// KV blocks that the arena could hold.
+    pub blocks_total: u32,
+    /// Adapters on the device, most recently used first.
+    pub resident: Vec<ContentId>,
+    /// Adapters that a waiting sequence needs.
+    pub waiting_for_load: Vec<ContentId>,
+    /// Adapters in the shard's host memory.
+    pub host_adapters: u32,
+    /// Their bytes.
+    pub host_bytes: u64,
+    /// Counters that only grow.
+    pub counters: EngineCounters,
+}
+
+/// Counters since the start of the process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineCounters {
+    /// Prompt tokens of admitted requests.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generation_tokens: u64,
+    /// Steps executed.
+    pub steps: u64,
+    /// Positions computed over all steps.
+    pub step_tokens: u64,
+    /// Time the shard spent on them, us.
+    pub step_us: u64,
+    /// Sequences that gave their memory back and were computed again.
+    pub preemptions: u64,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_queries: u64,
+    /// Prompt tokens found there.
+    pub prefix_hits: u64,
+    /// Adapter uploads to the device.
+    pub adapter_uploads: u64,
+    /// Adapters evicted from the device.
+    pub adapter_evictions: u64,
+    /// Shards started after the first.
+    pub shard_restarts: u64,
+    /// Requests that were running when a shard died, and went on.
+    pub replayed: u64,
+}

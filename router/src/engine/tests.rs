@@ -1,0 +1,325 @@
+//! The engine thread against a shard made of a thread and a formula: deaths, hangs, full queues, adapters that come and go.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use loramux_proto::{
+    AdapterError, AdapterReport, FromShard, Info, Prepared, Sample, Sampling, SlotGeneration, Step, StepResult,
+    ToShard, from_shard, prepared, to_shard,
+};
+
+use super::*;
+
+/// How the next shards misbehave.
+#[derive(Default)]
+struct Script {
+    launches: AtomicU32,
+    /// Dies on receiving this step (counted over all incarnations); taken once.
+    die_at: Mutex<Vec<u32>>,
+    hang_at: Mutex<Vec<u32>>,
+    steps: AtomicU32,
+    /// Never becomes ready.
+    broken: bool,
+    dies_at_each_step: bool,
+    dropped: Mutex<Vec<Vec<u8>>>,
+}
+
+struct FakeLauncher(Arc<Script>);
+
+struct FakeShard(Option<mpsc::Sender<ToShard>>);
+
+impl Shard for FakeShard {
+    fn send(&mut self, message: ToShard) -> Result<(), ShardGone> {
+        self.0.as_ref().ok_or(ShardGone)?.send(message).map_err(|_| ShardGone)
+    }
+    fn kill(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl ShardLauncher for FakeLauncher {
+    fn launch(&mut self, reports: Reports) -> Result<Box<dyn Shard>, String> {
+        let (sender, inbox) = mpsc::channel();
+        let script = Arc::clone(&self.0);
+        script.launches.fetch_add(1, Ordering::SeqCst);
+        std::thread::spawn(move || {
+            let reason = fake_main(&script, &inbox, &reports);
+            reports.gone(ShardExit { reason: reason.into(), killed_from_outside: true });
+        });
+        Ok(Box::new(FakeShard(Some(sender))))
+    }
+}
+
+fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports) -> &'static str {
+    let say = |body| reports.message(FromShard { body: Some(body) });
+    if script.broken {
+        return "no such model";
+    }
+    say(from_shard::Body::Info(Info {
+        vocab_size: 1000,
+        context_tokens: 512,
+        page_bytes: 1 << 20,
+        pages_total: 64,
+        blocks_per_page: 4,
+        block_tokens: 16,
+        slots_max: 8,
+        step_tokens_max: 256,
+        seqs_max: 16,
+        ..Info::default()
+    }));
+    let mut sequences: HashMap<u64, Vec<u32>> = HashMap::new();
+    while let Ok(ToShard { body: Some(body) }) = inbox.recv() {
+        match body {
+            to_shard::Body::Step(step) => {
+                let n = script.steps.fetch_add(1, Ordering::SeqCst);
+                if script.dies_at_each_step || take(&script.die_at, n) {
+                    return "died as told";
+                }
+                if take(&script.hang_at, n) {
+                    while inbox.recv().is_ok() {}
+                    return "hung";
+                }
+                say(from_shard::Body::Step(fake_step(&step, &mut sequences)));
+            }
+            to_shard::Body::Prepare(prepare) => say(from_shard::Body::Prepared(fake_prepare(&prepare))),
+            to_shard::Body::DropAdapter(dropped) => script.dropped.lock().unwrap().push(dropped.content_id),
+            to_shard::Body::Ping(ping) => say(from_shard::Body::Pong(loramux_proto::Pong { nonce: ping.nonce })),
+            to_shard::Body::Shutdown(_) => return "told to stop",
+        }
+    }
+    "cut off"
+}
+
+fn take(list: &Mutex<Vec<u32>>, n: u32) -> bool {
+    let mut list = list.lock().unwrap();
+    let before = list.len();
+    list.retain(|at| *at != n);
+    list.len() != before
+}
+
+/// The next token is a formula of all tokens before it.
+fn next_token(tokens: &[u32]) -> u32 {
+    tokens.iter().fold(7u32, |sum, token| sum.wrapping_mul(31).wrapping_add(*token)) % 1000
+}
+
+fn fake_step(step: &Step, sequences: &mut HashMap<u64, Vec<u32>>) -> StepResult {
+    for seq in &step.finishes {
+        sequences.remove(seq);
+    }
+    for start in &step.starts {
+        sequences.insert(start.seq, start.tokens.clone());
+    }
+    let mut result = StepResult { id: step.id, ..StepResult::default() };
+    for upload in &step.uploads {
+        result.uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
+    }
+    for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
+        let tokens = sequences.get_mut(&chunk.seq).expect("started");
+        let token = next_token(tokens);
+        tokens.push(token);
+        result.samples.push(Sample { seq: chunk.seq, token, ..Sample::default() });
+    }
+    result
+}
+
+fn fake_prepare(prepare: &loramux_proto::PrepareAdapter) -> Prepared {
+    let outcome = if prepare.dir.contains("bad") {
+        let message = "adapter_config.json: `r` must be 1..512; got 0".into();
+        prepared::Outcome::Error(AdapterError { code: "adapter_invalid".into(), message })
+    } else {
+        let id = prepare.dir.bytes().fold(0u8, u8::wrapping_add);
+        prepared::Outcome::Report(AdapterReport {
+            content_id: vec![id; 32],
+            pages_needed: 1,
+            rank_blocks: 1,
+            rank_min: 8,
+            rank_max: 8,
+            host_bytes: 1 << 20,
+            ..AdapterReport::default()
+        })
+    };
+    Prepared { request_id: prepare.request_id, outcome: Some(outcome) }
+}
+
+struct World {
+    handle: EngineHandle,
+    script: Arc<Script>,
+    thread: Option<std::thread::JoinHandle<Result<(), EngineError>>>,
+    started: Started,
+    runtime: tokio::runtime::Runtime,
+}
+
+fn world(script: Script, change: impl FnOnce(&mut EngineOptions)) -> World {
+    let script = Arc::new(script);
+    let mut options = EngineOptions {
+        queued_requests_max: 64,
+        queued_tokens_max: None,
+        running_max: 16,
+        step_tokens: 256,
+        prefix_caching: true,
+        prefix_key: [7; 32],
+        host_adapter_bytes: 1 << 30,
+        rank_max: 512,
+        step_watchdog: Duration::from_secs(20),
+        progress: Box::new(|_| {}),
+    };
+    change(&mut options);
+    let (handle, started, thread) = spawn(Box::new(FakeLauncher(Arc::clone(&script))), options).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    World { handle, script, thread: Some(thread), started, runtime }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.handle.shut_down();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn request(first: u32, max_tokens: u32) -> GenerateRequest {
+    let sampling = Sampling { top_p: 1.0, repetition_penalty: 1.0, ..Sampling::default() };
+    GenerateRequest {
+        prompt: (first..first + 20).collect(),
+        n: 1,
+        max_tokens,
+        sampling,
+        adapters: Vec::new(),
+        tenant: 0,
+        cache_salt: None,
+        priority: 0,
+        deadline_ms: None,
+    }
+}
+
+fn oracle(request: &GenerateRequest) -> Vec<u32> {
+    let mut tokens = request.prompt.to_vec();
+    for _ in 0..request.max_tokens {
+        tokens.push(next_token(&tokens));
+    }
+    tokens.split_off(request.prompt.len())
+}
+
+/// All tokens of sequence 0, or the failure.
+async fn collect(mut generation: Generation) -> Result<Vec<u32>, Failure> {
+    let mut tokens = Vec::new();
+    loop {
+        match tokio::time::timeout(Duration::from_secs(30), generation.recv()).await.expect("an event within 30 s") {
+            Some(GenerateEvent::Token { token, .. }) => tokens.push(token),
+            Some(GenerateEvent::Failed(failure)) => return Err(failure),
+            Some(_) => {}
+            None => return Ok(tokens),
+        }
+    }
+}
+
+fn poll(what: &str, mut condition: impl FnMut() -> bool) {
+    let since = Instant::now();
+    while !condition() {
+        assert!(since.elapsed() < Duration::from_secs(20), "{what} within 20 s");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_request_gets_its_tokens_and_its_memory_is_free_afterwards() {
+    let world = world(Script::default(), |_| {});
+    world.started.recv().unwrap().unwrap();
+    let request = request(1, 12);
+    let generation = world.handle.submit(request.clone()).unwrap();
+    assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+    poll("nothing runs", || {
+        let status = world.handle.status();
+        status.running == 0 && status.blocks_used == 0 && status.counters.generation_tokens == 12
+    });
+}
+
+#[test]
+fn streams_go_on_with_the_same_tokens_when_the_shard_dies_or_hangs() {
+    let script =
+        Script { die_at: Mutex::new(vec![3, 9, 20, 21, 40]), hang_at: Mutex::new(vec![14]), ..Script::default() };
+    let world = world(script, |options| options.step_watchdog = Duration::from_millis(300));
+    let requests: Vec<_> = (0..8).map(|n| request(n * 100, 40)).collect();
+    let generations: Vec<_> = requests.iter().map(|r| world.handle.submit(r.clone()).unwrap()).collect();
+    for (request, generation) in requests.iter().zip(generations) {
+        assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(request));
+    }
+    poll("restarts are counted", || world.handle.status().counters.shard_restarts >= 6);
+    assert_eq!(world.script.launches.load(Ordering::SeqCst), 7);
+}
+
+#[test]
+fn a_shard_that_never_gets_anywhere_ends_the_process_with_the_reason() {
+    let mut broken = world(Script { broken: true, ..Script::default() }, |_| {});
+    assert_eq!(broken.started.recv().unwrap().unwrap_err().to_string(), "no such model");
+    let ended = broken.thread.take().unwrap().join().unwrap();
+    assert!(matches!(ended, Err(EngineError::Start(_))));
+
+    let mut looping = world(Script { dies_at_each_step: true, ..Script::default() }, |_| {});
+    looping.started.recv().unwrap().unwrap();
+    let _generations: Vec<_> = (0..8).map(|n| looping.handle.submit(request(n, 4)).unwrap()).collect();
+    let ended = looping.thread.take().unwrap().join().unwrap();
+    assert!(matches!(ended, Err(EngineError::Restarts { .. })), "{ended:?}");
+}
+
+#[test]
+fn a_full_queue_refuses_at_once_and_a_dropped_request_makes_room() {
+    let world = world(Script::default(), |options| {
+        options.queued_requests_max = 4;
+        options.running_max = 1;
+    });
+    world.started.recv().unwrap().unwrap();
+    let mut kept = vec![world.handle.submit(request(0, 400)).unwrap()];
+    world.runtime.block_on(async {
+        assert!(matches!(kept[0].recv().await, Some(GenerateEvent::Admitted { .. })));
+    });
+    kept.extend((1..5).map(|n| world.handle.submit(request(n * 30, 400)).unwrap()));
+    let refused = world.handle.submit(request(300, 4)).err();
+    assert!(matches!(refused, Some(Failure::QueueFull { waiting: 4, limit: 4 })), "{refused:?}");
+    drop(kept);
+    let request = request(300, 4);
+    let mut accepted = None;
+    poll("the queue has room", || {
+        accepted = world.handle.submit(request.clone()).ok();
+        accepted.is_some()
+    });
+    let generation = accepted.expect("polled");
+    assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+}
+
+#[test]
+fn adapters_are_prepared_dropped_within_the_budget_and_brought_back() {
+    let world = world(Script::default(), |options| options.host_adapter_bytes = 2 << 20);
+    let prepare = |dir: &str| world.runtime.block_on(world.handle.prepare_adapter(PathBuf::from(dir)));
+    let refused = prepare("/bad").unwrap_err();
+    assert_eq!((refused.code.as_str(), refused.message.contains("`r`")), ("adapter_invalid", true));
+    let first = prepare("/a").unwrap();
+    for dir in ["/b", "/c"] {
+        prepare(dir).unwrap();
+    }
+    poll("the oldest was dropped", || !world.script.dropped.lock().unwrap().is_empty());
+    assert_eq!(world.script.dropped.lock().unwrap()[0], first.content.0.to_vec());
+    let mut request = request(5, 6);
+    request.adapters = vec![AdapterUse { content: first.content, scale: 1.0 }];
+    let generation = world.handle.submit(request.clone()).unwrap();
+    assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+    request.adapters[0].content = ContentId([99; 32]);
+    let generation = world.handle.submit(request).unwrap();
+    let failed = world.runtime.block_on(collect(generation)).unwrap_err();
+    assert!(matches!(failed, Failure::AdapterGone(..)), "{failed:?}");
+}
+
+#[test]
+fn draining_refuses_new_requests_and_lets_the_running_one_finish() {
+    let world = world(Script::default(), |_| {});
+    world.started.recv().unwrap().unwrap();
+    let request = request(1, 60);
+    let generation = world.handle.submit(request.clone()).unwrap();
+    world.handle.begin_drain();
+    assert!(matches!(world.handle.submit(request.clone()).err(), Some(Failure::Draining)));
+    assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+}

