@@ -1,2 +1,36 @@
-//! loramux
-fn main() {}
+//! `loramux`: one base model and thousands of LoRA adapters from one device, behind the OpenAI API.
+
+mod args;
+mod config;
+mod demo;
+mod serve;
+mod shard;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command, ShardArgs};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let ended = match cli.command {
+        None => serve::main(cli.serve),
+        Some(Command::Serve(args)) => serve::main(*args),
+        Some(Command::Shard(args)) => shard_main(&args),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn shard_main(args: &ShardArgs) -> anyhow::Result<()> {
+    let options = serde_json::from_str(&args.options)?;
+    shard::process::child_main(&options)?;
+    Ok(())
+}

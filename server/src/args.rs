@@ -1,0 +1,273 @@
+//! What was typed. `config.rs` turns it into what is meant.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::shard::{DtypeChoice, LoadFormatChoice};
+
+/// One base model and thousands of LoRA adapters from one device, behind the OpenAI API.
+#[derive(Parser, Debug)]
+#[command(name = "loramux", version, about, max_term_width = 110, args_conflicts_with_subcommands = true)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) serve: ServeArgs,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  loramux                                       serve the built-in demo model and its adapters
+  loramux --model-id ./Llama-3.2-1B --adapter sql=./loras/sql --adapter legal=./loras/legal
+  loramux --model-id ./model.gguf --adapter-dir ./loras      each folder of ./loras, read at its first request
+  curl localhost:8000/v1/completions -H 'content-type: application/json' \\
+       -d '{\"model\": \"sql\", \"prompt\": \"List users\", \"max_tokens\": 32}'
+Every flag is also an environment variable: --max-num-seqs is LORAMUX_MAX_NUM_SEQS.";
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Serve (what happens without a subcommand too)
+    Serve(Box<ServeArgs>),
+    /// Execute steps for a router; started by `serve`
+    #[command(hide = true)]
+    Shard(ShardArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ShardArgs {
+    /// JSON of the shard's settings.
+    #[arg(long)]
+    pub(crate) options: String,
+}
+
+/// Where the shard runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ShardMode {
+    /// A child process: its death costs a pause
+    Process,
+    /// A thread of this process: for tests and embedding
+    InProcess,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) adapters: AdapterArgs,
+    #[command(flatten)]
+    pub(crate) network: NetworkArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArgs {
+    /// Base model: a Hugging Face directory or a .gguf file. Default: the built-in demo model
+    #[arg(long, alias = "model", env = "LORAMUX_MODEL_ID", value_name = "PATH")]
+    pub(crate) model_id: Option<PathBuf>,
+    /// Names that clients may use for the base model, comma-separated. Default: the last part of --model-id
+    #[arg(long, env = "LORAMUX_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]
+    pub(crate) served_model_name: Vec<String>,
+    /// Storage of weights, KV cache and adapters
+    #[arg(long, env = "LORAMUX_DTYPE", value_enum, default_value = "auto")]
+    pub(crate) dtype: DtypeChoice,
+    /// What to read the weights from
+    #[arg(long, env = "LORAMUX_LOAD_FORMAT", value_enum, default_value = "auto")]
+    pub(crate) load_format: LoadFormatChoice,
+    /// Device: auto or cpu
+    #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Longest prompt + completion, tokens. Default: the model's own limit
+    #[arg(long, env = "LORAMUX_MAX_MODEL_LEN", alias = "max-total-tokens", alias = "context-length")]
+    pub(crate) max_model_len: Option<u32>,
+    /// Chat template (a Jinja file) in place of the model's own
+    #[arg(long, env = "LORAMUX_CHAT_TEMPLATE", value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
+    /// Sampling defaults of the model's generation_config.json: auto (use them) or none
+    #[arg(long, env = "LORAMUX_GENERATION_CONFIG", default_value = "auto", value_name = "auto|none")]
+    pub(crate) generation_config: String,
+    /// Seed of --load-format dummy
+    #[arg(long, env = "LORAMUX_SEED", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Adapters")]
+pub(crate) struct AdapterArgs {
+    /// A LoRA adapter and the name clients use for it; repeat for more
+    #[arg(long, env = "LORAMUX_ADAPTER", value_name = "NAME=PATH", value_delimiter = ',')]
+    pub(crate) adapter: Vec<String>,
+    /// A folder whose sub-folders are adapters, each read at its first request; repeat for more
+    #[arg(long, env = "LORAMUX_ADAPTER_DIR", value_name = "DIR", value_delimiter = ',')]
+    pub(crate) adapter_dir: Vec<PathBuf>,
+    /// Largest rank to admit. Nothing is padded to it
+    #[arg(long, env = "LORAMUX_MAX_LORA_RANK", default_value_t = 512)]
+    pub(crate) max_lora_rank: u32,
+    /// Adapters on the device at once. Default: as many as memory holds. Nothing is reserved for it
+    #[arg(long, env = "LORAMUX_MAX_LORAS")]
+    pub(crate) max_loras: Option<u32>,
+    /// Host memory for adapters that are not on the device, such as 8GiB
+    #[arg(long, env = "LORAMUX_HOST_ADAPTER_MEMORY", default_value = "8GiB", value_parser = parse_bytes)]
+    pub(crate) host_adapter_memory: u64,
+    /// How long a request waits for its adapter to load, seconds
+    #[arg(long, env = "LORAMUX_ADAPTER_LOAD_TIMEOUT", default_value = "30", value_parser = parse_seconds)]
+    pub(crate) adapter_load_timeout: std::time::Duration,
+    /// Adapters one request may compose
+    #[arg(long, env = "LORAMUX_MAX_COMPOSED_ADAPTERS", default_value_t = 4)]
+    pub(crate) max_composed_adapters: u32,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Network")]
+pub(crate) struct NetworkArgs {
+    /// Address to listen on
+    #[arg(long, alias = "hostname", env = "LORAMUX_HOST", default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 = any free one
+    #[arg(short, long, env = "LORAMUX_PORT", default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// Key that clients must send as `Authorization: Bearer KEY`; repeat for more
+    #[arg(long, env = "LORAMUX_API_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
+    pub(crate) api_key: Vec<String>,
+    /// Largest request body, such as 4MiB
+    #[arg(long, env = "LORAMUX_MAX_BODY_BYTES", default_value = "4MiB", value_parser = parse_bytes)]
+    pub(crate) max_body_bytes: u64,
+    /// Connections at once
+    #[arg(long, env = "LORAMUX_MAX_CONNECTIONS", default_value_t = 16384)]
+    pub(crate) max_connections: usize,
+    /// Time a request may take, seconds. Default: no limit
+    #[arg(long, env = "LORAMUX_REQUEST_TIMEOUT", value_parser = parse_seconds)]
+    pub(crate) request_timeout: Option<std::time::Duration>,
+    /// How long SIGTERM waits for running requests, seconds
+    #[arg(long, env = "LORAMUX_DRAIN_TIMEOUT", default_value = "30", value_parser = parse_seconds)]
+    pub(crate) drain_timeout: std::time::Duration,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Batching and memory")]
+pub(crate) struct EngineArgs {
+    /// Memory for KV cache and adapters, such as 4GiB. Default: half of what is free, at most 4 GiB
+    #[arg(long, env = "LORAMUX_ARENA_BYTES", value_parser = parse_bytes)]
+    pub(crate) arena_bytes: Option<u64>,
+    /// Sequences in one batch
+    #[arg(long, alias = "max-batch-size", env = "LORAMUX_MAX_NUM_SEQS", default_value_t = 256)]
+    pub(crate) max_num_seqs: u32,
+    /// Token positions in one step (decodes first, then pieces of prompts)
+    #[arg(long, env = "LORAMUX_MAX_NUM_BATCHED_TOKENS", default_value_t = 2048)]
+    pub(crate) max_num_batched_tokens: u32,
+    /// Requests that may wait; more get 429
+    #[arg(long, env = "LORAMUX_MAX_QUEUED_REQUESTS", default_value_t = 1024)]
+    pub(crate) max_queued_requests: usize,
+    /// Prompt tokens that may wait. Default: four times what the arena holds
+    #[arg(long, env = "LORAMUX_MAX_QUEUED_TOKENS")]
+    pub(crate) max_queued_tokens: Option<u64>,
+    /// Choices one request may ask for (`n`, `best_of`)
+    #[arg(long, alias = "max-best-of", env = "LORAMUX_MAX_N", default_value_t = 8)]
+    pub(crate) max_n: u32,
+    /// Sequences one request may make in all
+    #[arg(long, env = "LORAMUX_MAX_SEQUENCES_PER_REQUEST", default_value_t = 256)]
+    pub(crate) max_sequences_per_request: u32,
+    /// Keep the KV cache of finished prompts for the same caller's next one
+    #[arg(long, env = "LORAMUX_PREFIX_CACHING", default_value_t = true, action = clap::ArgAction::Set)]
+    pub(crate) prefix_caching: bool,
+    /// Threads of the kernels. Default: one per core
+    #[arg(long, env = "LORAMUX_THREADS")]
+    pub(crate) threads: Option<usize>,
+    /// Run the shard as a child process, or in this one
+    #[arg(long, env = "LORAMUX_SHARD_MODE", value_enum, default_value = "process")]
+    pub(crate) shard_mode: ShardMode,
+    /// A step that takes longer than this many seconds means a hung shard: it is replaced
+    #[arg(long, env = "LORAMUX_STEP_WATCHDOG", default_value = "30", value_parser = parse_seconds)]
+    pub(crate) step_watchdog: std::time::Duration,
+    /// Where the built-in model is unpacked. Default: ~/.cache/loramux
+    #[arg(long, env = "LORAMUX_DATA_DIR", value_name = "DIR")]
+    pub(crate) data_dir: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Output")]
+pub(crate) struct OutputArgs {
+    /// How log lines look
+    #[arg(long, env = "LORAMUX_LOG_FORMAT", value_enum, default_value = "text")]
+    pub(crate) log_format: LogFormat,
+    /// The same as --log-format json
+    #[arg(long)]
+    pub(crate) json_output: bool,
+    /// What to log: error, warn, info, debug, trace, or a filter such as info,loramux_router=debug
+    #[arg(long, env = "LORAMUX_LOG_LEVEL", default_value = "info")]
+    pub(crate) log_level: String,
+}
+
+/// `512MiB`, `4GB`, `1073741824`.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let scale: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "kb" => 1000,
+        "m" | "mib" => 1 << 20,
+        "mb" => 1_000_000,
+        "g" | "gib" => 1 << 30,
+        "gb" => 1_000_000_000,
+        "t" | "tib" => 1 << 40,
+        "tb" => 1_000_000_000_000,
+        _ => return Err(format!("unknown unit `{unit}`; use KiB, MiB, GiB (or KB, MB, GB)")),
+    };
+    let number: f64 = number.parse().map_err(|_| "a size looks like 512MiB or 4GiB".to_owned())?;
+    let bytes = number * scale as f64;
+    if !bytes.is_finite() || !(0.0..=1e18).contains(&bytes) {
+        return Err("out of range".into());
+    }
+    Ok(bytes as u64)
+}
+
+/// `30`, `0.5`, `30s`, `500ms`.
+fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
+    let (number, scale) = match text.strip_suffix("ms") {
+        Some(number) => (number, 0.001),
+        None => (text.strip_suffix('s').unwrap_or(text), 1.0),
+    };
+    let seconds: f64 = number.parse().map_err(|_| "a duration looks like 30, 0.5, 30s or 500ms".to_owned())?;
+    std::time::Duration::try_from_secs_f64(seconds * scale).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_durations_are_read_with_their_units() {
+        let bytes = [("4096", 4096), ("2k", 2048), ("1.5GiB", 3 << 29), ("4GB", 4_000_000_000), ("0", 0)];
+        for (text, want) in bytes {
+            assert_eq!(parse_bytes(text), Ok(want), "{text}");
+        }
+        for text in ["", "GiB", "4 parsecs", "-1", "1e99GiB"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+        assert_eq!(parse_seconds("500ms"), Ok(std::time::Duration::from_millis(500)));
+        assert_eq!(parse_seconds("30s"), parse_seconds("30"));
+        assert!(parse_seconds("-1").is_err());
+    }
+}

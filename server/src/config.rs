@@ -1,0 +1,274 @@
+//! What is meant: built once from what was typed and the environment, then never changed. The only reader of the
+//! environment besides the flags' own variables.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::args::{LogFormat, ServeArgs, ShardMode};
+use crate::demo;
+use crate::shard::{ShardOptions, is_gguf};
+
+/// Adapter names: `seg` or `seg/seg`, `seg` = an alphanumeric, then up to 127 of `[A-Za-z0-9._-]`.
+const NAME_SEGMENT_BYTES_MAX: usize = 128;
+
+/// A mistake of the operator: what was found, what is accepted, what to change.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("--model-id: no such file or directory: {0}\n  give the folder that holds config.json and *.safetensors, or a .gguf file")]
+    ModelMissing(String),
+    #[error("--model-id: {0} has no config.json\n  give the folder that holds config.json and *.safetensors, or a .gguf file")]
+    ModelWithoutConfig(String),
+    #[error("--adapter {0}: must be NAME=PATH, such as --adapter sql=./loras/sql")]
+    AdapterForm(String),
+    #[error("--adapter {0}: the name must be letters, digits, `.`, `_`, `-`, with at most one `/`")]
+    AdapterName(String),
+    #[error("--adapter {0}: given twice")]
+    AdapterTwice(String),
+    #[error("--adapter {name}={path}: no such directory\n  give the folder that holds adapter_config.json")]
+    AdapterMissing { name: String, path: String },
+    #[error("--adapter {name}: the base model is served under this name; choose another, or set --served-model-name")]
+    AdapterIsBase { name: String },
+    #[error("--adapter-dir: no such directory: {0}")]
+    AdapterDirMissing(String),
+    #[error("--device {0}: this version runs on the CPU only; use --device cpu or auto")]
+    Device(String),
+    #[error("--{flag}: must be {rule}; got {value}")]
+    Range { flag: &'static str, rule: &'static str, value: String },
+    #[error("--chat-template: cannot read {path}: {error}")]
+    ChatTemplate { path: String, error: std::io::Error },
+    #[error("cannot unpack the built-in model into {path}: {error}\n  set --data-dir to a folder this user may write")]
+    Demo { path: String, error: std::io::Error },
+}
+
+/// How the server runs.
+#[derive(Debug)]
+pub(crate) struct Config {
+    pub(crate) shard: ShardOptions,
+    pub(crate) shard_mode: ShardMode,
+    pub(crate) step_watchdog: Duration,
+    pub(crate) served_names: Vec<String>,
+    pub(crate) is_demo: bool,
+    pub(crate) adapters: Vec<(String, PathBuf)>,
+    pub(crate) adapter_dirs: Vec<PathBuf>,
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) chat_template: Option<String>,
+    pub(crate) use_generation_config: bool,
+    pub(crate) args: ServeArgs,
+}
+
+/// Log settings; needed before anything can fail.
+pub(crate) fn log_settings(args: &ServeArgs) -> (LogFormat, String) {
+    let format = if args.output.json_output { LogFormat::Json } else { args.output.log_format };
+    (format, args.output.log_level.clone())
+}
+
+impl Config {
+    /// Checks everything that can be checked without loading the model.
+    pub(crate) fn resolve(args: ServeArgs) -> Result<Self, ConfigError> {
+        check_ranges(&args)?;
+        let is_demo = args.model.model_id.is_none();
+        let (model, mut adapters) = match &args.model.model_id {
+            Some(path) => (check_model(path, args.model.load_format)?, Vec::new()),
+            None => unpack_demo(&args)?,
+        };
+        let served_names = served_names(&args, &model, is_demo);
+        for typed in &args.adapters.adapter {
+            let (name, path) = parse_adapter(typed)?;
+            if served_names.contains(&name) {
+                return Err(ConfigError::AdapterIsBase { name });
+            }
+            if args.adapters.adapter.iter().filter(|other| other.split('=').next() == Some(&name)).count() > 1 {
+                return Err(ConfigError::AdapterTwice(name));
+            }
+            adapters.retain(|(other, _)| *other != name);
+            adapters.push((name, path));
+        }
+        for dir in &args.adapters.adapter_dir {
+            if !dir.is_dir() {
+                return Err(ConfigError::AdapterDirMissing(dir.display().to_string()));
+            }
+        }
+        let chat_template = args.model.chat_template.as_ref().map(|path| {
+            std::fs::read_to_string(path)
+                .map_err(|error| ConfigError::ChatTemplate { path: path.display().to_string(), error })
+        });
+        Ok(Self {
+            shard: shard_options(&args, model, served_names[0].clone()),
+            shard_mode: args.engine.shard_mode,
+            step_watchdog: args.engine.step_watchdog,
+            served_names,
+            is_demo,
+            adapters,
+            adapter_dirs: args.adapters.adapter_dir.clone(),
+            host: args.network.host.clone(),
+            port: args.network.port,
+            chat_template: chat_template.transpose()?,
+            use_generation_config: args.model.generation_config != "none",
+            args,
+        })
+    }
+}
+
+fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
+    let engine = &args.engine;
+    let range = |flag, rule, value: String| Err(ConfigError::Range { flag, rule, value });
+    if !["auto", "cpu"].contains(&args.model.device.as_str()) {
+        return Err(ConfigError::Device(args.model.device.clone()));
+    }
+    if !["auto", "none"].contains(&args.model.generation_config.as_str()) {
+        return range("generation-config", "auto or none", args.model.generation_config.clone());
+    }
+    if !(1..=4096).contains(&engine.max_num_seqs) {
+        return range("max-num-seqs", "1..4096", engine.max_num_seqs.to_string());
+    }
+    if engine.max_num_batched_tokens < engine.max_num_seqs || engine.max_num_batched_tokens > 1 << 17 {
+        let rule = "at least --max-num-seqs and at most 131072";
+        return range("max-num-batched-tokens", rule, engine.max_num_batched_tokens.to_string());
+    }
+    if !(1..=512).contains(&args.adapters.max_lora_rank) {
+        return range("max-lora-rank", "1..512", args.adapters.max_lora_rank.to_string());
+    }
+    if engine.max_queued_requests == 0 {
+        return range("max-queued-requests", "at least 1", "0".into());
+    }
+    if engine.threads == Some(0) {
+        return range("threads", "at least 1", "0".into());
+    }
+    if args.model.max_model_len.is_some_and(|tokens| tokens < 2) {
+        return range("max-model-len", "at least 2", args.model.max_model_len.unwrap_or(0).to_string());
+    }
+    if engine.step_watchdog < Duration::from_millis(100) {
+        return range("step-watchdog", "at least 100ms", format!("{:?}", engine.step_watchdog));
+    }
+    Ok(())
+}
+
+fn check_model(path: &Path, format: crate::shard::LoadFormatChoice) -> Result<PathBuf, ConfigError> {
+    let shown = path.display().to_string();
+    let Ok(full) = path.canonicalize() else { return Err(ConfigError::ModelMissing(shown)) };
+    let has_gguf = || {
+        let entries = std::fs::read_dir(&full).ok();
+        entries.is_some_and(|mut entries| entries.any(|entry| entry.is_ok_and(|entry| is_gguf(&entry.path()))))
+    };
+    let dummy = format == crate::shard::LoadFormatChoice::Dummy;
+    let loadable = full.is_file() || full.join("config.json").is_file() || (!dummy && has_gguf());
+    if loadable { Ok(full) } else { Err(ConfigError::ModelWithoutConfig(shown)) }
+}
+
+type Named = Vec<(String, PathBuf)>;
+
+fn unpack_demo(args: &ServeArgs) -> Result<(PathBuf, Named), ConfigError> {
+    let data_dir = args.engine.data_dir.clone().unwrap_or_else(default_data_dir);
+    let unpacked = demo::unpack(&data_dir)
+        .map_err(|error| ConfigError::Demo { path: data_dir.display().to_string(), error })?;
+    Ok((unpacked.model, unpacked.adapters))
+}
+
+fn default_data_dir() -> PathBuf {
+    let dir = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache")));
+    cache.unwrap_or_else(std::env::temp_dir).join("loramux")
+}
+
+fn served_names(args: &ServeArgs, model: &Path, is_demo: bool) -> Vec<String> {
+    let typed: Vec<String> =
+        args.model.served_model_name.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    if !typed.is_empty() {
+        return typed;
+    }
+    if is_demo {
+        return vec![demo::NAME.to_owned()];
+    }
+    let last = if model.is_file() { model.file_stem() } else { model.file_name() };
+    vec![last.map_or_else(|| "base".to_owned(), |name| name.to_string_lossy().into_owned())]
+}
+
+fn parse_adapter(typed: &str) -> Result<(String, PathBuf), ConfigError> {
+    let Some((name, path)) = typed.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty()) else {
+        return Err(ConfigError::AdapterForm(typed.to_owned()));
+    };
+    if !is_adapter_name(name) {
+        return Err(ConfigError::AdapterName(name.to_owned()));
+    }
+    let missing = || ConfigError::AdapterMissing { name: name.to_owned(), path: path.to_owned() };
+    let full = Path::new(path).canonicalize().map_err(|_| missing())?;
+    if full.is_dir() { Ok((name.to_owned(), full)) } else { Err(missing()) }
+}
+
+fn is_adapter_name(name: &str) -> bool {
+    let segment = |s: &str| {
+        s.len() <= NAME_SEGMENT_BYTES_MAX
+            && s.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && s.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+            && !s.contains("..")
+    };
+    name.split('/').count() <= 2 && name.split('/').all(segment)
+}
+
+fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOptions {
+    ShardOptions {
+        model,
+        model_id,
+        dtype: args.model.dtype,
+        load_format: args.model.load_format,
+        seed: args.model.seed,
+        context_tokens_max: args.model.max_model_len,
+        arena_bytes: args.engine.arena_bytes,
+        step_tokens_max: args.engine.max_num_batched_tokens,
+        seqs_max: args.engine.max_num_seqs,
+        slots_max: args.adapters.max_loras,
+        threads: args.engine.threads,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Cli;
+    use clap::Parser;
+
+    fn resolve(typed: &[&str]) -> Result<Config, ConfigError> {
+        let cli = Cli::try_parse_from([&["loramux"], typed].concat()).expect("parses");
+        Config::resolve(cli.serve)
+    }
+
+    #[test]
+    fn each_mistake_names_the_flag_and_what_to_change() {
+        let here = env!("CARGO_MANIFEST_DIR");
+        let cases: &[(&[&str], &str)] = &[
+            (&["--model-id", "/nonexistent"], "--model-id: no such file"),
+            (&["--model-id", here], "has no config.json"),
+            (&["--device", "cuda"], "--device cuda"),
+            (&["--max-num-seqs", "0"], "--max-num-seqs: must be 1..4096; got 0"),
+            (&["--max-num-batched-tokens", "8"], "--max-num-batched-tokens: must be at least --max-num-seqs"),
+            (&["--max-lora-rank", "513"], "--max-lora-rank: must be 1..512"),
+            (&["--threads", "0"], "--threads"),
+            (&["--generation-config", "x"], "--generation-config"),
+            (&["--chat-template", "/nonexistent"], "--chat-template"),
+            (&["--adapter", "x"], "must be NAME=PATH"),
+            (&["--adapter", "a/b/c=."], "at most one `/`"),
+            (&["--adapter", "..=."], "--adapter ..: the name"),
+            (&["--adapter", "x=/nonexistent"], "no such directory"),
+            (&["--adapter", "x=.", "--adapter", "x=."], "given twice"),
+            (&["--adapter", "demo=."], "the base model is served under this name"),
+            (&["--adapter-dir", "/nonexistent"], "--adapter-dir: no such directory"),
+        ];
+        let data = tempfile::tempdir().unwrap();
+        for (typed, want) in cases {
+            let with_data = [typed, &["--data-dir", data.path().to_str().unwrap()][..]].concat();
+            let error = resolve(&with_data).expect_err(&format!("{typed:?}")).to_string();
+            assert!(error.contains(want), "{typed:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn adapter_names_follow_the_wire_contract() {
+        for good in ["a", "A-1", "org/name", "0.x_y-z"] {
+            assert!(is_adapter_name(good), "{good}");
+        }
+        for bad in ["", "/", "a/", "a/b/c", ".a", "a b", "a..b", "ä", "a:b", &"a".repeat(129)] {
+            assert!(!is_adapter_name(bad), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The shard: owns the weights and the arena, and executes steps. It decides nothing.
+//!
+//! [`Front`] takes every message: steps go to the one thread that owns the device ([`Executor`]), adapters are prepared on
+//! threads beside it, a ping is answered at once. Where the messages come from, a socket ([`process`]) or a channel
+//! ([`in_process`]), makes no difference here.
+
+mod batch;
+pub(crate) mod in_process;
+mod memory;
+mod options;
+pub(crate) mod process;
+mod run;
+mod sampling;
+mod slab;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::time::Instant;
+
+use loramux_proto::{Fatal, FromShard, Loading, PrepareAdapter, Pong, Step, ToShard, from_shard, to_shard};
+
+pub(crate) use options::{DtypeChoice, LoadFormatChoice, ShardOptions};
+use run::Executor;
+use slab::Slab;
+
+/// Takes what the shard has to say; safe to call from any of its threads.
+pub(crate) type Reply = Arc<dyn Fn(from_shard::Body) + Send + Sync>;
+
+/// Threads that read and pack adapters. More would only fight the kernels for cores and the disk for bandwidth.
+const PREPARE_THREADS: usize = 2;
+/// Preparations that may wait for them; the router bounds how many it asks for.
+const PREPARE_QUEUE_MAX: usize = 4096;
+
+/// Wraps a body for the wire.
+pub(crate) fn message(body: from_shard::Body) -> FromShard {
+    FromShard { body: Some(body) }
+}
+
+/// Loads the model and executes steps until the inbox closes or says so. Runs on the thread that owns the device.
+pub(crate) fn serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &Reply) {
+    if let Err(fatal) = try_serve(options, inbox, reply) {
+        reply(from_shard::Body::Fatal(Fatal { message: fatal }));
+    }
+}
+
+fn try_serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &Reply) -> Result<(), String> {
+    let started = Instant::now();
+    let mut executor = Executor::load(options, |what, done, total| {
+        reply(from_shard::Body::Loading(Loading { what: what.to_owned(), done, total }));
+    })
+    .map_err(|e| e.to_string())?;
+    let prepares = start_prepare_threads(&executor, reply)?;
+    let mut info = executor.info(options);
+    info.load_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    reply(from_shard::Body::Info(info));
+    while let Ok(ToShard { body: Some(body) }) = inbox.recv() {
+        match body {
+            to_shard::Body::Step(step) => run_step(&mut executor, &step, reply)?,
+            to_shard::Body::Prepare(prepare) => {
+                prepares.try_send(prepare).map_err(|_| "too many adapters are being prepared".to_owned())?;
+            }
+            to_shard::Body::DropAdapter(dropped) => executor.slab().remove(&dropped.content_id),
+            to_shard::Body::Ping(ping) => reply(from_shard::Body::Pong(Pong { nonce: ping.nonce })),
+            to_shard::Body::Shutdown(_) => break,
+        }
+    }
+    Ok(())
+}
+
+fn run_step(executor: &mut Executor, step: &Step, reply: &Reply) -> Result<(), String> {
+    let result = executor.run(step).map_err(|fault| fault.to_string())?;
+    reply(from_shard::Body::Step(result));
+    Ok(())
+}
+
+fn start_prepare_threads(executor: &Executor, reply: &Reply) -> Result<mpsc::SyncSender<PrepareAdapter>, String> {
+    let (sender, receiver) = mpsc::sync_channel::<PrepareAdapter>(PREPARE_QUEUE_MAX);
+    let receiver = Arc::new(std::sync::Mutex::new(receiver));
+    for n in 0..PREPARE_THREADS {
+        let (receiver, slab, reply) = (Arc::clone(&receiver), Arc::clone(executor.slab()), Arc::clone(reply));
+        let work = move || {
+            loop {
+                let next = receiver.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();
+                let Ok(prepare) = next else { return };
+                reply(from_shard::Body::Prepared(slab.prepare(&prepare)));
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("prepare-{n}"));
+        thread.spawn(work).map_err(|e| format!("cannot start a thread: {e}"))?;
+    }
+    Ok(sender)
+}
+
+/// Answers pings on the thread that reads messages, so that a long step does not look like a dead shard, and passes the
+/// rest on. False when the shard has ended.
+pub(crate) fn dispatch(received: ToShard, to_executor: &Sender<ToShard>, reply: &Reply) -> bool {
+    if let Some(to_shard::Body::Ping(ping)) = &received.body {
+        reply(from_shard::Body::Pong(Pong { nonce: ping.nonce }));
+        return true;
+    }
+    to_executor.send(received).is_ok()
+}
+
+/// Threads of the kernels. Called once in a process, before any op.
+pub(crate) fn set_threads(threads: Option<usize>) {
+    let Some(threads) = threads else { return };
+    if rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build_global().is_err() {
+        tracing::debug!("the thread pool was started before --threads was read");
+    }
+}
+
+/// Whether a path names a GGUF file, for messages.
+pub(crate) fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}

@@ -1,0 +1,141 @@
+//! The shard as a child process of the same binary: `loramux shard`. The two ends of one Unix socket pair; the child's is
+//! its standard input, so nothing has to be named, cleaned up or guarded on disk, and the child sees the end of the file
+//! when the parent dies, however it dies.
+
+use std::io::{self, BufReader};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use loramux_proto::{FromShard, ToShard, frame};
+use loramux_router::engine::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
+
+use super::{Reply, ShardOptions, dispatch, message, serve, set_threads};
+
+/// Starts children.
+pub(crate) struct ProcessLauncher {
+    /// This binary.
+    pub(crate) program: PathBuf,
+    pub(crate) options: ShardOptions,
+}
+
+impl ShardLauncher for ProcessLauncher {
+    fn launch(&mut self, reports: Reports) -> Result<Box<dyn Shard>, String> {
+        let options = serde_json::to_string(&self.options).map_err(|e| e.to_string())?;
+        let (ours, theirs) = UnixStream::pair().map_err(|e| format!("cannot make a socket pair: {e}"))?;
+        let child = Command::new(&self.program)
+            .args(["shard", "--options", &options])
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|e| format!("cannot start `{} shard`: {e}", self.program.display()))?;
+        tracing::debug!(pid = child.id(), "shard started");
+        let reader = ours.try_clone().map_err(|e| e.to_string())?;
+        let child = Arc::new(Mutex::new(child));
+        let watched = Arc::clone(&child);
+        let read = move || {
+            read_reports(reader, &reports);
+            reports.gone(exit_of(&watched));
+        };
+        std::thread::Builder::new().name("shard-reports".into()).spawn(read).map_err(|e| e.to_string())?;
+        Ok(Box::new(ChildShard { socket: ours, scratch: Vec::new(), child }))
+    }
+}
+
+struct ChildShard {
+    socket: UnixStream,
+    scratch: Vec<u8>,
+    child: Arc<Mutex<Child>>,
+}
+
+impl Shard for ChildShard {
+    fn send(&mut self, message: ToShard) -> Result<(), ShardGone> {
+        frame::write(&mut self.socket, &mut self.scratch, &message).map_err(|_| ShardGone)
+    }
+
+    fn kill(&mut self) {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        // An error means that it has ended already; waiting leaves no zombie.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+impl Drop for ChildShard {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn read_reports(socket: UnixStream, reports: &Reports) {
+    let (mut socket, mut scratch) = (BufReader::new(socket), Vec::new());
+    loop {
+        match frame::read::<FromShard>(&mut socket, &mut scratch) {
+            Ok(Some(message)) => reports.message(message),
+            Ok(None) => return,
+            Err(error) => {
+                tracing::debug!(%error, "the shard's socket failed");
+                return;
+            }
+        }
+    }
+}
+
+/// The socket closes when the child ends, a moment before its status can be read.
+fn exit_of(child: &Mutex<Child>) -> ShardExit {
+    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
+    let since = std::time::Instant::now();
+    loop {
+        let status = child.lock().unwrap_or_else(PoisonError::into_inner).try_wait();
+        match status {
+            Ok(Some(status)) => return describe(status),
+            Ok(None) if since.elapsed() < PATIENCE => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Ok(None) => {
+                let reason = "it closed its socket and did not exit".into();
+                return ShardExit { reason, killed_from_outside: false };
+            }
+            Err(e) => return ShardExit { reason: e.to_string(), killed_from_outside: false },
+        }
+    }
+}
+
+fn describe(status: ExitStatus) -> ShardExit {
+    let signal = status.signal();
+    let reason = match signal {
+        Some(signal) => format!("killed by signal {signal}"),
+        None => format!("exited with {}", status.code().unwrap_or_default()),
+    };
+    ShardExit { reason, killed_from_outside: signal == Some(libc::SIGKILL) }
+}
+
+/// The child's main: standard input is the socket.
+pub(crate) fn child_main(options: &ShardOptions) -> io::Result<()> {
+    set_threads(options.threads);
+    let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let writer = Mutex::new((socket.try_clone()?, Vec::new()));
+    let reply: Reply = Arc::new(move |body| {
+        let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let (socket, scratch) = &mut *writer;
+        // The parent is gone: nobody is left to work for.
+        if frame::write(socket, scratch, &message(body)).is_err() {
+            std::process::exit(0);
+        }
+    });
+    let (to_executor, inbox) = mpsc::channel();
+    let for_reader = Arc::clone(&reply);
+    std::thread::Builder::new().name("shard-inbox".into()).spawn(move || {
+        let (mut socket, mut scratch) = (BufReader::new(socket), Vec::new());
+        while let Ok(Some(received)) = frame::read::<ToShard>(&mut socket, &mut scratch) {
+            if !dispatch(received, &to_executor, &for_reader) {
+                return;
+            }
+        }
+        // The parent closed the socket or broke the protocol. A step may be running: do not wait for it.
+        std::process::exit(0);
+    })?;
+    serve(options, &inbox, &reply);
+    Ok(())
+}

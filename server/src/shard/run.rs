@@ -1,0 +1,218 @@
+//! Executes steps. Every decision was the scheduler's: this waits for no load and retries nothing.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use loramux_kernels::{AdapterTable, Arena, Dtype, KvLayout, OpError, copy_block, isa_name};
+use loramux_models::{Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelError};
+use loramux_proto::{Info, SlotGeneration, Step, StepResult};
+
+use super::batch::{BatchBuffers, BatchLimits, SeqState};
+use super::memory;
+use super::options::{DtypeChoice, LoadFormatChoice, ShardOptions};
+use super::sampling::Sampler;
+use super::slab::Slab;
+
+/// KV positions in a block.
+const BLOCK_TOKENS: usize = 16;
+/// A page is a whole number of blocks near this.
+const PAGE_BYTES_NEAR: usize = 2 << 20;
+/// Rows of logits at once: bounds the largest workspace, `rows * vocab * 4` bytes.
+const LOGIT_ROWS_MAX: usize = 64;
+/// Adapter slots at most, whatever the arena holds.
+const SLOTS_MAX: usize = 1 << 16;
+
+/// Why the shard cannot go on. A scheduler that obeys its own rules never causes one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ShardFault {
+    #[error("step names sequence {0}, which was never started")]
+    UnknownSequence(u64),
+    #[error("malformed step: {0}")]
+    Malformed(String),
+    #[error("upload of an adapter that is not in host memory: {0}")]
+    UnknownContent(String),
+    #[error(transparent)]
+    Op(OpError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+/// Why the shard could not start.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("cannot reserve {bytes} bytes for the arena: {error}; set --arena-bytes lower")]
+    Arena { bytes: u64, error: OpError },
+    #[error("--arena-bytes {bytes} is less than one sequence of {context} tokens needs ({needed}); set it higher or --max-model-len lower")]
+    ArenaTooSmall { bytes: u64, context: usize, needed: u64 },
+}
+
+/// Weights, arena, adapter table and the state of every running sequence.
+pub(crate) struct Executor {
+    decoder: Decoder,
+    arena: Arena,
+    table: AdapterTable,
+    slab: Arc<Slab>,
+    sequences: HashMap<u64, SeqState>,
+    buffers: BatchBuffers,
+    limits: BatchLimits,
+    sampler: Sampler,
+    dtype: Dtype,
+    context: usize,
+    slots_max: usize,
+    content_id: [u8; 32],
+    parameters: u64,
+    weight_bytes: u64,
+}
+
+impl Executor {
+    /// Reads the weights and reserves the arena.
+    pub(super) fn load(
+        options: &ShardOptions,
+        mut progress: impl FnMut(&str, u64, u64),
+    ) -> Result<Self, StartError> {
+        let load = LoadOptions { dtype: dtype(options.dtype), format: format(options.load_format), seed: options.seed };
+        let model = loramux_models::load(&options.model, &load, &mut |p| {
+            progress(&p.what, p.done_bytes, p.total_bytes);
+        })?;
+        let (dtype, content_id) = (model.dtype, model.content_id);
+        let (parameters, weight_bytes) = (model.parameters, model.weight_bytes);
+        let asked = options.context_tokens_max.map_or(usize::MAX, |tokens| tokens as usize);
+        let context = model.spec.context.min(asked);
+        let layout = model.spec.kv_layout(dtype, BLOCK_TOKENS, PAGE_BYTES_NEAR);
+        let step_tokens_max = options.step_tokens_max as usize;
+        let decoder_limits = DecoderLimits { step_tokens_max, logits_rows_max: LOGIT_ROWS_MAX };
+        let decoder = Decoder::new(model, decoder_limits)?;
+        let pages = arena_pages(options, &layout, context)?;
+        let arena = Arena::new(layout.page_bytes, pages)
+            .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
+        let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
+        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype, layout.page_bytes));
+        let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
+        Ok(Self {
+            decoder,
+            arena,
+            table: AdapterTable::new(slots_max),
+            slab,
+            sequences: HashMap::new(),
+            buffers: BatchBuffers::default(),
+            limits: BatchLimits { layout, blocks_total, step_tokens_max },
+            sampler: Sampler::default(),
+            dtype,
+            context,
+            slots_max,
+            content_id,
+            parameters,
+            weight_bytes,
+        })
+    }
+
+    pub(super) fn slab(&self) -> &Arc<Slab> {
+        &self.slab
+    }
+
+    /// What the router needs to plan.
+    pub(super) fn info(&self, options: &ShardOptions) -> Info {
+        let layout = &self.limits.layout;
+        Info {
+            model_id: options.model_id.clone(),
+            architecture: self.decoder.spec().family.clone(),
+            device: format!("cpu ({} threads)", rayon::current_num_threads()),
+            dtype: match self.dtype {
+                Dtype::F32 => "float32".into(),
+                Dtype::Bf16 => "bfloat16".into(),
+            },
+            vocab_size: self.decoder.spec().vocab as u32,
+            context_tokens: self.context as u32,
+            parameters: self.parameters,
+            weight_bytes: self.weight_bytes,
+            page_bytes: layout.page_bytes as u64,
+            pages_total: self.arena.pages() as u32,
+            blocks_per_page: layout.blocks_per_page() as u32,
+            block_tokens: layout.block_tokens as u32,
+            slots_max: self.slots_max as u32,
+            step_tokens_max: options.step_tokens_max,
+            seqs_max: options.seqs_max,
+            load_ms: 0,
+            base_content_id: self.content_id.to_vec(),
+            kernel_path: isa_name().to_owned(),
+        }
+    }
+
+    /// One forward pass.
+    pub(super) fn run(&mut self, step: &Step) -> Result<StepResult, ShardFault> {
+        let started = Instant::now();
+        for seq in &step.finishes {
+            self.sequences.remove(seq);
+        }
+        for copy in &step.copies {
+            copy_block(&mut self.arena, &self.limits.layout, copy.src, copy.dst)?;
+        }
+        let mut result = StepResult { id: step.id, uploaded: self.upload(step)?, ..StepResult::default() };
+        for start in &step.starts {
+            self.sequences.insert(start.seq, SeqState::new(start));
+        }
+        if !step.chunks.is_empty() {
+            self.buffers.fill(step, &self.sequences, &self.table, &self.limits)?;
+            self.decoder.forward(&self.buffers.batch, &mut self.arena, &self.table)?;
+            for rows in self.buffers.logit_rows.chunks(LOGIT_ROWS_MAX) {
+                self.sampler.rows.clear();
+                self.sampler.rows.extend(rows.iter().map(|row| row.row));
+                let logits = self.decoder.logits(&self.sampler.rows)?;
+                super::sampling::sample_rows(logits, rows, &self.sequences, &mut result);
+            }
+            for sample in &result.samples {
+                if let Some(seq) = self.sequences.get_mut(&sample.seq) {
+                    seq.tokens.push(sample.token);
+                }
+            }
+        }
+        result.compute_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(result)
+    }
+
+    fn upload(&mut self, step: &Step) -> Result<Vec<SlotGeneration>, ShardFault> {
+        let mut uploaded = Vec::with_capacity(step.uploads.len());
+        for upload in &step.uploads {
+            let unknown = || ShardFault::UnknownContent(upload.content_id.iter().map(|b| format!("{b:02x}")).collect());
+            let image = self.slab.get(&upload.content_id).ok_or_else(unknown)?;
+            self.table.publish(&mut self.arena, upload.slot, upload.generation, &image, &upload.pages)?;
+            uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
+        }
+        Ok(uploaded)
+    }
+}
+
+fn dtype(choice: DtypeChoice) -> Option<Dtype> {
+    match choice {
+        DtypeChoice::Auto => None,
+        DtypeChoice::Bf16 => Some(Dtype::Bf16),
+        DtypeChoice::F32 => Some(Dtype::F32),
+    }
+}
+
+fn format(choice: LoadFormatChoice) -> LoadFormat {
+    match choice {
+        LoadFormatChoice::Auto => LoadFormat::Auto,
+        LoadFormatChoice::Safetensors => LoadFormat::Safetensors,
+        LoadFormatChoice::Gguf => LoadFormat::Gguf,
+        LoadFormatChoice::Dummy => LoadFormat::Dummy,
+    }
+}
+
+/// Pages of the arena; at least one full context (and a page for an adapter) must fit.
+fn arena_pages(options: &ShardOptions, layout: &KvLayout, context: usize) -> Result<usize, StartError> {
+    let page = layout.page_bytes as u64;
+    let context_pages = context.div_ceil(layout.block_tokens).div_ceil(layout.blocks_per_page()) as u64;
+    let needed = (context_pages + 1) * page;
+    let useful = context_pages * page * u64::from(options.seqs_max) + (1 << 30);
+    let auto = || memory::arena_bytes_auto(memory::available_bytes(), useful).max(needed);
+    let bytes = options.arena_bytes.unwrap_or_else(auto);
+    if bytes < needed {
+        return Err(StartError::ArenaTooSmall { bytes, context, needed });
+    }
+    Ok(usize::try_from(bytes / page).unwrap_or(usize::MAX).min(u32::MAX as usize / layout.blocks_per_page()))
+}
+

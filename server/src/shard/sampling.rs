@@ -1,0 +1,98 @@
+//! From logits to samples: one row after another in parallel, each by its own sequence's parameters.
+
+use std::collections::HashMap;
+
+use loramux_kernels::sampler::{History, SampleParams, SampleScratch, logprob_of, sample, top_logprobs};
+use loramux_kernels::Rows;
+use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, SeqFault, StepResult, TokenLogprob};
+use rayon::prelude::*;
+
+use super::batch::{LogitRow, SeqState, Want};
+
+/// Kept from step to step.
+#[derive(Default)]
+pub(super) struct Sampler {
+    /// Rows of the batch whose logits are computed next.
+    pub(super) rows: Vec<u32>,
+}
+
+enum Outcome {
+    Sample(Sample),
+    Prompt(u64, PositionLogprobs),
+    Fault(SeqFault),
+}
+
+/// Works `logits` (`[rows.len(), vocab]`, overwritten) off into `result`.
+pub(super) fn sample_rows(
+    logits: &mut Rows,
+    rows: &[LogitRow],
+    sequences: &HashMap<u64, SeqState>,
+    result: &mut StepResult,
+) {
+    let vocab = logits.width();
+    let outcomes: Vec<Option<Outcome>> = logits
+        .as_f32_mut()
+        .par_chunks_mut(vocab)
+        .zip(rows.par_iter())
+        .map_init(SampleScratch::default, |scratch, (logits, row)| {
+            sequences.get(&row.seq).map(|seq| one_row(logits, row, seq, scratch))
+        })
+        .collect();
+    for outcome in outcomes.into_iter().flatten() {
+        match outcome {
+            Outcome::Sample(sample) => result.samples.push(sample),
+            Outcome::Fault(fault) => result.faults.push(fault),
+            Outcome::Prompt(seq, position) => match result.prompt_logprobs.last_mut() {
+                Some(last) if last.seq == seq => last.positions.push(position),
+                _ => result.prompt_logprobs.push(PromptLogprobs { seq, positions: vec![position] }),
+            },
+        }
+    }
+}
+
+fn one_row(logits: &mut [f32], row: &LogitRow, seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
+    match row.want {
+        Want::Sample => draw(logits, row.seq, seq, scratch),
+        Want::PromptLogprob { position } => {
+            let token = seq.tokens.get(position as usize).copied().unwrap_or_default();
+            let top = alternatives(logits, seq.sampling.prompt_logprobs.unwrap_or(0));
+            let logprob = logprob_of(logits, token);
+            Outcome::Prompt(row.seq, PositionLogprobs { position, logprob, top })
+        }
+    }
+}
+
+fn draw(logits: &mut [f32], id: u64, seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
+    let sampling = &seq.sampling;
+    let (prompt, generated) = seq.tokens.split_at(seq.prompt_tokens);
+    let ban = if seq.generated() < sampling.min_tokens as usize { sampling.end_tokens.as_slice() } else { &[] };
+    let params = SampleParams {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        repetition_penalty: sampling.repetition_penalty,
+        presence_penalty: sampling.presence_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        seed: sampling.seed,
+        ban,
+        logit_bias: &seq.bias,
+        allowed: &sampling.allowed_tokens,
+    };
+    // The raw distribution is reported, so it is read before penalties and temperature change the row.
+    let raw = sampling.logprobs.map(|k| (logits.to_vec(), k));
+    let position = seq.tokens.len() as u64;
+    match sample(logits, &params, &History { prompt, generated }, position, scratch) {
+        Ok(token) => {
+            let (logprob, top) =
+                raw.map_or((0.0, Vec::new()), |(raw, k)| (logprob_of(&raw, token), alternatives(&raw, k)));
+            Outcome::Sample(Sample { seq: id, token, logprob, top })
+        }
+        Err(error) => Outcome::Fault(SeqFault { seq: id, reason: error.to_string() }),
+    }
+}
+
+fn alternatives(logits: &[f32], k: u32) -> Vec<TokenLogprob> {
+    let top = top_logprobs(logits, k as usize);
+    top.into_iter().map(|(token, logprob)| TokenLogprob { token, logprob }).collect()
+}
