@@ -1,1 +1,46 @@
-//! kernels
+//! The arithmetic of loramux: one folder per op with its formula, its definition, its fast form and its tests.
+//!
+//! Activations are f32 on the CPU; weights, the KV cache and adapters are stored as [`Dtype`]. Every output element is one
+//! chain of fused multiply-adds in index order (a reduction that has to be spread over lanes has one fixed lane order), so
+//! a row gets the same bits alone and in any batch, whatever the tile, the thread count and the instruction set.
+
+mod activation;
+mod arena;
+mod attention;
+mod dtype;
+mod embedding;
+mod error;
+mod gather_rows;
+mod kv_cache;
+mod linear;
+mod lora;
+mod lora_expand;
+mod lora_shrink;
+mod norm;
+mod parallel;
+mod rope;
+mod rows;
+pub mod sampler;
+mod simd;
+#[cfg(test)]
+mod test_support;
+
+pub use activation::silu_mul;
+pub use arena::Arena;
+pub use attention::{AttnChunk, AttnSpec, paged_attention};
+pub use dtype::{Dtype, HostData};
+pub use embedding::embedding;
+pub use error::OpError;
+pub use gather_rows::gather_rows;
+pub use kv_cache::{KvLayout, KvSlot, copy_block};
+pub use linear::{PackedWeight, WeightPart, linear};
+pub use lora::{
+    AdapterImage, AdapterTable, LoraPart, LoraScratch, LoraSite, RANK_BLOCK, SLICES, Segment, Slice, SlotScale, WorkList,
+};
+pub use lora_expand::lora_expand;
+pub use lora_shrink::lora_shrink;
+pub use norm::{add, add_rms_norm, rms_norm};
+pub use parallel::in_pool;
+pub use rope::{RopeAngles, rope_store};
+pub use rows::Rows;
+pub use simd::isa_name;

@@ -3,5 +3,9 @@
 //! No device code and no model code: this crate decides, the shard executes.
 #![forbid(unsafe_code)]
 
+pub mod adapters;
 pub mod engine;
+pub mod http;
+pub mod metrics;
 pub mod scheduler;
+pub mod text;

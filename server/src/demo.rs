@@ -27,6 +27,8 @@ const FILES: &[(&str, &[u8])] = demo_files![
     "adapters/sql/adapter_model.safetensors",
     "adapters/shout/adapter_config.json",
     "adapters/shout/adapter_model.safetensors",
+    "adapters/emoji/adapter_config.json",
+    "adapters/emoji/adapter_model.safetensors",
 ];
 
 /// Where the files lie now.
@@ -72,7 +74,7 @@ mod tests {
         unpack(dir.path()).unwrap();
         assert_ne!(std::fs::read(&config).unwrap(), b"damaged");
         let names: Vec<_> = unpacked.adapters.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["pirate", "haiku", "sql", "shout"]);
+        assert_eq!(names, ["pirate", "haiku", "sql", "shout", "emoji"]);
         let bytes: usize = FILES.iter().map(|(_, bytes)| bytes.len()).sum();
         assert!(bytes <= 12 << 20, "{bytes}");
     }

@@ -63,11 +63,10 @@ fn bind(config: &Config) -> anyhow::Result<TcpListener> {
 
 fn load_text(config: &Config) -> anyhow::Result<TextModel> {
     let files = loramux_models::text_files(&config.shard.model)?;
-    let generation_config = files.generation_config.filter(|_| config.use_generation_config);
     let files = TextFiles {
         tokenizer_json: files.tokenizer_json,
         tokenizer_config: files.tokenizer_config,
-        generation_config,
+        generation_config: files.generation_config,
         chat_template: config.chat_template.clone().or(files.chat_template),
         special_tokens_map: files.special_tokens_map,
         config_eos: files.config_eos,
@@ -124,17 +123,18 @@ fn router_config(config: &Config) -> RouterConfig {
         served_names: config.served_names.clone(),
         model_root: if config.is_demo { "embedded".into() } else { config.shard.model.display().to_string() },
         adapters: config.adapters.clone(),
+        max_model_len: args.model.max_model_len,
+        use_generation_config: config.use_generation_config,
         adapter_dirs: config.adapter_dirs.clone(),
         api_keys: args.network.api_key.clone(),
         adapter_load_timeout: args.adapters.adapter_load_timeout,
         request_timeout: args.network.request_timeout,
         drain_timeout: args.network.drain_timeout,
         limits: HttpLimits {
-            body_bytes_max: args.network.max_body_bytes,
+            body_bytes: usize::try_from(args.network.max_body_bytes).unwrap_or(usize::MAX),
             connections_max: args.network.max_connections,
             n_max: args.engine.max_n,
-            sequences_max: args.engine.max_sequences_per_request,
-            composed_adapters_max: args.adapters.max_composed_adapters,
+            sequences_max: args.engine.max_sequences_per_request as usize,
             ..HttpLimits::default()
         },
     }

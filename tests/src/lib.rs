@@ -1,1 +1,5 @@
-//! Black-box tests live in `tests/tests`; this library holds their helpers.
+//! Reads this repository's own files, for `tests/tidy.rs`. The black-box tests are in `tests/python`.
+
+pub mod manifest;
+pub mod repository;
+pub mod source;

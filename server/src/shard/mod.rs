@@ -22,7 +22,6 @@ use loramux_proto::{Fatal, FromShard, Loading, PrepareAdapter, Pong, Step, ToSha
 
 pub(crate) use options::{DtypeChoice, LoadFormatChoice, ShardOptions};
 use run::Executor;
-use slab::Slab;
 
 /// Takes what the shard has to say; safe to call from any of its threads.
 pub(crate) type Reply = Arc<dyn Fn(from_shard::Body) + Send + Sync>;

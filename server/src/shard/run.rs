@@ -81,10 +81,9 @@ impl Executor {
         let (parameters, weight_bytes) = (model.parameters, model.weight_bytes);
         let asked = options.context_tokens_max.map_or(usize::MAX, |tokens| tokens as usize);
         let context = model.spec.context.min(asked);
-        let layout = model.spec.kv_layout(dtype, BLOCK_TOKENS, PAGE_BYTES_NEAR);
         let step_tokens_max = options.step_tokens_max as usize;
-        let decoder_limits = DecoderLimits { step_tokens_max, logits_rows_max: LOGIT_ROWS_MAX };
-        let decoder = Decoder::new(model, decoder_limits)?;
+        let decoder = Decoder::new(model, DecoderLimits { step_tokens_max, logits_rows_max: LOGIT_ROWS_MAX });
+        let layout = kv_layout(&decoder, dtype);
         let pages = arena_pages(options, &layout, context)?;
         let arena = Arena::new(layout.page_bytes, pages)
             .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
@@ -156,7 +155,7 @@ impl Executor {
         }
         if !step.chunks.is_empty() {
             self.buffers.fill(step, &self.sequences, &self.table, &self.limits)?;
-            self.decoder.forward(&self.buffers.batch, &mut self.arena, &self.table)?;
+            self.decoder.forward(&self.buffers.batch, &self.limits.layout, &mut self.arena, &self.table)?;
             for rows in self.buffers.logit_rows.chunks(LOGIT_ROWS_MAX) {
                 self.sampler.rows.clear();
                 self.sampler.rows.extend(rows.iter().map(|row| row.row));
@@ -183,6 +182,13 @@ impl Executor {
         }
         Ok(uploaded)
     }
+}
+
+/// Pages of as many blocks as fit in [`PAGE_BYTES_NEAR`], and at least one.
+fn kv_layout(decoder: &Decoder, dtype: Dtype) -> KvLayout {
+    let block_bytes = decoder.kv_layout(BLOCK_TOKENS, PAGE_BYTES_NEAR, dtype).block_bytes();
+    let page_bytes = (PAGE_BYTES_NEAR / block_bytes).max(1) * block_bytes;
+    decoder.kv_layout(BLOCK_TOKENS, page_bytes, dtype)
 }
 
 fn dtype(choice: DtypeChoice) -> Option<Dtype> {

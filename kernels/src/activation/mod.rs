@@ -1,0 +1,99 @@
+//! `out[t, k] = g / (1 + e^-g) * u` with `g = gate_up[t, k]`, `u = gate_up[t, i + k]`: SwiGLU's gate (arXiv:2002.05202).
+//!
+//! `gate_up: [rows, 2 i]` f32, `out: [rows, i]` f32. Elementwise, with the one `exp` of this crate. Allocates nothing.
+
+use crate::error::{OpError, same};
+use crate::parallel::{self, SharedMut};
+use crate::rows::Rows;
+use crate::simd::{Isa, Kernel, LANES, Simd, exp};
+
+/// `out = silu(gate) * up`; `out` gets the rows of `gate_up`.
+///
+/// # Errors
+/// [`OpError::Shape`] if `gate_up` is not twice as wide as `out`, [`OpError::Limit`] if `out` has no room.
+pub fn silu_mul(out: &mut Rows, gate_up: &Rows) -> Result<(), OpError> {
+    same("silu_mul", "width of gate_up", gate_up.width(), 2 * out.width())?;
+    out.set_rows(gate_up.rows())?;
+    let width = out.width();
+    run(Isa::best(), out.as_f32_mut(), gate_up.as_f32(), width);
+    Ok(())
+}
+
+fn run(isa: Isa, out: &mut [f32], gate_up: &[f32], width: usize) {
+    if width == 0 {
+        return;
+    }
+    let (rows, work_ns) = (out.len() / width, out.len() / 2);
+    let out = SharedMut::new(out);
+    parallel::for_each(rows, work_ns, |row| {
+        // SAFETY: row `row` of `out`; no other unit writes it.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.at(row * width), width) };
+        let (gate, up) = gate_up[2 * row * width..][..2 * width].split_at(width);
+        isa.run(SiluMul { out, gate, up });
+    });
+}
+
+/// One row.
+struct SiluMul<'a> {
+    out: &'a mut [f32],
+    gate: &'a [f32],
+    up: &'a [f32],
+}
+
+impl Kernel for SiluMul<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { out, gate, up } = self;
+        for ((out, gate), up) in out.chunks_mut(LANES).zip(gate.chunks(LANES)).zip(up.chunks(LANES)) {
+            // SAFETY: the three chunks have the same length.
+            unsafe {
+                let (gate, up) = (s.load_part(gate.as_ptr(), gate.len()), s.load_part(up.as_ptr(), up.len()));
+                let e = exp(s, s.sub(s.splat(0.0), gate));
+                let silu = s.div(gate, s.add(s.splat(1.0), e));
+                s.store_part(out.as_mut_ptr(), s.mul(silu, up), out.len());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::{Random, assert_close, bits};
+
+    #[test]
+    fn every_instruction_set_gives_the_formula_and_the_same_bits() {
+        for (seed, (rows, width)) in [(1, 1), (3, 17), (2, 64), (9, 1536)].into_iter().enumerate() {
+            let values: Vec<f32> =
+                Random::new(seed as u64).values(2 * rows * width).iter().map(|v| v * 20.0).collect();
+            let mut first = vec![f32::NAN; rows * width];
+            run(Isa::Portable, &mut first, &values, width);
+            let mut want = Vec::new();
+            for row in values.chunks(2 * width) {
+                let (gate, up) = row.split_at(width);
+                want.extend(gate.iter().zip(up).map(|(&g, &u)| f64::from(g) / (1.0 + (-f64::from(g)).exp()) * f64::from(u)));
+            }
+            assert_close(&first, &want, 1e-6, "silu_mul");
+            for isa in Isa::available() {
+                let mut got = vec![f32::NAN; rows * width];
+                run(isa, &mut got, &values, width);
+                assert_eq!(bits(&got), bits(&first), "{isa:?} {rows} x {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn far_ends_are_finite() {
+        let mut out = [f32::NAN; 4];
+        run(Isa::best(), &mut out, &[-1e30, -100.0, 100.0, 1e30, 1.0, 1.0, 1.0, 1.0], 4);
+        assert!(out[0].abs() < 1e-7 && out[1].abs() < 1e-7, "{out:?}");
+        assert_eq!(out[2..], [100.0, 1e30]);
+    }
+
+    #[test]
+    fn shapes_that_disagree_are_refused() {
+        let gate_up = Rows::zeros(2, 8);
+        assert!(matches!(silu_mul(&mut Rows::zeros(2, 5), &gate_up), Err(OpError::Shape { .. })));
+        assert!(matches!(silu_mul(&mut Rows::zeros(1, 4), &gate_up), Err(OpError::Limit { .. })));
+    }
+}

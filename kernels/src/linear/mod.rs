@@ -1,0 +1,28 @@
+//! `y[t, o] = sum over k of x[t, k] * w[o, k] (+ bias[o])`, one FMA chain per output in the order of k, then the bias.
+//!
+//! `x: [rows, d_in]` f32, `w: [d_out, d_in]` packed in f32 or bf16, `y: [rows, d_out]` f32. Allocates nothing.
+
+mod cpu;
+mod pack;
+#[cfg(test)]
+mod tests;
+
+pub use pack::{PackedWeight, WeightPart};
+
+use crate::error::{OpError, same};
+use crate::rows::Rows;
+use crate::simd::Isa;
+
+/// `y = x W^T (+ bias)`; `y` gets the rows of `x`.
+///
+/// # Errors
+/// [`OpError::Shape`] if `x.width() != w.d_in()`, `y.width() != w.d_out()` or the bias has another length;
+/// [`OpError::Limit`] if `y` has no room for the rows.
+pub fn linear(y: &mut Rows, x: &Rows, w: &PackedWeight, bias: Option<&[f32]>) -> Result<(), OpError> {
+    same("linear", "width of x", x.width(), w.d_in())?;
+    same("linear", "width of y", y.width(), w.d_out())?;
+    same("linear", "bias", bias.map_or(w.d_out(), <[f32]>::len), w.d_out())?;
+    y.set_rows(x.rows())?;
+    cpu::linear(Isa::best(), y.as_f32_mut(), x.as_f32(), w, bias);
+    Ok(())
+}

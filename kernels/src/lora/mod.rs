@@ -1,0 +1,58 @@
+//! Adapters: how they are packed, where they lie on the device, and which rows use which. The arithmetic is in
+//! `lora_shrink` and `lora_expand`: `y[t] += s_t * (x[t] A^T) B^T`, with A, B and s of row t's adapters (S-LoRA,
+//! arXiv:2311.03285; Punica, arXiv:2310.18547).
+//!
+//! Ranks come in blocks of 16, the last one filled with zeros. On the CPU an A block is `[d_in][16]` and a B block is
+//! `[16][d_out rounded up to 16]`, so that the lanes of the first product are ranks and those of the second are outputs.
+
+mod image;
+mod scratch;
+mod table;
+#[cfg(test)]
+mod tests;
+mod work;
+
+pub(crate) use image::b_stride;
+pub use image::{AdapterImage, LoraPart};
+pub use scratch::LoraScratch;
+pub use table::AdapterTable;
+pub(crate) use work::Run;
+pub use work::{Segment, SlotScale, WorkList};
+#[cfg(test)]
+pub(crate) mod fixture;
+
+/// Ranks of a block.
+pub const RANK_BLOCK: usize = 16;
+
+/// Matrices of a layer that an adapter can act on.
+pub const SLICES: usize = 7;
+
+/// A matrix of a layer that an adapter can act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Slice {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// The projection after attention.
+    O,
+    /// The gate of the MLP.
+    Gate,
+    /// The MLP's way up.
+    Up,
+    /// The MLP's way down.
+    Down,
+}
+
+/// Matrices that share one input and whose outputs lie side by side in one `y`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoraSite {
+    /// The matrices, such as `[Q, K, V]`.
+    pub slices: &'static [Slice],
+    /// For each of them its first column in `y` and its number of outputs.
+    pub cols: Vec<(usize, usize)>,
+    /// Inputs.
+    pub d_in: usize,
+}

@@ -1,0 +1,60 @@
+//! `v[t, r] = sum over k of x[t, k] * a[r, k]`, with the A of row t's adapter, one FMA chain in the order of k. First half
+//! of the LoRA delta.
+//!
+//! `x: [rows, d_in]` f32; `v`: a plane `[rows of the item][slices][16]` f32 per work item; A lies in rank blocks
+//! `[d_in][16]`. Rows in no work item are not read. Matrices that an adapter leaves alone are not written.
+//! Source: Punica (arXiv:2310.18547), SGMV.
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use crate::arena::Arena;
+use crate::error::{OpError, at_most, same};
+use crate::lora::{AdapterTable, LoraScratch, LoraSite, WorkList};
+use crate::rows::Rows;
+use crate::simd::Isa;
+
+/// Fills `v` for the matrices of `site` in layer `layer`.
+///
+/// # Errors
+/// [`OpError::Shape`] if `x` or an adapter disagrees with the site, [`OpError::Limit`] if an item's rows or the layer are
+/// not there, [`OpError::Stale`] if a slot has changed since the list was built.
+#[expect(clippy::too_many_arguments, reason = "what one launch takes; a struct would only rename them")]
+pub fn lora_shrink(
+    v: &mut LoraScratch,
+    x: &Rows,
+    arena: &Arena,
+    table: &AdapterTable,
+    layer: usize,
+    site: &LoraSite,
+    work: &WorkList,
+) -> Result<(), OpError> {
+    same("lora_shrink", "width of x", x.width(), site.d_in)?;
+    check_work("lora_shrink", x.rows(), table, layer, site, work)?;
+    let shrink = cpu::Shrink { x, arena, table, layer, site, work };
+    cpu::lora_shrink(Isa::best(), v.prepare(work.planes, site.slices.len()), &shrink);
+    Ok(())
+}
+
+/// What both halves rely on: items inside the batch, current slots, and blocks of the site's extents.
+pub(crate) fn check_work(
+    op: &'static str,
+    rows: usize,
+    table: &AdapterTable,
+    layer: usize,
+    site: &LoraSite,
+    work: &WorkList,
+) -> Result<(), OpError> {
+    same(op, "columns of the site", site.cols.len(), site.slices.len())?;
+    for item in &work.items {
+        at_most(op, "last row of an item", item.first_row as usize + item.rows as usize, rows)?;
+        for (&slice, &(_, d_out)) in site.slices.iter().zip(&site.cols) {
+            if let Some((_, desc)) = table.desc(item, layer, slice)? {
+                same(op, "d_in of an adapter", desc.d_in as usize, site.d_in)?;
+                same(op, "d_out of an adapter", desc.d_out as usize, d_out)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! The definition and the vector form.
+
+use crate::parallel::{self, SharedMut};
+use crate::simd::{Isa, Kernel, LANES, Simd};
+
+/// The definition.
+#[cfg(test)]
+pub(super) fn reference(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    let width = weight.len();
+    for (out, x) in out.chunks_mut(width).zip(x.chunks(width)) {
+        let mut lanes = [0.0f32; LANES];
+        for (k, x) in x.iter().enumerate() {
+            lanes[k % LANES] = x.mul_add(*x, lanes[k % LANES]);
+        }
+        let r = 1.0 / (crate::simd::sum_lanes(&lanes) / width as f32 + eps).sqrt();
+        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = (x * r) * weight;
+        }
+    }
+}
+
+pub(super) fn rms_norm(isa: Isa, out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    let width = weight.len();
+    if width == 0 {
+        return;
+    }
+    let rows = x.len() / width;
+    const ROWS: usize = 16;
+    let out = SharedMut::new(out);
+    parallel::for_each(rows.div_ceil(ROWS), x.len() / 4, |unit| {
+        let (first, end) = (unit * ROWS, ((unit + 1) * ROWS).min(rows));
+        for row in first..end {
+            // SAFETY: row `row` of `out`, which is as long as `x`; no other unit writes it.
+            let out = unsafe { std::slice::from_raw_parts_mut(out.at(row * width), width) };
+            isa.run(Norm { out, x: &x[row * width..][..width], weight, eps });
+        }
+    });
+}
+
+/// One row.
+struct Norm<'a> {
+    out: &'a mut [f32],
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+}
+
+impl Kernel for Norm<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { out, x, weight, eps } = self;
+        let mut sum = s.splat(0.0);
+        for x in x.chunks(LANES) {
+            // SAFETY: the chunk has this many elements. Lanes after it are zero, and adding 0 * 0 changes no sum of squares.
+            let x = unsafe { s.load_part(x.as_ptr(), x.len()) };
+            sum = s.fma(x, x, sum);
+        }
+        let r = s.splat(1.0 / (s.sum(sum) / x.len() as f32 + eps).sqrt());
+        for ((out, x), weight) in out.chunks_mut(LANES).zip(x.chunks(LANES)).zip(weight.chunks(LANES)) {
+            // SAFETY: the three chunks have the same length.
+            unsafe {
+                let (x, weight) = (s.load_part(x.as_ptr(), x.len()), s.load_part(weight.as_ptr(), weight.len()));
+                s.store_part(out.as_mut_ptr(), s.mul(s.mul(x, r), weight), out.len());
+            }
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Sixteen f32 lanes on every machine. A kernel is written once over [`Simd`] and compiled for each instruction set, so
+//! that all of them do the same IEEE operations in the same order and give the same bits.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod math;
+mod portable;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use math::exp;
+#[cfg(test)]
+pub(crate) use math::exp_one;
+
+use std::sync::OnceLock;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// A cache line of packed values: 16 f32, or 32 bf16 as 16 pairs (low half: lane `i`, high half: lane `i + 16`).
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(64))]
+pub(crate) struct Line(pub(crate) [u32; LANES]);
+
+/// An instruction set. Larger is faster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Isa {
+    /// What the compiler makes of plain loops.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Isa {
+    /// The fastest this machine has.
+    pub(crate) fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().pop().unwrap_or(Self::Portable))
+    }
+
+    /// All that this machine has, slowest first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut found = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                found.push(Self::Avx2);
+            }
+            let all = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if all && found.contains(&Self::Avx2) {
+                found.push(Self::Avx512);
+            }
+        }
+        found
+    }
+
+    /// Runs `kernel` with this instruction set.
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        debug_assert!(Self::available().contains(&self), "{self:?} is not available on this machine");
+        match self {
+            Self::Portable => kernel.run(portable::Portable),
+            // SAFETY: an `Isa` other than `Portable` is only made by `available`, which asked the processor.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { avx2::run(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { avx512::run(kernel) },
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => kernel.run(portable::Portable),
+        }
+    }
+}
+
+/// The instruction set the ops use on this machine: `avx512`, `avx2` or `portable`.
+#[must_use]
+pub fn isa_name() -> &'static str {
+    match Isa::best() {
+        Isa::Portable => "portable",
+        Isa::Avx2 => "avx2",
+        Isa::Avx512 => "avx512",
+    }
+}
+
+/// Work that is compiled once for each instruction set. `run` and all that it calls with `S` must be `#[inline(always)]`:
+/// only what is inlined into the entry function gets the entry function's instructions.
+pub(crate) trait Kernel {
+    /// Does the work.
+    fn run<S: Simd>(self, simd: S);
+}
+
+/// Operations on 16 f32 lanes. A value of the type is the proof that the processor has the instructions.
+pub(crate) trait Simd: Copy {
+    /// 16 lanes.
+    type V: Copy;
+    /// Rows of a tile of the dense product that fit the registers, with two panels or with one.
+    const TILE_ROWS: usize;
+
+    fn splat(self, x: f32) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a > b ? a : b`
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a < b ? a : b`
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a < b ? x : y`, lane by lane.
+    fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// `a` as bits plus `n` as bits shifted left by 23: `a * 2^k` when `n`'s low bits hold `k`.
+    fn add_to_exponent(self, a: Self::V, n: Self::V) -> Self::V;
+    fn to_array(self, a: Self::V) -> [f32; LANES];
+
+    /// # Safety
+    /// 16 f32 must be readable at `p`.
+    unsafe fn load(self, p: *const f32) -> Self::V;
+    /// # Safety
+    /// 16 f32 must be writable at `p`.
+    unsafe fn store(self, p: *mut f32, a: Self::V);
+    /// 16 bf16 in order.
+    /// # Safety
+    /// 16 u16 must be readable at `p`.
+    unsafe fn load_bf16(self, p: *const u16) -> Self::V;
+    /// 32 bf16 of a [`Line`]: the low halves, then the high halves.
+    /// # Safety
+    /// 64 bytes must be readable at `p`.
+    unsafe fn load_pair(self, p: *const Line) -> [Self::V; 2];
+    /// Asks for the cache line at `p`, which need not be a valid address.
+    fn prefetch(self, p: *const u8);
+
+    /// The first `n <= 16` lanes from `p`, zeros after them.
+    /// # Safety
+    /// `n` f32 must be readable at `p`.
+    #[inline(always)]
+    unsafe fn load_part(self, p: *const f32, n: usize) -> Self::V {
+        let mut lanes = [0.0f32; LANES];
+        // SAFETY: the caller vouches for `n` elements at `p`; `lanes` has 16.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, lanes.as_mut_ptr(), n.min(LANES));
+            self.load(lanes.as_ptr())
+        }
+    }
+
+    /// Stores the first `n <= 16` lanes.
+    /// # Safety
+    /// `n` f32 must be writable at `p`.
+    #[inline(always)]
+    unsafe fn store_part(self, p: *mut f32, a: Self::V, n: usize) {
+        let lanes = self.to_array(a);
+        // SAFETY: the caller vouches for `n` elements at `p`; `lanes` has 16.
+        unsafe { std::ptr::copy_nonoverlapping(lanes.as_ptr(), p, n.min(LANES)) }
+    }
+
+    /// The sum of the lanes by [`sum_lanes`].
+    #[inline(always)]
+    fn sum(self, a: Self::V) -> f32 {
+        sum_lanes(&self.to_array(a))
+    }
+}
+
+/// The one order in which 16 lanes are added: halves, then quarters, then pairs.
+#[inline(always)]
+pub(crate) fn sum_lanes(lanes: &[f32; LANES]) -> f32 {
+    let mut lanes = *lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}

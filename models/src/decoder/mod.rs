@@ -1,0 +1,144 @@
+//! The one decoder stack: embedding, layers, norm, head. A model family is never asked for here; [`DecoderSpec`] and the
+//! packed weights say all there is to know.
+
+mod batch;
+mod layer;
+
+pub use batch::Batch;
+
+use crate::error::ModelError;
+use crate::rope;
+use crate::spec::DecoderSpec;
+use crate::weights::{Model, Weights};
+use layer::{Sites, StepInputs};
+use loramux_kernels::{
+    AdapterTable, Arena, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, embedding, gather_rows,
+    linear, rms_norm,
+};
+
+/// Sizes of the decoder's workspaces, which are allocated once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecoderLimits {
+    /// Rows of the largest step.
+    pub step_tokens_max: usize,
+    /// Rows of logits computed at a time.
+    pub logits_rows_max: usize,
+}
+
+/// A loaded model with its workspaces. One step at a time: [`Decoder::forward`], then [`Decoder::logits`] for the rows
+/// that are wanted. Allocates nothing between construction and drop.
+pub struct Decoder {
+    spec: DecoderSpec,
+    weights: Weights,
+    dtype: Dtype,
+    attention: AttnSpec,
+    sites: Sites,
+    space: Workspace,
+    picked: Rows,
+    logits: Rows,
+}
+
+/// Activations of one step, `[step_tokens_max, ...]` each.
+pub(crate) struct Workspace {
+    residual: Rows,
+    normed: Rows,
+    qkv: Rows,
+    attended: Rows,
+    projected: Rows,
+    gate_up: Rows,
+    activated: Rows,
+    rope: RopeAngles,
+    lora: LoraScratch,
+}
+
+impl Workspace {
+    fn new(spec: &DecoderSpec, rows: usize) -> Self {
+        let qkv_width = spec.q_width() + 2 * spec.kv_width();
+        Self {
+            residual: Rows::zeros(rows, spec.hidden),
+            normed: Rows::zeros(rows, spec.hidden),
+            qkv: Rows::zeros(rows, qkv_width),
+            attended: Rows::zeros(rows, spec.q_width()),
+            projected: Rows::zeros(rows, spec.hidden),
+            gate_up: Rows::zeros(rows, 2 * spec.intermediate),
+            activated: Rows::zeros(rows, spec.intermediate),
+            rope: RopeAngles::new(rope::inv_freq(&spec.rope), 1.0, rows),
+            lora: LoraScratch::default(),
+        }
+    }
+}
+
+impl Decoder {
+    /// Takes a model and allocates every workspace.
+    pub fn new(model: Model, limits: DecoderLimits) -> Self {
+        let Model { spec, weights, dtype, .. } = model;
+        let scale = (spec.head_dim as f32).sqrt().recip();
+        Self {
+            attention: AttnSpec { heads: spec.heads, scale, window: spec.window },
+            sites: Sites::new(&spec),
+            space: Workspace::new(&spec, limits.step_tokens_max),
+            picked: Rows::zeros(limits.logits_rows_max, spec.hidden),
+            logits: Rows::zeros(limits.logits_rows_max, spec.vocab),
+            spec,
+            weights,
+            dtype,
+        }
+    }
+
+    /// Architecture of the model.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// Storage type of the weights, and the natural one for adapters and the KV cache.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// How this model's KV cache lies in pages.
+    pub fn kv_layout(&self, block_tokens: usize, page_bytes: usize, dtype: Dtype) -> KvLayout {
+        let DecoderSpec { layers, kv_heads, head_dim, .. } = self.spec;
+        KvLayout { layers, kv_heads, head_dim, block_tokens, dtype, page_bytes }
+    }
+
+    /// Runs one step: stores keys and values in the arena and leaves the final normed hidden states inside.
+    ///
+    /// # Errors
+    /// [`ModelError::Op`] if the batch disagrees with itself, passes a limit or names a token outside the vocabulary.
+    pub fn forward(
+        &mut self,
+        batch: &Batch,
+        layout: &KvLayout,
+        arena: &mut Arena,
+        table: &AdapterTable,
+    ) -> Result<(), ModelError> {
+        let Self { spec, weights, attention, sites, space, .. } = self;
+        for (what, got) in [("positions", batch.positions.len()), ("KV slots", batch.kv_slots.len())] {
+            if got != batch.rows() {
+                return Err(OpError::Shape { op: "decoder", what, got, want: batch.rows() }.into());
+            }
+        }
+        embedding(&mut space.residual, &weights.embedding, &batch.tokens)?;
+        space.rope.fill(&batch.positions)?;
+        let mut norms =
+            weights.layers.iter().map(|layer| layer.attention_norm.as_slice()).chain([weights.final_norm.as_slice()]);
+        let first = norms.next().expect("a chain that ends in the final norm is not empty");
+        rms_norm(&mut space.normed, &space.residual, first, spec.rms_eps)?;
+        let step = StepInputs { batch, table, layout, attention, sites, rms_eps: spec.rms_eps };
+        for (layer, (weights, next_norm)) in weights.layers.iter().zip(norms).enumerate() {
+            layer::forward(layer, weights, next_norm, &step, arena, space)?;
+        }
+        Ok(())
+    }
+
+    /// Logits of the given rows of the last step: `[rows.len(), vocab]`, for at most `logits_rows_max` rows a call.
+    ///
+    /// # Errors
+    /// [`ModelError::Op`] for a row outside the last step or too many rows.
+    pub fn logits(&mut self, rows: &[u32]) -> Result<&mut Rows, ModelError> {
+        gather_rows(&mut self.picked, &self.space.normed, rows)?;
+        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
+        linear(&mut self.logits, &self.picked, head, None)?;
+        Ok(&mut self.logits)
+    }
+}

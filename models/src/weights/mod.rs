@@ -1,0 +1,358 @@
+//! Loading a base model: find the files, check every name and shape, then read, convert and pack tensor by tensor, so
+//! that peak memory is the weights plus one tensor.
+
+mod checkpoint;
+mod dummy;
+pub(crate) mod gguf_header;
+pub(crate) mod gguf_tokenizer;
+pub(crate) mod gguf_weights;
+pub(crate) mod safetensors;
+
+use crate::error::ModelError;
+use crate::families::{TensorId, TensorKind};
+use crate::files::{self, FileFault};
+use crate::spec::DecoderSpec;
+use loramux_kernels::{Dtype, HostData, PackedWeight, WeightPart};
+use safetensors::TensorData;
+use std::path::{Path, PathBuf};
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// Safetensors if the directory has them, else GGUF.
+    #[default]
+    Auto,
+    /// `model.safetensors`, or the shards of `model.safetensors.index.json`.
+    Safetensors,
+    /// A `.gguf` file, or the only one in the directory.
+    Gguf,
+    /// Seeded random weights of the shapes in `config.json`; for benchmarks.
+    Dummy,
+}
+
+/// How to load a model.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LoadOptions {
+    /// Storage type of the weights. `None`: f32 for a checkpoint in f32, else bf16.
+    pub dtype: Option<Dtype>,
+    /// Where the weights come from.
+    pub format: LoadFormat,
+    /// Seed of [`LoadFormat::Dummy`].
+    pub seed: u64,
+}
+
+/// How far a load is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The tensor group being packed.
+    pub what: String,
+    /// Bytes of the files read so far.
+    pub done_bytes: u64,
+    /// Bytes to read in all.
+    pub total_bytes: u64,
+}
+
+/// A loaded model: weights packed for this machine.
+pub struct Model {
+    /// Architecture.
+    pub spec: DecoderSpec,
+    /// Packed tensors.
+    pub weights: Weights,
+    /// Storage type of the weights.
+    pub dtype: Dtype,
+    /// Memory of the packed weights in bytes.
+    pub weight_bytes: u64,
+    /// Number of parameters; a tied head counts once.
+    pub parameters: u64,
+    /// SHA-256 over the config and every file's name, size and header: the base model's identity.
+    pub content_id: [u8; 32],
+}
+
+/// Packed tensors of a decoder.
+pub struct Weights {
+    pub(crate) embedding: PackedWeight,
+    /// `None` when the head is the embedding.
+    pub(crate) head: Option<PackedWeight>,
+    pub(crate) final_norm: Vec<f32>,
+    pub(crate) layers: Vec<LayerWeights>,
+}
+
+/// Packed tensors of one layer; q, k and v are one matrix, gate and up another.
+pub(crate) struct LayerWeights {
+    pub(crate) attention_norm: Vec<f32>,
+    pub(crate) qkv: PackedWeight,
+    pub(crate) qkv_bias: Option<Vec<f32>>,
+    pub(crate) output: PackedWeight,
+    pub(crate) mlp_norm: Vec<f32>,
+    pub(crate) gate_up: PackedWeight,
+    pub(crate) down: PackedWeight,
+}
+
+/// Loads a model from a Hugging Face directory or a GGUF file, calling `progress` after each group of tensors.
+///
+/// # Errors
+/// [`ModelError`]; names and shapes of all tensors are checked before any is read, so a missing or unread tensor
+/// is reported at once and with the full list.
+pub fn load(path: &Path, options: &LoadOptions, progress: &mut dyn FnMut(Progress)) -> Result<Model, ModelError> {
+    match locate(path, options.format)? {
+        Location::Checkpoint(dir) => {
+            let mut source = checkpoint::Checkpoint::open(&dir)?;
+            build(&mut source, options.dtype, progress)
+        }
+        Location::Gguf(file) => {
+            let mut source = gguf_weights::GgufWeights::open(&file)?;
+            build(&mut source, options.dtype, progress)
+        }
+        Location::Dummy(dir) => {
+            let mut source = dummy::DummyWeights::open(&dir, options.seed)?;
+            build(&mut source, options.dtype, progress)
+        }
+    }
+}
+
+/// A place tensors are read from.
+pub(crate) trait WeightSource {
+    /// Architecture, from the config or the header.
+    fn spec(&self) -> &DecoderSpec;
+    /// Identity of the model.
+    fn content_id(&self) -> [u8; 32];
+    /// What [`LoadOptions::dtype`] `None` means here.
+    fn natural_dtype(&self) -> Dtype;
+    /// Bytes that [`WeightSource::read`] will read in all.
+    fn total_bytes(&self) -> u64;
+    /// Bytes that [`WeightSource::read`] has read.
+    fn done_bytes(&self) -> u64;
+    /// Checks that exactly `expected` is there, each in its shape.
+    fn check(&self, expected: &[Expected]) -> Result<(), ModelError>;
+    /// Reads one tensor of those checked.
+    fn read(&mut self, expected: &Expected) -> Result<TensorData, ModelError>;
+}
+
+/// A tensor that the decoder reads, and its shape `[d_out, d_in]` or `[width]`.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    pub(crate) id: TensorId,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl Expected {
+    fn count(&self) -> u64 {
+        self.shape.iter().map(|&extent| extent as u64).product()
+    }
+}
+
+/// Shape of one tensor of a model.
+fn shape(spec: &DecoderSpec, kind: TensorKind) -> Vec<usize> {
+    use TensorKind as K;
+    match kind {
+        K::Embedding | K::Head => vec![spec.vocab, spec.hidden],
+        K::FinalNorm | K::AttentionNorm | K::MlpNorm => vec![spec.hidden],
+        K::Query => vec![spec.q_width(), spec.hidden],
+        K::Key | K::Value => vec![spec.kv_width(), spec.hidden],
+        K::QueryBias => vec![spec.q_width()],
+        K::KeyBias | K::ValueBias => vec![spec.kv_width()],
+        K::Output => vec![spec.hidden, spec.q_width()],
+        K::Gate | K::Up => vec![spec.intermediate, spec.hidden],
+        K::Down => vec![spec.hidden, spec.intermediate],
+    }
+}
+
+/// Every tensor the decoder reads.
+fn expected(spec: &DecoderSpec) -> Vec<Expected> {
+    use TensorKind as K;
+    let mut ids = vec![TensorId::global(K::Embedding), TensorId::global(K::FinalNorm)];
+    if !spec.tied_head {
+        ids.push(TensorId::global(K::Head));
+    }
+    let in_layer =
+        [K::AttentionNorm, K::Query, K::Key, K::Value, K::Output, K::MlpNorm, K::Gate, K::Up, K::Down].into_iter();
+    let biases = if spec.qkv_bias { &[K::QueryBias, K::KeyBias, K::ValueBias][..] } else { &[] };
+    let kinds: Vec<TensorKind> = in_layer.chain(biases.iter().copied()).collect();
+    for layer in 0..spec.layers {
+        ids.extend(kinds.iter().map(|&kind| TensorId::in_layer(layer, kind)));
+    }
+    ids.into_iter().map(|id| Expected { id, shape: shape(spec, id.kind) }).collect()
+}
+
+fn build(
+    source: &mut dyn WeightSource,
+    dtype: Option<Dtype>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Model, ModelError> {
+    let spec = source.spec().clone();
+    let expected = expected(&spec);
+    source.check(&expected)?;
+    let parameters = expected.iter().map(Expected::count).sum();
+    let dtype = dtype.unwrap_or_else(|| source.natural_dtype());
+    let mut packer = Packer { source, spec: &spec, dtype, weight_bytes: 0, progress };
+    let weights = packer.weights()?;
+    let weight_bytes = packer.weight_bytes;
+    let content_id = source.content_id();
+    Ok(Model { spec, weights, dtype, weight_bytes, parameters, content_id })
+}
+
+/// Reads tensors in the order of the forward pass and packs them.
+struct Packer<'a> {
+    source: &'a mut dyn WeightSource,
+    spec: &'a DecoderSpec,
+    dtype: Dtype,
+    weight_bytes: u64,
+    progress: &'a mut dyn FnMut(Progress),
+}
+
+impl Packer<'_> {
+    fn weights(&mut self) -> Result<Weights, ModelError> {
+        use TensorKind as K;
+        let embedding = self.matrix(0, &[K::Embedding])?;
+        let layers = (0..self.spec.layers).map(|layer| self.layer(layer)).collect::<Result<Vec<_>, _>>()?;
+        let final_norm = self.vector(0, &[K::FinalNorm])?;
+        let head = if self.spec.tied_head { None } else { Some(self.matrix(0, &[K::Head])?) };
+        self.report("head");
+        Ok(Weights { embedding, head, final_norm, layers })
+    }
+
+    fn layer(&mut self, layer: usize) -> Result<LayerWeights, ModelError> {
+        use TensorKind as K;
+        let weights = LayerWeights {
+            attention_norm: self.vector(layer, &[K::AttentionNorm])?,
+            qkv: self.matrix(layer, &[K::Query, K::Key, K::Value])?,
+            qkv_bias: match self.spec.qkv_bias {
+                true => Some(self.vector(layer, &[K::QueryBias, K::KeyBias, K::ValueBias])?),
+                false => None,
+            },
+            output: self.matrix(layer, &[K::Output])?,
+            mlp_norm: self.vector(layer, &[K::MlpNorm])?,
+            gate_up: self.matrix(layer, &[K::Gate, K::Up])?,
+            down: self.matrix(layer, &[K::Down])?,
+        };
+        self.report(&format!("layer {layer}"));
+        Ok(weights)
+    }
+
+    fn read(&mut self, layer: usize, kind: TensorKind) -> Result<TensorData, ModelError> {
+        let id = TensorId::in_layer(layer, kind);
+        self.source.read(&Expected { id, shape: shape(self.spec, kind) })
+    }
+
+    fn matrix(&mut self, layer: usize, kinds: &[TensorKind]) -> Result<PackedWeight, ModelError> {
+        let tensors = kinds.iter().map(|&kind| self.read(layer, kind)).collect::<Result<Vec<_>, _>>()?;
+        let parts: Vec<WeightPart> = kinds
+            .iter()
+            .zip(&tensors)
+            .map(|(&kind, data)| {
+                let shape = shape(self.spec, kind);
+                WeightPart { data: host_data(data), d_out: shape[0], d_in: shape[1] }
+            })
+            .collect();
+        let packed = PackedWeight::pack(self.dtype, &parts)?;
+        self.weight_bytes += packed.bytes() as u64;
+        Ok(packed)
+    }
+
+    fn vector(&mut self, layer: usize, kinds: &[TensorKind]) -> Result<Vec<f32>, ModelError> {
+        let mut values = Vec::new();
+        for &kind in kinds {
+            values.extend(self.read(layer, kind)?.into_f32());
+        }
+        self.weight_bytes += 4 * values.len() as u64;
+        Ok(values)
+    }
+
+    fn report(&mut self, what: &str) {
+        let (done_bytes, total_bytes) = (self.source.done_bytes(), self.source.total_bytes());
+        (self.progress)(Progress { what: what.to_owned(), done_bytes, total_bytes });
+    }
+}
+
+fn host_data(data: &TensorData) -> HostData<'_> {
+    match data {
+        TensorData::F32(values) => HostData::F32(values),
+        TensorData::F16(values) => HostData::F16(values),
+        TensorData::Bf16(values) => HostData::Bf16(values),
+    }
+}
+
+/// What a path turned out to be.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Location {
+    Checkpoint(PathBuf),
+    Gguf(PathBuf),
+    Dummy(PathBuf),
+}
+
+/// Decides what `path` is, without reading weights.
+pub(crate) fn locate(path: &Path, format: LoadFormat) -> Result<Location, ModelError> {
+    let not_found = |reason: &str| ModelError::NotFound { path: path.to_owned(), reason: reason.to_owned() };
+    let metadata = std::fs::metadata(path).map_err(|_| not_found("no such file or directory"))?;
+    if !metadata.is_dir() {
+        return match format {
+            LoadFormat::Auto | LoadFormat::Gguf => Ok(Location::Gguf(path.to_owned())),
+            LoadFormat::Safetensors | LoadFormat::Dummy => {
+                Err(not_found("a directory with config.json is wanted here"))
+            }
+        };
+    }
+    if format == LoadFormat::Dummy {
+        return Ok(Location::Dummy(path.to_owned()));
+    }
+    let has = |name: &str| path.join(name).exists();
+    let checkpoint = has(checkpoint::SINGLE) || has(checkpoint::INDEX);
+    if checkpoint && format != LoadFormat::Gguf {
+        return Ok(Location::Checkpoint(path.to_owned()));
+    }
+    if format != LoadFormat::Safetensors {
+        let mut ggufs = gguf_files(path)?;
+        match (ggufs.pop(), ggufs.is_empty()) {
+            (Some(file), true) => return Ok(Location::Gguf(file)),
+            (Some(_), false) => return Err(not_found("several .gguf files: name the one to load")),
+            (None, _) => {}
+        }
+    }
+    if has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+        let reason = "pickle files can run code; convert the checkpoint to safetensors";
+        return Err(ModelError::unsupported(path.display().to_string(), "pytorch_model.bin", reason));
+    }
+    Err(not_found("holds neither model.safetensors, model.safetensors.index.json nor a .gguf file"))
+}
+
+fn gguf_files(dir: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let io = |source| ModelError::Io { path: dir.to_owned(), source };
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(io)? {
+        let path = entry.map_err(io)?.path();
+        if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Reads a whole small file of a model directory.
+pub(crate) fn read_small(path: &Path, bytes_max: u64) -> Result<Vec<u8>, ModelError> {
+    files::read_bounded(path, bytes_max).map_err(|fault| model_fault(path, bytes_max, fault))
+}
+
+/// As [`read_small`], for text.
+pub(crate) fn read_text(path: &Path, bytes_max: u64) -> Result<String, ModelError> {
+    String::from_utf8(read_small(path, bytes_max)?).map_err(|_| ModelError::invalid(file_name(path), "not UTF-8"))
+}
+
+pub(crate) fn model_fault(path: &Path, bytes_max: u64, fault: FileFault) -> ModelError {
+    match fault {
+        FileFault::Absent => ModelError::NotFound { path: path.to_owned(), reason: "no such file".to_owned() },
+        FileFault::NotRegular => ModelError::invalid(file_name(path), "not a regular file"),
+        FileFault::TooLarge { bytes } => ModelError::TooLarge {
+            file: file_name(path),
+            what: "the file's size in bytes".to_owned(),
+            found: bytes,
+            limit: bytes_max,
+        },
+        FileFault::Io(source) => ModelError::Io { path: path.to_owned(), source },
+    }
+}
+
+/// The last component of a path, for messages.
+pub(crate) fn file_name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+}

@@ -1,0 +1,100 @@
+//! What the HTTP side is told at start.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of the HTTP side, as meant.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    /// Names of the base model; the first is shown. At least one.
+    pub served_names: Vec<String>,
+    /// `--adapter name=path`.
+    pub adapters: Vec<(String, PathBuf)>,
+    /// `--adapter-dir`: each sub-directory is an adapter.
+    pub adapter_dirs: Vec<PathBuf>,
+    /// `--api-key`. Empty: the server is open.
+    pub api_keys: Vec<String>,
+    /// Locator of the base model, shown as `root`.
+    pub model_root: String,
+    /// `--max-model-len`: at most this many tokens, prompt and completion.
+    pub max_model_len: Option<u32>,
+    /// Use the sampling defaults of `generation_config.json`.
+    pub use_generation_config: bool,
+    /// Bounds on connections, bodies and requests.
+    pub limits: HttpLimits,
+    /// How long a request waits for its adapter.
+    pub adapter_load_timeout: Duration,
+    /// How long a request may take; `None` = as long as it needs.
+    pub request_timeout: Option<Duration>,
+    /// How long a shutdown waits for running requests.
+    pub drain_timeout: Duration,
+}
+
+impl Default for RouterConfig {
+    fn default() -> Self {
+        Self {
+            served_names: vec!["base".into()],
+            adapters: Vec::new(),
+            adapter_dirs: Vec::new(),
+            api_keys: Vec::new(),
+            model_root: String::new(),
+            max_model_len: None,
+            use_generation_config: true,
+            limits: HttpLimits::default(),
+            adapter_load_timeout: Duration::from_secs(30),
+            request_timeout: None,
+            drain_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Bounds on what comes from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HttpLimits {
+    /// Bytes of a body (413).
+    pub body_bytes: usize,
+    /// Bytes of all headers (431).
+    pub header_bytes: usize,
+    /// Headers (431).
+    pub headers_max: usize,
+    /// From the connection's (or the last reply's) end to a complete head.
+    pub header_timeout: Duration,
+    /// From the head to the end of the body (408).
+    pub body_timeout: Duration,
+    /// A connection without a request is closed after this.
+    pub idle_timeout: Duration,
+    /// Open connections; more are refused.
+    pub connections_max: usize,
+    /// The same for one address.
+    pub connections_per_address_max: usize,
+    /// `n` and `best_of`.
+    pub n_max: u32,
+    /// prompts x adapters x n.
+    pub sequences_max: usize,
+    /// Events that may wait for a client that does not read ..
+    pub stalled_events: usize,
+    /// .. for this long, before its request is cancelled.
+    pub stalled_timeout: Duration,
+    /// A stream without events gets a comment this often.
+    pub ping_every: Duration,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            body_bytes: 4 * 1024 * 1024,
+            header_bytes: 64 * 1024,
+            headers_max: 100,
+            header_timeout: Duration::from_secs(5),
+            body_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(75),
+            connections_max: 16_384,
+            connections_per_address_max: 1024,
+            n_max: 8,
+            sequences_max: 256,
+            stalled_events: 64,
+            stalled_timeout: Duration::from_secs(10),
+            ping_every: Duration::from_secs(15),
+        }
+    }
+}

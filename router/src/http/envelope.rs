@@ -1,0 +1,97 @@
+//! The outermost layer: gives each request its id, and every response that is not 2xx the one error body.
+
+use std::panic::AssertUnwindSafe;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use futures_util::FutureExt;
+
+use super::App;
+use super::error::{ApiError, Cause};
+
+/// The id of a request, in logs, headers and error bodies.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestId(pub(crate) String);
+
+/// The layer.
+pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next: Next) -> Response {
+    let id = request_id(&request);
+    request.extensions_mut().insert(RequestId(id.clone()));
+    let mut response = match check_head(&app, &request) {
+        Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+            Ok(response) => response,
+            Err(_) => respond(
+                &app,
+                &ApiError::new(Cause::InternalError, "an internal error; the request id is in the log"),
+                &id,
+            ),
+        },
+        Err(error) => respond(&app, &error, &id),
+    };
+    if let Some(error) = response.extensions_mut().remove::<ApiError>() {
+        let allow = response.headers_mut().remove(header::ALLOW); // set by the router with a 405
+        response = respond(&app, &error, &id);
+        response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
+    } else if !response.status().is_success() && response.headers().get("x-request-id").is_none() {
+        response = respond(&app, &ApiError::new(cause_of(response.status()), response.status().to_string()), &id);
+    }
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response
+}
+
+fn respond(app: &App, error: &ApiError, id: &str) -> Response {
+    let row = error.cause.row();
+    if row.status.is_server_error() {
+        tracing::error!(request_id = id, code = row.code, "{error}");
+    }
+    app.metrics.rejected(row.code);
+    let retry_after_s = match error.cause {
+        Cause::Draining | Cause::NotReady | Cause::AdapterLoadFailed => 5,
+        _ => 1,
+    };
+    let mut response: axum::http::Response<Body> = error.response(id, retry_after_s);
+    // Marks the body as an envelope, so that it is not wrapped twice.
+    if let Ok(value) = HeaderValue::from_str(id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response
+}
+
+/// What a bare status of a library means. Our own handlers never send one.
+fn cause_of(status: StatusCode) -> Cause {
+    match status {
+        StatusCode::NOT_FOUND => Cause::RouteNotFound,
+        StatusCode::METHOD_NOT_ALLOWED => Cause::MethodNotAllowed,
+        StatusCode::PAYLOAD_TOO_LARGE => Cause::BodyTooLarge,
+        status if status.is_client_error() => Cause::InvalidValue,
+        _ => Cause::InternalError,
+    }
+}
+
+/// The client's id if it is one, else a new one.
+fn request_id(request: &Request) -> String {
+    let ours = |id: &&str| {
+        (1..=128).contains(&id.len())
+            && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+    };
+    let sent = request.headers().get("x-request-id").and_then(|value| value.to_str().ok()).filter(ours);
+    sent.map_or_else(|| uuid::Uuid::new_v4().simple().to_string(), str::to_owned)
+}
+
+/// hyper accepts somewhat larger heads than we do, so that the refusal has our body.
+fn check_head(app: &App, request: &Request) -> Result<(), ApiError> {
+    let (limits, headers) = (&app.config.limits, request.headers());
+    let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    let bytes = bytes + request.uri().path_and_query().map_or(0, |path| path.as_str().len());
+    if headers.len() > limits.headers_max || bytes > limits.header_bytes {
+        let (count, max, max_bytes) = (headers.len(), limits.headers_max, limits.header_bytes);
+        let message = format!("{count} headers of {bytes} bytes; this server allows {max} of {max_bytes}");
+        return Err(ApiError::new(Cause::HeadersTooLarge, message));
+    }
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! `POST /v1/completions`.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::Request;
+use axum::response::Response;
+
+use super::prompt::{Prompt, prompts};
+use super::reply::{Kind, Shape};
+use super::submit::{EncodedPrompt, Wanted, fit_prompt};
+use super::unsupported;
+use super::validate::{Bounds, LOGPROBS_MAX, Params, best_of, check_sequences, max_tokens, params, small};
+use crate::http::App;
+use crate::http::body::json_object;
+use crate::http::error::ApiError;
+use crate::http::json::Fields;
+
+/// OpenAI's default; clients rely on it being small.
+const DEFAULT_MAX_TOKENS: u32 = 16;
+
+/// The request beyond what both routes share.
+struct CompletionRequest {
+    params: Params,
+    prompts: Vec<Prompt>,
+    logprobs: Option<u32>,
+    echo: bool,
+    best_of: u32,
+}
+
+/// The handler.
+pub(crate) async fn completions(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
+    let (parts, body) = json_object(request, &app.config.limits).await?;
+    let bounds = app.bounds()?;
+    let asker = app.asker(&parts)?;
+    let asked = validate(&Fields::new(&body), &bounds)?;
+    let variants = app.resolve(&asked.params).await?;
+    let sequences = asked.prompts.len() * variants.len() * asked.best_of as usize;
+    check_sequences("prompt", sequences, &bounds.limits)?;
+    let mut prompts = Vec::with_capacity(asked.prompts.len());
+    for prompt in asked.prompts {
+        prompts.push(app.encode_prompt(prompt, &asked.params, asked.echo, &bounds).await?);
+    }
+    let mut shape = Shape::new(&app, Kind::Completion, &asked.params);
+    (shape.logprobs, shape.echo) = (asked.logprobs, asked.echo);
+    let ranked = asked.best_of > asked.params.n;
+    let wanted = Wanted {
+        sequences: asked.best_of,
+        logprobs: asked.logprobs.or(ranked.then_some(0)),
+        prompt_logprobs: asked.params.prompt_logprobs.max(asked.logprobs.filter(|_| asked.echo)),
+    };
+    let runs = app.submit(prompts, &variants, &asked.params, wanted, asker)?;
+    app.answer(shape, runs, &asked.params, &variants, &parts).await
+}
+
+fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<CompletionRequest, ApiError> {
+    unsupported::check_completions(fields)?;
+    let mut params = params(fields, bounds)?;
+    params.max_tokens = max_tokens(fields, "max_tokens", 0)?;
+    let prompts = prompts(fields, bounds.vocab)?;
+    let best_of = best_of(fields, &params, &bounds.limits)?;
+    check_sequences("prompt", prompts.len() * best_of as usize, &bounds.limits)?;
+    Ok(CompletionRequest {
+        logprobs: small(fields, "logprobs", 0, LOGPROBS_MAX)?,
+        echo: fields.boolean("echo")?.unwrap_or(false),
+        best_of,
+        prompts,
+        params,
+    })
+}
+
+impl App {
+    async fn encode_prompt(
+        &self,
+        prompt: Prompt,
+        params: &Params,
+        echo: bool,
+        bounds: &Bounds,
+    ) -> Result<EncodedPrompt, ApiError> {
+        let (tokens, text) = match prompt {
+            Prompt::Text(text) => {
+                let tokens = self.text.encode(text.clone(), params.add_special.unwrap_or(true)).await?;
+                (tokens, Some(text))
+            }
+            Prompt::Tokens(tokens) => (tokens, None),
+        };
+        let len_tokens = tokens.len();
+        let mut prompt = fit_prompt(tokens, params.max_tokens, Some(DEFAULT_MAX_TOKENS), params, bounds)?;
+        if echo {
+            // A prompt that was cut is echoed as it was used.
+            let whole = text.filter(|_| prompt.tokens.len() == len_tokens);
+            prompt.echo = Some(whole.unwrap_or_else(|| self.text.decode(&prompt.tokens, true)));
+        }
+        Ok(prompt)
+    }
+}

@@ -1,0 +1,89 @@
+//! One prompt under one set of adapters, in the engine. Dropping it cancels it.
+
+use std::sync::Arc;
+
+use loramux_proto::PositionLogprobs;
+
+use super::sequence::{Piece, SequenceText};
+use crate::engine::GenerateEvent;
+use crate::http::Events;
+use crate::http::error::{ApiError, Cause};
+use crate::metrics::{Finished, RequestClock};
+
+/// See the module.
+pub(crate) struct Run {
+    pub(crate) events: Box<dyn Events>,
+    pub(crate) clock: RequestClock,
+    pub(crate) sequences: Vec<SequenceText>,
+    /// `choices[].index` of its first sequence.
+    pub(crate) first_choice: usize,
+    /// `choices[].adapter`, in a fan-out.
+    pub(crate) label: Option<String>,
+    pub(crate) prompt: Arc<[u32]>,
+    /// The prompt as text, if it is echoed.
+    pub(crate) echo: Option<String>,
+    /// As they came from the engine.
+    pub(crate) prompt_logprobs: Vec<PositionLogprobs>,
+    pub(crate) cached_tokens: u32,
+    pub(crate) admitted: bool,
+    pub(crate) all_stopped: bool,
+}
+
+/// What happened.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// Response headers may go out.
+    Admitted,
+    /// Sequence `index` (of this run) got further.
+    Piece { index: usize, piece: Piece },
+}
+
+impl Run {
+    /// The next thing worth telling; `None` when every sequence has ended.
+    pub(crate) async fn next(&mut self) -> Option<Result<Progress, ApiError>> {
+        loop {
+            if self.sequences.iter().all(|sequence| sequence.ended) {
+                self.clock.finished(if self.all_stopped { Finished::Stop } else { Finished::Length });
+                return None;
+            }
+            let Some(event) = self.events.recv().await else {
+                return Some(Err(ApiError::new(Cause::InternalError, "the engine ended before the request did")));
+            };
+            match event {
+                GenerateEvent::Admitted { cached_tokens } if !self.admitted => {
+                    (self.admitted, self.cached_tokens) = (true, cached_tokens);
+                    self.clock.admitted();
+                    return Some(Ok(Progress::Admitted));
+                }
+                GenerateEvent::Admitted { .. } => {} // again, after a preemption
+                GenerateEvent::PromptLogprobs { positions } => self.prompt_logprobs.extend(positions),
+                GenerateEvent::Token { index, token, logprob, top } => {
+                    let Some(sequence) = open(&mut self.sequences, index) else { continue };
+                    self.clock.token(index);
+                    let piece = sequence.token(token, logprob, top);
+                    if piece.end.is_some() {
+                        self.events.finish(index);
+                    }
+                    return Some(Ok(Progress::Piece { index: index as usize, piece }));
+                }
+                GenerateEvent::Finished { index, reason } => {
+                    let Some(sequence) = open(&mut self.sequences, index) else { continue };
+                    let piece = sequence.finished(reason);
+                    self.all_stopped &= piece.end.as_ref().is_some_and(|end| end.reason == "stop");
+                    return Some(Ok(Progress::Piece { index: index as usize, piece }));
+                }
+                GenerateEvent::Failed(failure) => return Some(Err(failure.into())),
+            }
+        }
+    }
+
+    /// Tokens generated so far, all sequences.
+    pub(crate) fn completion_tokens(&self) -> u64 {
+        self.sequences.iter().map(|sequence| u64::from(sequence.tokens)).sum()
+    }
+}
+
+/// A sequence that still takes events: after a stop string a few may be on their way.
+fn open(sequences: &mut [SequenceText], index: u32) -> Option<&mut SequenceText> {
+    sequences.get_mut(index as usize).filter(|sequence| !sequence.ended)
+}

@@ -1,0 +1,148 @@
+//! From a validated request to runs in the engine.
+
+use std::sync::Arc;
+
+use loramux_proto::Sampling;
+
+use super::resolve::Variant;
+use super::run::Run;
+use super::sequence::{SequenceText, TextRules};
+use super::validate::{Bounds, Params, fit};
+use crate::engine::GenerateRequest;
+use crate::http::App;
+use crate::http::auth::Caller;
+use crate::http::error::ApiError;
+use crate::metrics::RequestStart;
+
+/// A prompt ready to run.
+pub(crate) struct EncodedPrompt {
+    pub(crate) tokens: Vec<u32>,
+    /// The prompt as text, if it is to be echoed.
+    pub(crate) echo: Option<String>,
+    pub(crate) max_tokens: u32,
+}
+
+/// What the two routes decide differently.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted {
+    /// Sequences per prompt: n, or best_of.
+    pub(crate) sequences: u32,
+    /// Alternatives to report per generated token.
+    pub(crate) logprobs: Option<u32>,
+    /// The same for prompt tokens.
+    pub(crate) prompt_logprobs: Option<u32>,
+}
+
+/// Who asks, and until when.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asker {
+    pub(crate) caller: Caller,
+    pub(crate) deadline_ms: Option<u64>,
+}
+
+/// Cuts a prompt down if the request asks for it, and fits it into the context.
+///
+/// # Errors
+/// 400 for an empty prompt or one that does not fit.
+pub(crate) fn fit_prompt(
+    mut tokens: Vec<u32>,
+    wanted_tokens: Option<u32>,
+    default_tokens: Option<u32>,
+    params: &Params,
+    bounds: &Bounds,
+) -> Result<EncodedPrompt, ApiError> {
+    if let Some(keep) = params.truncate {
+        let completion = wanted_tokens.or(default_tokens).unwrap_or(1);
+        let fits = bounds.context_tokens.saturating_sub(completion).max(1);
+        let keep = usize::try_from(keep).unwrap_or(fits as usize);
+        tokens.drain(..tokens.len().saturating_sub(keep));
+    }
+    if tokens.is_empty() {
+        return Err(ApiError::invalid(
+            "prompt",
+            "at least one token long (this tokenizer adds no BOS)",
+            "an empty prompt",
+        ));
+    }
+    let max_tokens = fit(tokens.len(), wanted_tokens, default_tokens, params, bounds)?;
+    Ok(EncodedPrompt { tokens, echo: None, max_tokens })
+}
+
+impl App {
+    /// Hands prompts x variants to the engine, prompt-major. An error drops (and so cancels) what was handed over before.
+    ///
+    /// # Errors
+    /// 429, 503, or what the engine finds at once.
+    pub(crate) fn submit(
+        &self,
+        prompts: Vec<EncodedPrompt>,
+        variants: &[Variant],
+        params: &Params,
+        wanted: Wanted,
+        asker: Asker,
+    ) -> Result<Vec<Run>, ApiError> {
+        let model_ends = if params.ignore_eos { &[] } else { self.text.end_tokens() };
+        let mut end_tokens: Vec<u32> = model_ends.iter().chain(&params.stop_tokens).copied().collect();
+        end_tokens.sort_unstable();
+        end_tokens.dedup();
+        let rules = Arc::new(TextRules {
+            stop: params.stop.clone(),
+            end_tokens: end_tokens.clone(),
+            stop_tokens: params.stop_tokens.clone(),
+            include_stop: params.include_stop,
+            skip_special: params.skip_special,
+            min_tokens: params.sampling.min_tokens,
+        });
+        let mut runs = Vec::with_capacity(prompts.len() * variants.len());
+        for prompt in prompts {
+            let tokens: Arc<[u32]> = prompt.tokens.into();
+            for variant in variants {
+                let sampling = Sampling {
+                    seed: params.seed.unwrap_or_else(random_seed),
+                    end_tokens: end_tokens.clone(),
+                    logprobs: wanted.logprobs,
+                    prompt_logprobs: wanted.prompt_logprobs,
+                    ..params.sampling.clone()
+                };
+                let start = RequestStart {
+                    n: wanted.sequences,
+                    max_tokens: prompt.max_tokens,
+                    prompt_tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+                    adapter: (!variant.names.is_empty()).then(|| variant.names.clone()),
+                };
+                let events = self.engine.submit(GenerateRequest {
+                    prompt: Arc::clone(&tokens),
+                    n: wanted.sequences,
+                    max_tokens: prompt.max_tokens,
+                    sampling,
+                    adapters: variant.uses.clone(),
+                    tenant: asker.caller.tenant,
+                    cache_salt: params.cache_salt.clone(),
+                    priority: params.priority,
+                    deadline_ms: asker.deadline_ms,
+                })?;
+                let sequences =
+                    (0..wanted.sequences).map(|_| SequenceText::new(Arc::clone(&rules), &self.text)).collect();
+                runs.push(Run {
+                    events,
+                    clock: self.metrics.request(&start),
+                    sequences,
+                    first_choice: runs.len() * params.n as usize,
+                    label: variant.label.clone(),
+                    prompt: Arc::clone(&tokens),
+                    echo: prompt.echo.clone(),
+                    prompt_logprobs: Vec::new(),
+                    cached_tokens: 0,
+                    admitted: false,
+                    all_stopped: true,
+                });
+            }
+        }
+        Ok(runs)
+    }
+}
+
+fn random_seed() -> u64 {
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    high.rotate_left(32) ^ low
+}

@@ -1,0 +1,100 @@
+//! Fields that other servers know and this one does not serve (yet): refused by name, never ignored.
+
+use serde_json::Value;
+
+use crate::http::error::ApiError;
+use crate::http::json::Fields;
+
+/// When a field counts as set.
+#[derive(Clone, Copy)]
+enum Set {
+    /// Any value but null.
+    Present,
+    /// Anything but null, `false`, 0, `""`, `[]` and `{}`.
+    Truthy,
+}
+
+const NEVER: &str = "this server does not have it";
+const NOT_YET: &str = "this version does not have it yet";
+
+const COMMON: &[(&str, Set, &str)] = &[
+    ("structured_outputs", Set::Truthy, NOT_YET),
+    ("guided_json", Set::Truthy, NOT_YET),
+    ("guided_regex", Set::Truthy, NOT_YET),
+    ("guided_choice", Set::Truthy, NOT_YET),
+    ("guided_grammar", Set::Truthy, NOT_YET),
+    ("bad_words", Set::Truthy, NOT_YET),
+    ("logprob_token_ids", Set::Truthy, NOT_YET),
+    ("merged_adapters", Set::Present, NOT_YET),
+    ("use_beam_search", Set::Truthy, NEVER),
+    ("prompt_embeds", Set::Present, NEVER),
+    ("kv_transfer_params", Set::Present, NEVER),
+    ("vllm_xargs", Set::Truthy, NEVER),
+];
+
+const COMPLETIONS: &[(&str, Set, &str)] = &[("suffix", Set::Truthy, "this server does not fill in the middle")];
+
+const CHAT: &[(&str, Set, &str)] = &[
+    ("tools", Set::Truthy, NOT_YET),
+    ("functions", Set::Truthy, "use `tools`"),
+    ("function_call", Set::Present, "use `tool_choice`"),
+    ("chat_template", Set::Present, "templates are programs; only the model's own is run"),
+    ("echo", Set::Truthy, NOT_YET),
+    ("documents", Set::Truthy, NOT_YET),
+    ("reasoning_effort", Set::Present, NOT_YET),
+];
+
+/// Refuses what `/v1/completions` cannot do.
+pub(crate) fn check_completions(fields: &Fields<'_>) -> Result<(), ApiError> {
+    check(fields, COMMON)?;
+    check(fields, COMPLETIONS)?;
+    response_format(fields)
+}
+
+/// Refuses what `/v1/chat/completions` cannot do.
+pub(crate) fn check_chat(fields: &Fields<'_>) -> Result<(), ApiError> {
+    check(fields, COMMON)?;
+    check(fields, CHAT)?;
+    response_format(fields)?;
+    match fields.get("tool_choice") {
+        None => Ok(()),
+        Some(Value::String(choice)) if choice == "none" || choice == "auto" => Ok(()),
+        Some(_) => Err(ApiError::unsupported("tool_choice", NOT_YET)),
+    }
+}
+
+fn check(fields: &Fields<'_>, table: &[(&str, Set, &str)]) -> Result<(), ApiError> {
+    for (name, when, why) in table {
+        let set = fields.get(name).is_some_and(|value| match when {
+            Set::Present => true,
+            Set::Truthy => truthy(value),
+        });
+        if set {
+            return Err(ApiError::unsupported(name, why));
+        }
+    }
+    Ok(())
+}
+
+fn truthy(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(set) => *set,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => !text.is_empty(),
+        Value::Array(values) => !values.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+    }
+}
+
+fn response_format(fields: &Fields<'_>) -> Result<(), ApiError> {
+    let Some(format) = fields.object("response_format")? else { return Ok(()) };
+    match format.string("type")? {
+        Some("text") => Ok(()),
+        Some("json_object" | "json_schema" | "structural_tag") => {
+            Err(ApiError::unsupported("response_format", NOT_YET))
+        }
+        Some(other) => Err(ApiError::invalid("response_format.type", "one of text, json_object, json_schema", other)),
+        None => Err(ApiError::missing("response_format.type")),
+    }
+}

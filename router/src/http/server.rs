@@ -1,0 +1,185 @@
+//! The listener: every connection has a deadline for its head, a bound on its headers, and a way to be ended.
+//!
+//! Not `axum::serve`: that one keeps a connection with half a head open for ever.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::Request;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tower::ServiceExt;
+
+use super::App;
+use super::activity::{Activity, TrackedBody, TrackedIo};
+use super::config::HttpLimits;
+
+/// Streams of one HTTP/2 connection.
+const H2_STREAMS_MAX: u32 = 128;
+/// Streams an HTTP/2 client may reset before its connection is closed ("rapid reset").
+const H2_RESETS_MAX: usize = 64;
+/// After running requests were told to end, how long their last bytes may take.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Pause after `accept` failed (out of file descriptors).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Ends the connection that carries a request.
+#[derive(Clone)]
+pub(crate) struct ConnectionAbort(Arc<Notify>);
+
+impl ConnectionAbort {
+    pub(crate) fn abort(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// Serves `app` until `shutdown` resolves, then drains: not ready at once, no new connections, running requests go on up
+/// to the drain timeout and then end with an error.
+///
+/// # Errors
+/// The listener's address cannot be read.
+pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output = ()>) -> std::io::Result<()> {
+    tracing::info!(address = %listener.local_addr()?, "listening");
+    app.preload();
+    let server = Server { app: app.clone(), router: app.router(), open: Arc::default() };
+    let graceful = GracefulShutdown::new();
+    tokio::pin!(shutdown);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut shutdown => break,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => server.connection(stream, peer.ip(), &graceful),
+                Err(error) => {
+                    tracing::warn!("accept failed: {error}");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    drain(&app, graceful).await;
+    Ok(())
+}
+
+async fn drain(app: &App, graceful: GracefulShutdown) {
+    app.begin_drain();
+    let (count, limit) = (graceful.count(), app.config.drain_timeout);
+    tracing::info!(connections = count, "draining for at most {} s", limit.as_secs());
+    let done = graceful.shutdown();
+    tokio::pin!(done);
+    if tokio::time::timeout(limit, &mut done).await.is_err() {
+        tracing::warn!("the drain timeout passed; requests that still run end with an error");
+        app.end_requests();
+        let _ = tokio::time::timeout(LAST_WORDS, done).await;
+    }
+}
+
+struct Server {
+    app: App,
+    router: axum::Router,
+    open: Arc<OpenConnections>,
+}
+
+impl Server {
+    fn connection(&self, stream: TcpStream, peer: IpAddr, graceful: &GracefulShutdown) {
+        let limits = self.app.config.limits;
+        let Some(permit) = OpenConnections::admit(&self.open, peer, &limits) else { return };
+        let _ = stream.set_nodelay(true); // tokens are small and late ones are what a reader notices
+        let abort = ConnectionAbort(Arc::new(Notify::new()));
+        let activity = Activity::new();
+        let (router, handle, begun) = (self.router.clone(), abort.clone(), activity.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            let running = begun.begin();
+            if request.version() < axum::http::Version::HTTP_2 {
+                request.extensions_mut().insert(handle.clone()); // on HTTP/2 it would end other streams too
+            }
+            let response = router.clone().oneshot(request.map(Body::new));
+            async move { response.await.map(|response| response.map(|body| TrackedBody { body, _running: running })) }
+        });
+        let io = TrackedIo { io: stream, activity: activity.clone() };
+        let connection = builder(&limits).serve_connection(TokioIo::new(io), service).into_owned();
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            tokio::select! {
+                result = connection => if let Err(error) = result {
+                    tracing::debug!(%peer, "connection ended: {error}");
+                },
+                () = abort.0.notified() => tracing::debug!(%peer, "connection ended: its client does not read"),
+                () = activity.expired(&limits) => tracing::debug!(%peer, "connection ended: no whole request came in time"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn builder(limits: &HttpLimits) -> Builder<TokioExecutor> {
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.idle_timeout) // also runs between requests; see `activity`
+        .keep_alive(true)
+        // Twice the limit, so that our own refusal with its body comes first.
+        .max_headers(limits.headers_max * 2)
+        .max_buf_size((limits.header_bytes * 2).max(8192));
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(H2_STREAMS_MAX)
+        .max_pending_accept_reset_streams(H2_RESETS_MAX)
+        .max_local_error_reset_streams(H2_RESETS_MAX)
+        .max_header_list_size(u32::try_from(limits.header_bytes * 2).unwrap_or(u32::MAX))
+        .keep_alive_interval(limits.idle_timeout / 2)
+        .keep_alive_timeout(limits.idle_timeout / 2);
+    builder
+}
+
+/// Counts open connections, in all and by address.
+#[derive(Default)]
+struct OpenConnections {
+    by_address: Mutex<(usize, HashMap<IpAddr, usize>)>,
+}
+
+/// One open connection.
+struct Permit {
+    open: Arc<OpenConnections>,
+    peer: IpAddr,
+}
+
+impl OpenConnections {
+    fn admit(open: &Arc<Self>, peer: IpAddr, limits: &HttpLimits) -> Option<Permit> {
+        let mut guard = open.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let (total, by_address) = &mut *guard;
+        let from_here = by_address.get(&peer).copied().unwrap_or(0);
+        if *total >= limits.connections_max || from_here >= limits.connections_per_address_max {
+            return None;
+        }
+        *total += 1;
+        by_address.insert(peer, from_here + 1);
+        Some(Permit { open: Arc::clone(open), peer })
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut guard = self.open.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        let (total, by_address) = &mut *guard;
+        *total -= 1;
+        match by_address.get_mut(&self.peer) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => {
+                by_address.remove(&self.peer);
+            }
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Health, metrics, version, load.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use super::App;
+use super::error::{ApiError, Cause};
+use crate::metrics::Snapshot;
+
+/// 200 when a request can be served now. Looks at a snapshot, never at the model.
+pub(crate) async fn ready(State(app): State<App>) -> Result<Response, ApiError> {
+    let status = app.engine.status();
+    if app.is_draining() || status.draining {
+        return Err(ApiError::new(Cause::Draining, "the server is shutting down"));
+    }
+    if !status.ready {
+        return Err(ApiError::new(Cause::NotReady, "the model is not ready"));
+    }
+    Ok(().into_response())
+}
+
+/// The process schedules.
+pub(crate) async fn live() {}
+
+/// 200 once the model was ready for the first time.
+pub(crate) async fn startup(State(app): State<App>) -> Result<Response, ApiError> {
+    if app.engine.status().started {
+        return Ok(().into_response());
+    }
+    Err(ApiError::new(Cause::NotReady, "the model is still loading"))
+}
+
+/// Prometheus text 0.0.4.
+pub(crate) async fn metrics(State(app): State<App>) -> Response {
+    let status = app.engine.status();
+    let text = app.metrics.render(&Snapshot { model: app.base_name(), status: &status, registry: &app.registry });
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+/// `{"version": ".."}`.
+pub(crate) async fn version() -> Json<serde_json::Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// `{"server_load": running + waiting}`.
+pub(crate) async fn load(State(app): State<App>) -> Json<serde_json::Value> {
+    let status = app.engine.status();
+    Json(json!({"server_load": status.running + status.waiting}))
+}
+
+/// Unknown paths.
+pub(crate) async fn no_route(uri: axum::http::Uri) -> ApiError {
+    ApiError::new(Cause::RouteNotFound, format!("no route `{}`", super::error::cut(uri.path())))
+}
+
+/// Known paths, other methods.
+pub(crate) async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> ApiError {
+    let (method, path) = (super::error::cut(method.as_str()), super::error::cut(uri.path()));
+    ApiError::new(Cause::MethodNotAllowed, format!("`{path}` does not answer {method}"))
+}
+
+/// A base model that generates cannot embed.
+pub(crate) async fn no_embeddings() -> ApiError {
+    ApiError::at(Cause::UnsupportedParameter, "model", "this model generates text; it has no embeddings")
+}

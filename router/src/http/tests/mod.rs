@@ -1,0 +1,320 @@
+//! The HTTP side with a scripted engine in the place of the real one.
+
+mod chat;
+mod completions;
+mod envelope;
+mod models;
+mod server;
+mod stream;
+mod validation;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{Request, Response, StatusCode};
+use futures_util::future::BoxFuture;
+use http_body_util::BodyExt;
+use loramux_proto::{Info, PositionLogprobs, TokenLogprob};
+use serde_json::Value;
+use tower::ServiceExt;
+
+use super::{App, Backend, Events, RouterConfig};
+use crate::engine::{
+    AdapterFailure, ContentId, EngineStatus, Failure, FinishReason, GenerateEvent, GenerateRequest, PreparedAdapter,
+};
+use crate::text::testing::{IM_END, byte_level, bytes_of};
+
+const CONTEXT: u32 = 128;
+
+/// An engine that answers every prompt with the same tokens.
+#[derive(Clone)]
+struct Script {
+    inner: Arc<ScriptInner>,
+}
+
+struct ScriptInner {
+    /// What a sequence generates; shorter ones end with `<|im_end|>`.
+    reply: Mutex<Vec<u32>>,
+    /// Sequence i of a request skips this many tokens of the reply times i.
+    stagger: AtomicUsize,
+    /// Refuses the next requests at once.
+    refuse: Mutex<Option<Failure>>,
+    /// Fails after this many events.
+    fail_after: Mutex<Option<(usize, Failure)>>,
+    /// Never ends: the last event is not followed by anything.
+    hang: AtomicBool,
+    ready: AtomicBool,
+    seen: Mutex<Vec<GenerateRequest>>,
+    finished: Mutex<Vec<u32>>,
+    open: AtomicUsize,
+    loads: Mutex<HashMap<String, Load>>,
+    load_count: AtomicUsize,
+}
+
+#[derive(Clone)]
+enum Load {
+    Ready(u8),
+    Slow(u8, Duration),
+    Fails(&'static str),
+    Panics,
+}
+
+impl Script {
+    fn new() -> Self {
+        let mut reply = bytes_of("hello é😀");
+        reply.push(IM_END);
+        let inner = ScriptInner {
+            reply: Mutex::new(reply),
+            stagger: AtomicUsize::new(0),
+            refuse: Mutex::default(),
+            fail_after: Mutex::default(),
+            hang: AtomicBool::new(false),
+            ready: AtomicBool::new(true),
+            seen: Mutex::default(),
+            finished: Mutex::default(),
+            open: AtomicUsize::new(0),
+            loads: Mutex::default(),
+            load_count: AtomicUsize::new(0),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    fn reply(self, text: &str) -> Self {
+        *self.inner.reply.lock().unwrap() = bytes_of(text);
+        self
+    }
+
+    fn reply_tokens(self, tokens: Vec<u32>) -> Self {
+        *self.inner.reply.lock().unwrap() = tokens;
+        self
+    }
+
+    fn load(self, dir: &str, load: Load) -> Self {
+        self.inner.loads.lock().unwrap().insert(dir.into(), load);
+        self
+    }
+
+    fn last(&self) -> GenerateRequest {
+        self.inner.seen.lock().unwrap().last().cloned().expect("a request reached the engine")
+    }
+
+    fn open(&self) -> usize {
+        self.inner.open.load(Ordering::SeqCst)
+    }
+
+    async fn until_none_is_open(&self) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while self.open() > 0 {
+            assert!(std::time::Instant::now() < deadline, "requests are still open");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    fn events_of(&self, request: &GenerateRequest) -> Vec<GenerateEvent> {
+        let mut events = vec![GenerateEvent::Admitted { cached_tokens: 2 }];
+        let top = |asked: Option<u32>, token: u32| -> Vec<TokenLogprob> {
+            (0..asked.unwrap_or(0))
+                .map(|i| TokenLogprob { token: token + i, logprob: -0.25 * (i + 1) as f32 })
+                .collect()
+        };
+        if let Some(asked) = request.sampling.prompt_logprobs {
+            let position = |(position, &token): (usize, &u32)| PositionLogprobs {
+                position: position as u32,
+                logprob: -0.5,
+                top: top(Some(asked), token),
+            };
+            let positions = request.prompt.iter().enumerate().skip(1).map(position).collect();
+            events.push(GenerateEvent::PromptLogprobs { positions });
+        }
+        let stagger = self.inner.stagger.load(Ordering::SeqCst);
+        for index in 0..request.n {
+            let reply =
+                self.inner.reply.lock().unwrap().iter().skip(stagger * index as usize).copied().collect::<Vec<_>>();
+            let mut reason = FinishReason::Length;
+            for token in reply.into_iter().chain(std::iter::repeat(IM_END)).take(request.max_tokens as usize) {
+                let logprob = -0.25 - index as f32;
+                events.push(GenerateEvent::Token { index, token, logprob, top: top(request.sampling.logprobs, token) });
+                if request.sampling.end_tokens.contains(&token) {
+                    reason = FinishReason::Stop;
+                    break;
+                }
+            }
+            events.push(GenerateEvent::Finished { index, reason });
+        }
+        if let Some((after, failure)) = self.inner.fail_after.lock().unwrap().clone() {
+            events.truncate(after);
+            events.push(GenerateEvent::Failed(failure));
+        }
+        events
+    }
+}
+
+struct ScriptEvents {
+    events: std::vec::IntoIter<GenerateEvent>,
+    script: Arc<ScriptInner>,
+}
+
+impl Events for ScriptEvents {
+    fn recv(&mut self) -> BoxFuture<'_, Option<GenerateEvent>> {
+        let event = self.events.next();
+        let hang = event.is_none() && self.script.hang.load(Ordering::SeqCst);
+        Box::pin(async move {
+            if hang {
+                std::future::pending::<()>().await;
+            }
+            tokio::task::yield_now().await;
+            event
+        })
+    }
+
+    fn finish(&mut self, index: u32) {
+        self.script.finished.lock().unwrap().push(index);
+    }
+}
+
+impl Drop for ScriptEvents {
+    fn drop(&mut self) {
+        self.script.open.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Backend for Script {
+    fn submit(&self, request: GenerateRequest) -> Result<Box<dyn Events>, Failure> {
+        if let Some(failure) = self.inner.refuse.lock().unwrap().clone() {
+            return Err(failure);
+        }
+        let mut events = self.events_of(&request);
+        if self.inner.hang.load(Ordering::SeqCst) {
+            events.retain(|event| !matches!(event, GenerateEvent::Finished { .. }));
+        }
+        self.inner.seen.lock().unwrap().push(request);
+        self.inner.open.fetch_add(1, Ordering::SeqCst);
+        Ok(Box::new(ScriptEvents { events: events.into_iter(), script: Arc::clone(&self.inner) }))
+    }
+
+    fn prepare_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<PreparedAdapter, AdapterFailure>> {
+        self.inner.load_count.fetch_add(1, Ordering::SeqCst);
+        let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or("").to_owned();
+        let load = self.inner.loads.lock().unwrap().get(&name).cloned().unwrap_or(Load::Fails("adapter_invalid"));
+        Box::pin(async move {
+            let content = match load {
+                Load::Ready(content) => content,
+                Load::Slow(content, time) => {
+                    tokio::time::sleep(time).await;
+                    content
+                }
+                Load::Fails(code) => return Err(AdapterFailure { code: code.into(), message: "it is broken".into() }),
+                Load::Panics => panic!("scripted"),
+            };
+            Ok(PreparedAdapter {
+                content: ContentId([content; 32]),
+                pages_needed: 1,
+                ranks: (8, 16),
+                modules: vec!["q_proj".into()],
+                base_model: "base".into(),
+                host_bytes: 1000,
+            })
+        })
+    }
+
+    fn status(&self) -> Arc<EngineStatus> {
+        let ready = self.inner.ready.load(Ordering::SeqCst);
+        let shard = if ready {
+            Info {
+                vocab_size: 300,
+                context_tokens: CONTEXT,
+                block_tokens: 16,
+                base_content_id: vec![0x9c, 0x2e, 0x11, 0xd0, 1],
+                ..Info::default()
+            }
+        } else {
+            Info::default()
+        };
+        Arc::new(EngineStatus {
+            ready,
+            started: ready,
+            shard,
+            running: 3,
+            waiting: 4,
+            blocks_total: 10,
+            blocks_used: 5,
+            ..EngineStatus::default()
+        })
+    }
+
+    fn begin_drain(&self) {}
+}
+
+fn app(script: &Script) -> App {
+    app_with(script, RouterConfig::default())
+}
+
+fn app_with(script: &Script, config: RouterConfig) -> App {
+    App::new(config, byte_level(), script.clone())
+}
+
+/// Directories with the two files of an adapter, one for each name.
+fn adapter_dir(names: &[&str]) -> tempfile::TempDir {
+    let root = tempfile::tempdir().unwrap();
+    for name in names {
+        let dir = root.path().join(name);
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("adapter_config.json"), "{}").unwrap();
+        std::fs::write(dir.join("adapter_model.safetensors"), "x").unwrap();
+    }
+    root
+}
+
+async fn send(app: &App, request: Request<Body>) -> Response<Body> {
+    app.router().oneshot(request).await.unwrap()
+}
+
+fn post(path: &str, body: impl Into<Body>) -> Request<Body> {
+    Request::post(path).header("content-type", "application/json").body(body.into()).unwrap()
+}
+
+async fn text_of(response: Response<Body>) -> String {
+    let bytes = response.into_body().collect().await.unwrap().to_bytes();
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+async fn json_of(response: Response<Body>) -> Value {
+    let text = text_of(response).await;
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+/// Posts JSON and reads JSON.
+async fn call(app: &App, path: &str, body: Value) -> (StatusCode, Value) {
+    let response = send(app, post(path, body.to_string())).await;
+    let status = response.status();
+    (status, json_of(response).await)
+}
+
+async fn complete(app: &App, body: Value) -> Value {
+    let (status, reply) = call(app, "/v1/completions", body).await;
+    assert_eq!(status, 200, "{reply}");
+    reply
+}
+
+/// The data lines of a stream, parsed; `[DONE]` and comments as strings.
+async fn events_of(app: &App, path: &str, body: Value) -> Vec<Value> {
+    let response = send(app, post(path, body.to_string())).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
+    assert_eq!(response.headers()["cache-control"], "no-cache");
+    assert_eq!(response.headers()["x-accel-buffering"], "no");
+    parse_events(&text_of(response).await)
+}
+
+fn parse_events(text: &str) -> Vec<Value> {
+    let event = |block: &str| match block.strip_prefix("data: ") {
+        Some("[DONE]") => Value::String("[DONE]".into()),
+        Some(data) => serde_json::from_str(data).unwrap(),
+        None => Value::String(block.into()),
+    };
+    text.split("\n\n").filter(|block| !block.is_empty()).map(event).collect()
+}

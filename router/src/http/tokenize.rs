@@ -1,0 +1,59 @@
+//! `/tokenize` and `/detokenize`.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::Request;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::App;
+use super::body::json_object;
+use super::error::ApiError;
+use super::json::Fields;
+use super::openai::chat::chat_prompt;
+use super::openai::validate::token_id;
+
+/// vLLM's form (`prompt` or `messages`) or LoRAX's (`inputs`); the body decides.
+pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
+    let (_, body) = json_object(request, &app.config.limits).await?;
+    let fields = Fields::new(&body);
+    if let Some(inputs) = fields.string("inputs")? {
+        return placed(&app, &fields, inputs).await;
+    }
+    app.check_model(fields.string("model")?.unwrap_or(""))?;
+    let add_special = fields.boolean("add_special_tokens")?;
+    let bounds = app.bounds()?;
+    let tokens = match fields.string("prompt")? {
+        Some(prompt) => app.text.encode(prompt.to_owned(), add_special.unwrap_or(true)).await?,
+        None if fields.get("messages").is_some() => {
+            let chat = chat_prompt(&fields, bounds.context_tokens)?;
+            app.text.encode_chat(chat, add_special.unwrap_or(false)).await?
+        }
+        None => return Err(ApiError::missing("prompt")),
+    };
+    let mut reply = json!({"count": tokens.len(), "max_model_len": bounds.context_tokens, "tokens": tokens});
+    if fields.boolean("return_token_strs")?.unwrap_or(false) {
+        let texts = tokens.iter().map(|&token| Value::String(app.token_text(token))).collect();
+        reply["token_strs"] = Value::Array(texts);
+    }
+    Ok(Json(reply).into_response())
+}
+
+async fn placed(app: &App, fields: &Fields<'_>, inputs: &str) -> Result<Response, ApiError> {
+    let add_special = fields.boolean("add_special_tokens")?.unwrap_or(true);
+    let tokens = app.text.encode_placed(inputs.to_owned(), add_special).await?;
+    let show = |token: &crate::text::PlacedToken| json!({"id": token.id, "text": app.token_text(token.id), "start": token.start, "stop": token.stop});
+    Ok(Json(tokens.iter().map(show).collect::<Vec<_>>()).into_response())
+}
+
+/// `{model, tokens}` -> `{prompt}`.
+pub(crate) async fn detokenize(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
+    let (_, body) = json_object(request, &app.config.limits).await?;
+    let fields = Fields::new(&body);
+    app.check_model(fields.string("model")?.unwrap_or(""))?;
+    let vocab = app.bounds()?.vocab;
+    let values = fields.array("tokens")?.ok_or_else(|| ApiError::missing("tokens"))?;
+    let tokens = values.iter().map(|value| token_id("tokens", value, vocab)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Json(json!({"prompt": app.text.decode(&tokens, false)})).into_response())
+}

@@ -1,0 +1,293 @@
+//! Plans one forward pass.
+//!
+//! The budget of positions goes to decodes first, then to running prefills, then to sequences that start. A running
+//! prefill whose pair was served more than one that waits keeps to half of what is left, so no long prompt shuts the
+//! door. Memory is made writable in the order of start, so who is preempted has not been planned yet.
+
+use loramux_proto::{AdapterRef, AdapterUpload, BlockCopy, Chunk, SeqStart, Step};
+
+use super::adapters::{Residency, Upload};
+use super::ids::{BlockId, SeqKey};
+use super::load::Claim;
+use super::{InFlight, Member, Scheduler};
+
+/// A step in the making.
+#[derive(Default)]
+pub(super) struct Draft {
+    /// Positions left.
+    pub(super) budget: usize,
+    pub(super) members: Vec<Member>,
+    pub(super) copies: Vec<BlockCopy>,
+    /// Keep their references until the copies were made.
+    pub(super) copy_sources: Vec<BlockId>,
+    pub(super) uploads: Vec<Upload>,
+    pub(super) upload_pages: u32,
+    pub(super) solo: Option<SeqKey>,
+    /// Blocks that running sequences still need for tokens they have.
+    pub(super) outstanding_blocks: u64,
+    /// Somebody gave up memory in this plan: nobody starts in it.
+    pub(super) preempted: bool,
+}
+
+impl Draft {
+    fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.uploads.is_empty()
+    }
+}
+
+impl Scheduler {
+    /// Plans one step, or None if nothing can run now or a step is in flight. Fails requests whose deadline passed.
+    ///
+    /// A step without chunks carries uploads, or only asks for the report of one that is under way.
+    pub fn plan(&mut self, now_ms: u64) -> Option<Step> {
+        self.expire(now_ms);
+        if self.in_flight.is_some() || self.requests.is_empty() {
+            return None;
+        }
+        self.plans += 1;
+        self.pool.set_plan(self.plans);
+        self.adapters.set_plan(self.plans);
+        let mut draft = Draft { budget: self.limits.step_tokens as usize, ..Draft::default() };
+        let solo_first = !self.last_was_solo;
+        if !(solo_first && self.plan_solo(&mut draft)) {
+            self.plan_batch(&mut draft);
+            if draft.is_empty() && !solo_first {
+                self.plan_solo(&mut draft);
+            }
+            if draft.is_empty() && self.running.is_empty() && !self.adapters.is_uploading() {
+                self.leave_one_claim(&mut draft);
+            }
+        }
+        self.last_was_solo = draft.solo.is_some();
+        if draft.is_empty() && !self.adapters.is_uploading() {
+            return None;
+        }
+        Some(self.seal(draft))
+    }
+
+    /// Nothing runs and nothing loads, yet nobody could start: promises stand in each other's way. One remains, and
+    /// with the whole arena to itself it starts.
+    fn leave_one_claim(&mut self, draft: &mut Draft) {
+        let suspect = self.suspects.iter().copied().find(|key| self.claims.contains(key));
+        let first = suspect.or(self.claims.first().copied());
+        for key in self.claims.clone() {
+            if first != Some(key) || (suspect.is_none() && !self.suspects.is_empty()) {
+                self.drop_claim(key);
+            }
+        }
+        if !self.plan_solo(draft) {
+            self.plan_batch(draft);
+        }
+    }
+
+    /// A step with nobody but the suspect whose turn it is, and the upload of its adapters.
+    fn plan_solo(&mut self, draft: &mut Draft) -> bool {
+        // The one that was begun with goes on: it runs, or its adapters are kept for it.
+        let find = |wanted: &dyn Fn(&SeqKey) -> bool| self.suspects.iter().copied().find(wanted);
+        let running = find(&|key| self.seq(*key).is_running());
+        let begun = running.or_else(|| find(&|key| self.claims.contains(key)));
+        let ready = |key: &SeqKey| self.adapters.residency(&self.seq(*key).job.contents) != Residency::Parked;
+        let Some(key) = begun.or_else(|| find(&ready)) else { return false };
+        if running.is_none() && !self.start_suspect(key, draft) {
+            return draft.solo.is_some();
+        }
+        let len = self.seq(key).pending().len().min(draft.budget);
+        if !self.plan_chunk(key, len, true, draft) {
+            return false;
+        }
+        draft.solo = Some(key);
+        true
+    }
+
+    /// True if it runs now. Its adapters' upload makes the step its own, too.
+    fn start_suspect(&mut self, key: SeqKey, draft: &mut Draft) -> bool {
+        if self.adapters.residency(&self.seq(key).job.contents) == Residency::Loading {
+            match self.claim(key, draft) {
+                Claim::Given => draft.solo = Some(key),
+                Claim::Later => {}
+                Claim::NoRoom => self.note_starving(key),
+            }
+            return false;
+        }
+        draft.outstanding_blocks = self.outstanding_blocks();
+        let has_seat = self.running.len() < self.limits.seats();
+        let started = has_seat && self.admit(key, draft);
+        if !started {
+            self.note_starving(key);
+        }
+        started
+    }
+
+    fn plan_batch(&mut self, draft: &mut Draft) {
+        for (key, len) in self.share_budget(draft.budget) {
+            // An older one may have taken its memory by now.
+            if self.seq(key).is_running() {
+                self.plan_chunk(key, len, true, draft);
+            }
+        }
+        draft.outstanding_blocks = self.outstanding_blocks();
+        self.admit_waiting(draft);
+        if !draft.preempted {
+            self.load_adapters(draft);
+        }
+        self.use_up_budget(draft);
+    }
+
+    fn outstanding_blocks(&self) -> u64 {
+        self.running.iter().map(|key| self.blocks_lacking(*key)).sum()
+    }
+
+    /// Blocks that a running sequence still needs for tokens it has.
+    pub(super) fn blocks_lacking(&self, key: SeqKey) -> u64 {
+        let seq = self.seq(key);
+        let held = seq.holding().map_or(0, |holding| holding.blocks.len());
+        self.limits.blocks_for(seq.len_tokens()).saturating_sub(held) as u64
+    }
+
+    /// Positions for each running sequence that is no suspect, in the order of start.
+    fn share_budget(&self, mut budget: usize) -> Vec<(SeqKey, usize)> {
+        let mut shares = Vec::with_capacity(self.running.len());
+        let mut prefills = Vec::new();
+        for &key in &self.running {
+            let seq = self.seq(key);
+            if seq.suspect.is_some() {
+                continue;
+            }
+            if seq.pending().len() > 1 {
+                prefills.push((self.queue.served(seq.key), shares.len()));
+            }
+            shares.push((key, 1));
+            budget = budget.saturating_sub(1);
+        }
+        prefills.sort_unstable();
+        let has_seat = self.running.len() < self.limits.seats();
+        let waiting = self.queue.first_resident().filter(|_| has_seat).map(|(served, _)| served);
+        let mut contested = budget.div_ceil(2);
+        for (served, at) in prefills {
+            let wanted = self.seq(shares[at].0).pending().len() - 1;
+            let mut more = wanted.min(budget);
+            if waiting.is_some_and(|waiting| waiting < served) {
+                more = more.min(contested);
+                contested -= more;
+            }
+            shares[at].1 += more;
+            budget -= more;
+        }
+        shares
+    }
+
+    /// Makes the memory of the next `len` positions of a running sequence writable and puts them into the step.
+    pub(super) fn plan_chunk(&mut self, key: SeqKey, len: usize, may_preempt: bool, draft: &mut Draft) -> bool {
+        let start = self.seq(key).computed;
+        debug_assert!(len > 0 && len <= draft.budget, "a chunk has positions, within the budget");
+        if !self.secure(key, start, start + len, may_preempt, draft) {
+            return false;
+        }
+        draft.budget -= len;
+        draft.members.push(Member { key, start, len });
+        self.charge(key, start + len);
+        true
+    }
+
+    /// Positions up to `end` are served. What a preemption or a replay computes again costs nothing.
+    fn charge(&mut self, key: SeqKey, end: usize) {
+        let seq = self.seq_mut(key);
+        let fair = seq.key;
+        let new = end.saturating_sub(seq.charged);
+        seq.charged = seq.charged.max(end);
+        if new > 0 {
+            self.queue.charge(fair, new as u64);
+        }
+    }
+
+    /// What nobody else took goes to prefills that could use it, if their memory is there.
+    fn use_up_budget(&mut self, draft: &mut Draft) {
+        for at in 0..draft.members.len() {
+            if draft.budget == 0 {
+                break;
+            }
+            let Member { key, start, len } = draft.members[at];
+            let end = start + len;
+            let more = (self.seq(key).len_tokens() - end).min(draft.budget);
+            if more > 0 && self.secure(key, end, end + more, false, draft) {
+                draft.members[at].len += more;
+                draft.budget -= more;
+                self.charge(key, end + more);
+            }
+        }
+    }
+
+    /// Draft -> Step; from here on it is in flight.
+    fn seal(&mut self, draft: Draft) -> Step {
+        let mut step = Step { id: self.next_step, ..Step::default() };
+        self.next_step += 1;
+        step.finishes = std::mem::take(&mut self.finishes);
+        let Draft { members, copies, uploads, solo, copy_sources, .. } = draft;
+        step.copies = copies;
+        step.uploads = uploads.into_iter().map(wire_upload).collect();
+        step.chunks.reserve(members.len());
+        for member in &members {
+            let logprobs = self.owes_logprobs(member);
+            let blocks = self.limits.blocks_for(member.start + member.len);
+            let seq = self.seq_mut(member.key);
+            seq.in_flight = true;
+            let start = seq.holding().is_some_and(|holding| !holding.announced).then(|| seq_start(seq));
+            let known = member.start + member.len == seq.len_tokens();
+            let sample = known && seq.job.request.max_tokens > 0;
+            let holding = seq.holding_mut().expect("a member of a step runs");
+            holding.announced = true;
+            step.chunks.push(Chunk {
+                seq: holding.seq.0,
+                start: member.start as u32,
+                len: member.len as u32,
+                blocks: holding.blocks[..blocks].iter().map(|block| block.0).collect(),
+                adapters: holding.adapters.clone(),
+                sample,
+                prompt_logprobs: logprobs,
+            });
+            step.starts.extend(start);
+        }
+        sort_by_adapters(&mut step.chunks);
+        let loading = self.loading(solo);
+        self.in_flight = Some(InFlight { id: step.id, members, solo, loading, copy_sources });
+        step
+    }
+
+    /// Waiting sequences whose adapters are being uploaded during this step.
+    fn loading(&self, solo: Option<SeqKey>) -> Vec<SeqKey> {
+        let loads = |key: &SeqKey| self.adapters.residency(&self.seq(*key).job.contents) != Residency::Resident;
+        self.claims.iter().copied().filter(|key| solo.is_none_or(|solo| solo == *key) && loads(key)).collect()
+    }
+
+    fn owes_logprobs(&self, member: &Member) -> bool {
+        let seq = self.seq(member.key);
+        member.start < seq.prompt_tokens()
+            && self.requests.get(&seq.job.id).is_some_and(super::requests::Request::owes_logprobs)
+    }
+}
+
+/// Each set of adapters becomes one contiguous segment; rows without an adapter come first.
+fn sort_by_adapters(chunks: &mut [Chunk]) {
+    let parts = |used: &AdapterRef| (used.slot, used.generation, used.scale.to_bits());
+    chunks.sort_by(|a, b| a.adapters.iter().map(parts).cmp(b.adapters.iter().map(parts)));
+}
+
+fn wire_upload(upload: Upload) -> AdapterUpload {
+    AdapterUpload {
+        content_id: upload.content.0.to_vec(),
+        slot: upload.slot.slot,
+        generation: upload.slot.generation,
+        pages: upload.pages,
+    }
+}
+
+fn seq_start(seq: &super::sequence::Sequence) -> SeqStart {
+    let mut sampling = seq.job.request.sampling.clone();
+    sampling.seed = sampling.seed.wrapping_add(u64::from(seq.index));
+    SeqStart {
+        seq: seq.holding().map_or(0, |holding| holding.seq.0),
+        tokens: seq.tokens(),
+        prompt_tokens: seq.prompt_tokens() as u32,
+        sampling: Some(sampling),
+    }
+}

@@ -1,0 +1,74 @@
+//! What the metrics page shows.
+
+use super::Scheduler;
+use crate::engine::ContentId;
+
+/// Totals since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counters {
+    pub(super) preemptions: u64,
+    pub(super) prefix_queries_tokens: u64,
+    pub(super) prefix_hit_tokens: u64,
+}
+
+/// A snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SchedulerStats {
+    /// Sequences that hold device memory.
+    pub running: u32,
+    /// Sequences that wait: for their turn, memory, an adapter or a sibling's prompt.
+    pub waiting: u32,
+    /// Cost of the requests that were never admitted, as the queue's bound counts it.
+    pub waiting_tokens: u64,
+    /// Pages that hold nothing.
+    pub pages_free: u32,
+    /// Pages that hold KV blocks.
+    pub pages_kv: u32,
+    /// Pages that hold adapters.
+    pub pages_adapters: u32,
+    /// KV blocks that running sequences hold.
+    pub blocks_used: u32,
+    /// KV blocks that only the prefix cache holds.
+    pub blocks_cached: u32,
+    /// KV blocks of the whole arena.
+    pub blocks_total: u32,
+    /// Adapters on the device, most recently used first.
+    pub resident: Vec<ContentId>,
+    /// Used by unfinished sequences and not on the device.
+    pub waiting_for_adapter: Vec<ContentId>,
+    /// Running sequences that gave their memory to older ones.
+    pub preemptions: u64,
+    /// Tokens of admitted sequences that were looked up in the prefix cache.
+    pub prefix_queries_tokens: u64,
+    /// Of these, tokens whose KV was found.
+    pub prefix_hit_tokens: u64,
+    /// Adapters brought to the device.
+    pub adapter_uploads: u64,
+    /// Adapters that lost their slot to somebody else.
+    pub adapter_evictions: u64,
+}
+
+impl Scheduler {
+    /// Counts in O(slots + contents + pending siblings); meant for some tens of calls per second.
+    pub fn stats(&self) -> SchedulerStats {
+        let unfinished = self.sequences.len() - self.free_sequences.len();
+        SchedulerStats {
+            running: self.running.len() as u32,
+            waiting: (unfinished - self.running.len()) as u32,
+            waiting_tokens: self.queued_tokens,
+            pages_free: self.pool.pages_free(),
+            pages_kv: self.pool.pages_kv(),
+            pages_adapters: self.pool.pages_adapters(),
+            blocks_used: self.pool.blocks_used(),
+            blocks_cached: self.pool.blocks_cached(),
+            blocks_total: u32::try_from(self.limits.blocks_total()).unwrap_or(u32::MAX),
+            resident: self.adapters.resident(),
+            waiting_for_adapter: self.adapters.waited_for(),
+            preemptions: self.counters.preemptions,
+            prefix_queries_tokens: self.counters.prefix_queries_tokens,
+            prefix_hit_tokens: self.counters.prefix_hit_tokens,
+            adapter_uploads: self.adapters.uploads,
+            adapter_evictions: self.adapters.evictions,
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Invariants of the whole scheduler, recounted from scratch.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use loramux_proto::Step;
+
+use super::super::Scheduler;
+use super::super::ids::{RequestId, SeqKey};
+use super::super::pages::Role;
+use super::super::sequence::{Job, Sequence};
+use crate::engine::ContentId;
+
+impl Scheduler {
+    /// Panics unless every page, block, pin, user and place is where exactly one owner says it is.
+    pub(super) fn audit(&self) {
+        self.pool.audit();
+        self.adapters.audit();
+        self.queue.audit(|pair| self.adapters.residency(pair.iter().map(|(content, _)| content)));
+        self.audit_blocks();
+        self.audit_slots();
+        self.audit_places();
+    }
+
+    /// (run, request) of the step in flight.
+    pub(super) fn members_by_run(&self) -> impl Iterator<Item = (u64, RequestId)> {
+        let members = self.in_flight.iter().flat_map(|flight| &flight.members);
+        members.filter_map(|m| Some((self.seq(m.key).holding()?.seq.0, self.seq(m.key).job.id)))
+    }
+
+    pub(super) fn job_of_run(&self, run: u64) -> &Job {
+        let runs = |seq: &&Sequence| seq.holding().is_some_and(|holding| holding.seq.0 == run);
+        &self.live().map(|(_, seq)| seq).find(runs).expect("the run is known").job
+    }
+
+    /// Whose death a death of the shard would be now.
+    pub(super) fn solo_request(&self) -> Option<RequestId> {
+        let solo = self.in_flight.as_ref()?.solo?;
+        Some(self.seq(solo).job.id)
+    }
+
+    /// Blocks that nobody references and the prefix index does not name.
+    pub(super) fn unowned_blocks(&self) -> impl Iterator<Item = u32> {
+        let adapters = |b: &u32| self.pool.role(b / self.limits.blocks_per_page) != Role::Adapter;
+        (0..self.limits.blocks_total() as u32).filter(adapters).filter(|b| self.pool.is_unowned(*b))
+    }
+
+    pub(super) fn unowned_pages(&self) -> impl Iterator<Item = u32> {
+        (0..self.limits.pages_total).filter(|page| self.pool.role(*page) == Role::Free)
+    }
+
+    /// Everything a person needs to see why nothing moves.
+    pub(super) fn describe(&self) -> String {
+        let seqs = self.live().map(|(key, s)| {
+            let residency = self.adapters.residency(&s.job.contents);
+            let (id, n) = (s.job.id, s.job.request.n);
+            format!(
+                "{key:?} of {id:?} n {n} {}+{} of {}, {:?}, {:?}, {residency:?}, {} contents",
+                s.computed, s.len_tokens(), s.job.positions_max(), s.stage, s.suspect, s.job.contents.len()
+            )
+        });
+        format!(
+            "{:?}\n{:?}\nrunning {:?} suspects {:?} claims {:?} starving {:?} plan {} obtainable {}\n{}",
+            self.limits, self.stats(), self.running, self.suspects, self.claims, self.starving, self.plans,
+            self.blocks_obtainable(), seqs.collect::<Vec<_>>().join("\n")
+        )
+    }
+
+    fn live(&self) -> impl Iterator<Item = (SeqKey, &Sequence)> {
+        let entries = self.sequences.iter().enumerate();
+        entries.filter_map(|(at, seq)| Some((SeqKey(at as u32), seq.as_ref()?)))
+    }
+
+    fn audit_blocks(&self) {
+        let mut refs = vec![0u32; self.limits.blocks_total() as usize];
+        for holding in self.live().filter_map(|(_, seq)| seq.holding()) {
+            for block in &holding.blocks {
+                refs[block.0 as usize] += 1;
+            }
+        }
+        for block in self.in_flight.iter().flat_map(|flight| &flight.copy_sources) {
+            refs[block.0 as usize] += 1;
+        }
+        for (block, refs) in refs.into_iter().enumerate() {
+            assert_eq!(refs, self.pool.refs(block as u32), "references of block {block}");
+        }
+    }
+
+    fn audit_slots(&self) {
+        let mut pages = BTreeSet::new();
+        let mut pins: BTreeMap<(u32, u64), u32> = BTreeMap::new();
+        let mut users: BTreeMap<ContentId, u32> = BTreeMap::new();
+        let held: BTreeMap<_, _> =
+            self.adapters.held().map(|(c, at, _, _, up)| ((at.slot, at.generation), (c, up))).collect();
+        for (_, seq) in self.live() {
+            for content in &seq.job.contents {
+                *users.entry(*content).or_default() += 1;
+            }
+            let Some(holding) = seq.holding() else { continue };
+            for (pin, content) in holding.pins().iter().zip(&seq.job.contents) {
+                *pins.entry((pin.slot, pin.generation)).or_default() += 1;
+                assert_eq!(held.get(&(pin.slot, pin.generation)), Some(&(Some(*content), true)), "a pinned adapter");
+            }
+        }
+        for (_, at, held_pages, pinned, _) in self.adapters.held() {
+            assert_eq!(pins.get(&(at.slot, at.generation)).copied().unwrap_or(0), pinned, "pins of slot {at:?}");
+            for page in held_pages {
+                assert_eq!(self.pool.role(*page), Role::Adapter);
+                assert!(pages.insert(*page), "page {page} belongs to two adapters");
+            }
+        }
+        assert_eq!(pages.len() as u32, self.pool.pages_adapters());
+        for (content, count) in self.adapters.users() {
+            assert_eq!(users.get(content).copied().unwrap_or(0), count, "users of {content:?}");
+        }
+    }
+
+    fn audit_places(&self) {
+        let queued: BTreeSet<SeqKey> = self.queue.all().map(|(_, key)| key).collect();
+        assert!(self.running.len() <= self.limits.seats());
+        for (key, seq) in self.live() {
+            let places = [
+                self.running.contains(&key),
+                queued.contains(&key),
+                seq.waits_for_leader(),
+                seq.suspect.is_some() && !seq.is_running(),
+            ];
+            assert_eq!(places.iter().filter(|p| **p).count(), 1, "sequence {key:?} is in {places:?}");
+            assert_eq!(seq.is_running(), places[0]);
+            assert_eq!(seq.suspect.is_some(), self.suspects.contains(&key));
+            assert!(!seq.in_flight || seq.is_running());
+            let listed = self.requests.get(&seq.job.id).is_some_and(|r| r.sequences.contains(&Some(key)));
+            assert_eq!(listed, !seq.leaving, "a sequence is listed until it leaves");
+        }
+        for request in self.requests.values() {
+            assert!(request.sequences.iter().flatten().count() > 0, "a request without sequences is forgotten");
+            let mut siblings = request.sequences.iter().flatten().map(|key| self.seq(*key));
+            assert!(siblings.any(|seq| !seq.waits_for_leader()), "somebody leads");
+        }
+        assert_eq!(self.queued_requests, self.requests.values().filter(|r| !r.admitted).count());
+        for claim in &self.claims {
+            assert!(!self.seq(*claim).is_running() && !self.seq(*claim).waits_for_leader());
+        }
+    }
+
+    /// Panics unless the step keeps what the shard relies on.
+    pub(super) fn audit_step(&self, step: &Step) {
+        let positions: u32 = step.chunks.iter().map(|chunk| chunk.len).sum();
+        assert!(positions <= self.limits.step_tokens, "budget");
+        assert!(step.chunks.len() <= self.limits.running_max as usize);
+        let mut seen = BTreeSet::new();
+        let mut segments = BTreeSet::new();
+        let mut last = None;
+        for chunk in &step.chunks {
+            assert!(seen.insert(chunk.seq), "two chunks of one sequence");
+            let set: Vec<_> = chunk.adapters.iter().map(|a| (a.slot, a.generation, a.scale.to_bits())).collect();
+            if last.as_ref() != Some(&set) {
+                assert!(segments.insert(set.clone()), "two segments of one adapter set");
+                last = Some(set);
+            }
+            for block in &chunk.blocks {
+                assert_eq!(self.pool.role(block / self.limits.blocks_per_page), Role::Kv);
+            }
+        }
+        let flight = self.in_flight.as_ref().expect("a planned step is in flight");
+        for member in &flight.members {
+            let suspect = self.seq(member.key).suspect.is_some();
+            assert_eq!(suspect, flight.solo == Some(member.key), "a suspect runs alone");
+            assert!(!suspect || flight.members.len() == 1, "a suspect runs alone");
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! A seeded simulation with a shard that keeps real page contents, and plans of small traces written out.
+
+mod audit;
+mod fairness;
+mod marker;
+mod oracle;
+mod plans;
+mod shard;
+mod sim;
+mod units;
+mod world;

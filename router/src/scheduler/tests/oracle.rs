@@ -1,0 +1,81 @@
+//! What a request must give, computed from the request alone: no blocks, no slots, no scheduler.
+
+use super::marker::{adapters_mark, attend, draw, image_mark, kv_mark, logprob, owner_mark, page_mark};
+use crate::engine::{ContentId, FinishReason, GenerateRequest};
+
+/// One sibling, token by token.
+pub(super) struct Oracle {
+    adapters: u64,
+    owner: u64,
+    seed: u64,
+    max_tokens: u32,
+    min_tokens: u32,
+    end_tokens: Vec<u32>,
+    chain: u64,
+    attended: u64,
+    positions: usize,
+    generated: u32,
+    /// How the sequence must end right after the last token, if it must.
+    pub(super) pending: Option<FinishReason>,
+    /// Of prompt position i + 1.
+    pub(super) prompt_logprobs: Vec<f32>,
+}
+
+/// A token and what must follow it.
+pub(super) struct Expected {
+    pub(super) token: u32,
+    pub(super) logprob: f32,
+    pub(super) then: Option<FinishReason>,
+}
+
+impl Oracle {
+    pub(super) fn new(request: &GenerateRequest, index: u32, pages_of: impl Fn(&ContentId) -> u32) -> Self {
+        let image =
+            |content: &ContentId| image_mark((0..pages_of(content) as usize).map(|page| page_mark(content, page)));
+        let sampling = &request.sampling;
+        let mut oracle = Self {
+            adapters: adapters_mark(request.adapters.iter().map(|used| (used.scale, image(&used.content)))),
+            owner: owner_mark(request.tenant, request.cache_salt.as_deref()),
+            seed: sampling.seed.wrapping_add(u64::from(index)),
+            max_tokens: request.max_tokens,
+            min_tokens: sampling.min_tokens,
+            end_tokens: sampling.end_tokens.clone(),
+            chain: 0,
+            attended: 0,
+            positions: 0,
+            generated: 0,
+            pending: None,
+            prompt_logprobs: Vec::new(),
+        };
+        for (at, token) in request.prompt.iter().enumerate() {
+            if at > 0 {
+                oracle.prompt_logprobs.push(logprob(oracle.attended, *token));
+            }
+            oracle.push(*token);
+        }
+        oracle
+    }
+
+    fn push(&mut self, token: u32) {
+        self.chain = kv_mark(self.chain, token, self.positions, self.adapters, self.owner);
+        self.attended = attend(self.attended, self.positions, self.chain);
+        self.positions += 1;
+    }
+
+    /// The next token that must come.
+    pub(super) fn next(&mut self) -> Expected {
+        let forbidden: &[u32] = if self.generated < self.min_tokens { &self.end_tokens } else { &[] };
+        let token = draw(self.attended, self.seed, self.positions, forbidden);
+        let logprob = logprob(self.attended, token);
+        self.generated += 1;
+        let then = if self.end_tokens.contains(&token) {
+            Some(FinishReason::Stop)
+        } else if self.generated >= self.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        self.push(token);
+        Expected { token, logprob, then }
+    }
+}

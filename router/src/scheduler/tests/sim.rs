@@ -1,0 +1,99 @@
+//! Many worlds, each from one seed.
+//!
+//! `LORAMUX_SIM_SEEDS=1000..2000 LORAMUX_SIM_STEPS=5000 cargo test --release -p loramux-router scheduler::tests::sim::sim_long`
+//! runs a range; a failure prints the command for its seed.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use super::world::{Totals, World};
+
+/// Steps of weather per seed of the run in CI. `LORAMUX_SIM_STEPS` overrides it.
+const CI_STEPS: u64 = 2_500;
+const CI_SEEDS: u64 = 2_048;
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// `7` is one seed, `5..9` is a range.
+fn seeds() -> Option<std::ops::Range<u64>> {
+    let text = std::env::var("LORAMUX_SIM_SEEDS").ok()?;
+    match text.split_once("..") {
+        Some((from, to)) => Some(from.parse().ok()?..to.parse().ok()?),
+        None => {
+            let seed = text.parse().ok()?;
+            Some(seed..seed + 1)
+        }
+    }
+}
+
+fn run(seeds: std::ops::Range<u64>, steps: u64) -> Totals {
+    let (next, totals) = (AtomicU64::new(seeds.start), Mutex::new(Totals::default()));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds.end {
+                        break;
+                    }
+                    let done = run_seed(seed, steps);
+                    totals.lock().unwrap_or_else(PoisonError::into_inner).add(&done);
+                }
+            });
+        }
+    });
+    totals.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run_seed(seed: u64, steps: u64) -> Totals {
+    struct Replay(u64, u64);
+    impl Drop for Replay {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                let Self(seed, steps) = self;
+                eprintln!(
+                    "seed {seed} failed; replay: LORAMUX_SIM_SEEDS={seed} LORAMUX_SIM_STEPS={steps} \
+                     cargo test --release -p loramux-router scheduler::tests::sim::sim_long"
+                );
+            }
+        }
+    }
+    let replay = Replay(seed, steps);
+    let mut world = World::random(seed);
+    world.run(steps);
+    drop(replay);
+    world.totals
+}
+
+fn report(seeds: u64, totals: &Totals, since: Instant) {
+    let seconds = since.elapsed().as_secs_f64();
+    println!("{seeds} seeds, {:.0} steps/s, {seconds:.1} s: {totals:?}", totals.steps as f64 / seconds);
+}
+
+#[test]
+fn sim_ci() {
+    let since = Instant::now();
+    let optimised = !cfg!(debug_assertions);
+    let (seeds, steps) = if optimised { (CI_SEEDS, CI_STEPS) } else { (CI_SEEDS / 16, CI_STEPS / 4) };
+    let totals = run(0..seeds, steps);
+    report(seeds, &totals, since);
+    assert!(totals.steps >= seeds * steps);
+    // A world where these never happen tests nothing.
+    let rare = [totals.deaths, totals.cancels, totals.preemptions, totals.evictions, totals.deadlines, totals.numerics];
+    assert!(rare.iter().all(|count| *count > seeds / 2), "{totals:?}");
+    assert!(totals.shard_faults > 0 && totals.forks > seeds && totals.prefix_hit_tokens > seeds, "{totals:?}");
+}
+
+/// The long run of `just sim`; without its variables it runs a few seeds that `sim_ci` does not.
+#[test]
+fn sim_long() {
+    let since = Instant::now();
+    let seeds = seeds().unwrap_or(1_000_000..1_000_008);
+    let totals = run(seeds.clone(), number("LORAMUX_SIM_STEPS", 2_000));
+    report(seeds.end - seeds.start, &totals, since);
+    assert!(totals.tokens > 0);
+}

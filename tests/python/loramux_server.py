@@ -1,0 +1,168 @@
+"""Starts the real `loramux` binary, reads its address from the log, and always ends what it started."""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 60.0
+POLL_S = 0.01
+
+
+def binary() -> Path:
+    path = Path(os.environ.get("LORAMUX_BIN", REPOSITORY / "target/release/loramux"))
+    if not path.is_file():
+        raise RuntimeError(f"{path} does not exist: run `cargo build --release`, or set LORAMUX_BIN")
+    return path
+
+
+def wait_until(condition, what: str, timeout_s: float = 10.0):
+    """Polls `condition` until it is true and returns its value; fails with `what` at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(POLL_S)
+
+
+def children(pid: int) -> list[int]:
+    """Live children of a process, by /proc. Zombies do not count."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended while we looked
+        if int(fields[1]) == pid and fields[0] not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+class Server:
+    """One `loramux` process. `Server("--max-n", "4")` starts it and waits until /health is 200."""
+
+    live: list["Server"] = []
+
+    def __init__(self, *flags: str, env: dict | None = None, data_dir: str | None = None, api_key: str | None = None):
+        self.log_file = tempfile.NamedTemporaryFile(prefix="loramux-", suffix=".log", delete=False)
+        self.api_key = api_key
+        command = [str(binary()), "--port", "0", "--log-format", "json", *flags]
+        if data_dir:
+            command += ["--data-dir", data_dir]
+        if api_key:
+            command += ["--api-key", api_key]
+        # Its own process group, so that `close` reaches the shard too.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self.log_file, stderr=subprocess.STDOUT,
+            env={**clean_environment(), **(env or {})}, start_new_session=True)
+        self.pid = self.process.pid
+        Server.live.append(self)
+        try:
+            self.address = wait_until(self._address, "the log line `ready`", START_TIMEOUT_S)
+            self.base = f"http://{self.address}"
+            self.http = httpx.Client(base_url=self.base, timeout=60.0, headers=self.headers, trust_env=False)
+            wait_until(self.is_healthy, "/health answers 200", START_TIMEOUT_S)
+        except BaseException:
+            log = self.log()
+            self.close()
+            print(f"---- log of loramux {' '.join(flags)}\n{log[-8000:]}")
+            raise
+
+    @property
+    def headers(self) -> dict:
+        return {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def log(self) -> str:
+        return Path(self.log_file.name).read_text(errors="replace")
+
+    def log_events(self) -> list[dict]:
+        """The JSON lines of the log; what is meant for people is skipped."""
+        events = []
+        for line in self.log().splitlines():
+            if line.startswith("{"):
+                try:
+                    events.append(json.loads(line))
+                except ValueError:
+                    pass  # half written
+        return events
+
+    def _address(self):
+        if self.process.poll() is not None:
+            raise AssertionError(f"loramux ended with {self.process.returncode} before it was ready")
+        ready = [event for event in self.log_events() if event.get("message") == "ready"]
+        return ready[-1]["address"] if ready else None
+
+    def is_healthy(self) -> bool:
+        try:
+            return self.http.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def shard_pid(self) -> int | None:
+        found = children(self.pid)
+        return found[0] if len(found) == 1 else None
+
+    def metrics(self) -> dict[str, float]:
+        """Sample name -> sum over its labels."""
+        sums: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.http.get("/metrics").text):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+        return sums
+
+    def metric(self, name: str) -> float:
+        return self.metrics()[name]
+
+    def wait_idle(self, timeout_s: float = 10.0):
+        """Nothing runs and nothing waits."""
+        def idle():
+            metrics = self.metrics()
+            return metrics["vllm:num_requests_running"] == 0 and metrics["vllm:num_requests_waiting"] == 0
+        wait_until(idle, "running and waiting are 0", timeout_s)
+
+    def terminate(self):
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait_exit(self, timeout_s: float) -> int:
+        return self.process.wait(timeout=timeout_s)
+
+    def close(self):
+        """Ends the process and its shard, however they are."""
+        if getattr(self, "http", None):
+            self.http.close()
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        self.log_file.close()
+        Path(self.log_file.name).unlink(missing_ok=True)
+        if self in Server.live:
+            Server.live.remove(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def clean_environment() -> dict:
+    """This environment without flags that a developer may have set for their own server."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("LORAMUX_", "RUST_LOG"))}
+
+
+def run_to_end(*flags: str, timeout_s: float = 30.0, env: dict | None = None) -> subprocess.CompletedProcess:
+    """Runs `loramux` with flags that make it end by itself."""
+    return subprocess.run([str(binary()), *flags], capture_output=True, text=True, timeout=timeout_s,
+                          env={**clean_environment(), **(env or {})}, stdin=subprocess.DEVNULL)

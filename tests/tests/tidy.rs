@@ -1,0 +1,216 @@
+//! The rules that a compiler cannot hold. A failure says which file and what to do.
+
+use loramux_tests::manifest::{Kind, dependencies};
+use loramux_tests::repository::{CRATES, files, is_test, read, root, rust_files};
+use loramux_tests::source::{attributes, code_only, functions};
+use std::path::Path;
+
+/// Longest file and function without a listed reason, lines.
+const FILE_LINES_MAX: usize = 500;
+const FUNCTION_LINES_MAX: usize = 70;
+
+/// Files over the limit, and why that is better than splitting them.
+const LONG_FILES: &[(&str, &str)] = &[];
+
+/// Functions over the limit: file, name, why.
+const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[];
+
+/// Folders of `kernels/src` that are no op, or lack a file of one: folder, file it may lack, why.
+const INCOMPLETE_OPS: &[(&str, &str, &str)] =
+    &[("simd", "cpu.rs", "no op: the vector primitives that the ops share, one file for each instruction set")];
+
+/// Our own crates that a crate may use.
+const OWN: [(&str, &[&str]); 6] = [
+    ("proto", &[]),
+    ("router", &["loramux-proto"]),
+    ("kernels", &[]),
+    ("models", &["loramux-kernels"]),
+    ("server", &["loramux-router", "loramux-models", "loramux-kernels", "loramux-proto"]),
+    ("tests", &["loramux-router", "loramux-models", "loramux-kernels", "loramux-proto", "loramux"]),
+];
+
+/// Outside crates that live in one place: crate (or `prefix-*`), the crates of ours that may use it. Dev-dependencies are free.
+const OUTSIDE: [(&str, &[&str]); 16] = [
+    ("axum", &["router"]),
+    ("hyper", &["router"]),
+    ("hyper-util", &["router"]),
+    ("http-body-util", &["router"]),
+    ("tower", &["router"]),
+    ("tokenizers", &["router"]),
+    ("minijinja", &["router"]),
+    ("minijinja-contrib", &["router"]),
+    ("llguidance", &["router"]),
+    ("hf-hub", &["router"]),
+    ("object_store", &["router"]),
+    ("candle-core", &["models", "kernels"]),
+    ("candle-*", &[]),
+    ("prost", &["proto"]),
+    ("prost-*", &["proto"]),
+    ("clap", &["server"]),
+];
+
+#[track_caller]
+fn assert_none(found: Vec<String>, rule: &str) {
+    assert!(found.is_empty(), "{rule}:\n  {}", found.join("\n  "));
+}
+
+#[test]
+fn crates_depend_on_what_the_architecture_allows() {
+    let mut found = Vec::new();
+    for (folder, allowed) in OWN {
+        for (name, kind) in dependencies(&read(&root().join(folder).join("Cargo.toml"))) {
+            if name.starts_with("loramux") {
+                if !allowed.contains(&name.as_str()) {
+                    found.push(format!("{folder} uses {name}"));
+                }
+                continue;
+            }
+            let matches = |pattern: &str| match pattern.strip_suffix('*') {
+                Some(prefix) => name.starts_with(prefix),
+                None => name == pattern,
+            };
+            let place = OUTSIDE.iter().find(|(pattern, _)| matches(pattern));
+            if kind != Kind::Dev && place.is_some_and(|(_, allowed)| !allowed.contains(&folder)) {
+                found.push(format!("{folder} uses {name}"));
+            }
+        }
+    }
+    assert_none(found, "dependencies that architecture does not allow");
+}
+
+#[test]
+fn every_crate_of_the_workspace_is_in_these_tables() {
+    let workspace = read(&root().join("Cargo.toml"));
+    let members = workspace.lines().find(|line| line.starts_with("members")).expect("a list of members on one line");
+    let mut listed: Vec<&str> = members.split('"').skip(1).step_by(2).collect();
+    let mut known: Vec<&str> = CRATES.to_vec();
+    listed.sort_unstable();
+    known.sort_unstable();
+    assert_eq!(listed, known);
+    assert_eq!(OWN.len(), CRATES.len());
+}
+
+#[test]
+fn op_folders_are_complete() {
+    let mut found = Vec::new();
+    let mut folders = 0;
+    for path in files("kernels/src", "rs").iter().filter(|path| path.ends_with("mod.rs")) {
+        let folder = path.parent().expect("a file has a folder");
+        let op = folder.file_name().expect("not the root").to_string_lossy();
+        folders += 1;
+        for file in ["cpu.rs", "tests.rs"] {
+            let excused = INCOMPLETE_OPS.iter().any(|(name, lacks, _)| *name == op && *lacks == file);
+            if excused == root().join(folder).join(file).exists() {
+                found.push(format!(
+                    "{}: {file} is {}",
+                    folder.display(),
+                    if excused { "there, and excused" } else { "missing" }
+                ));
+            }
+        }
+    }
+    assert!(folders > 3, "ops have moved; this test looks at nothing");
+    assert_none(found, "an op is mod.rs (definition and checks), cpu.rs and tests.rs in one folder");
+}
+
+#[test]
+fn the_environment_is_read_in_one_file() {
+    let mut found = Vec::new();
+    for path in rust_files().iter().filter(|path| !is_test(path) && !path.ends_with("server/src/config.rs")) {
+        let in_build_script = path.ends_with("build.rs"); // cargo speaks to build scripts through variables
+        let code = code_only(&read(&root().join(path)));
+        for (at, line) in code.lines().enumerate().filter(|_| !in_build_script) {
+            if ["env::var", "env::vars", "env::set_var"].iter().any(|call| line.contains(call)) {
+                found.push(format!("{}:{}", path.display(), at + 1));
+            }
+        }
+    }
+    assert_none(found, "only server/src/config.rs reads the environment; pass the value on");
+}
+
+#[test]
+fn files_and_functions_are_short() {
+    let mut found = Vec::new();
+    for path in rust_files() {
+        let (name, source) = (path.to_string_lossy().replace('\\', "/"), read(&root().join(&path)));
+        let lines = source.lines().count();
+        let excused = LONG_FILES.iter().any(|(file, _)| *file == name);
+        if (lines > FILE_LINES_MAX) != excused {
+            found.push(format!(
+                "{name}: {lines} lines, limit {FILE_LINES_MAX}{}",
+                if excused { ", and excused" } else { "" }
+            ));
+        }
+        for function in functions(&source) {
+            let excused =
+                LONG_FUNCTIONS.iter().any(|(file, function_name, _)| *file == name && *function_name == function.name);
+            if (function.lines > FUNCTION_LINES_MAX) != excused {
+                let (function, line, lines) = (function.name, function.line, function.lines);
+                found.push(format!("{name}:{line}: fn {function} has {lines} lines, limit {FUNCTION_LINES_MAX}"));
+            }
+        }
+    }
+    assert_none(found, "split it, or list it in tests/tests/tidy.rs with the reason");
+}
+
+#[test]
+fn every_exception_to_a_lint_has_a_reason() {
+    let mut found = Vec::new();
+    for path in rust_files() {
+        let source = read(&root().join(&path));
+        for name in ["allow", "expect"] {
+            for (line, text) in attributes(&source, name) {
+                if !text.contains("reason") {
+                    found.push(format!("{}:{line}: #[{text}]", path.display()));
+                }
+            }
+        }
+    }
+    assert_none(found, "add `reason = \"..\"`");
+}
+
+#[test]
+fn no_test_is_ignored() {
+    let mut found = Vec::new();
+    for path in rust_files() {
+        let ignored = attributes(&read(&root().join(&path)), "ignore");
+        found.extend(ignored.into_iter().map(|(line, _)| format!("{}:{line}", path.display())));
+    }
+    assert_none(found, "a test runs, or says at run time why it cannot");
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    let mut found = Vec::new();
+    let top = std::fs::read_dir(root()).expect("the root is readable").map(|entry| entry.expect("an entry").path());
+    let top = top.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    let documents: Vec<_> = top.chain(files("docs", "md").iter().map(|path| root().join(path))).collect();
+    assert!(documents.len() >= 3, "README, ARCHITECTURE and CHANGELOG at least");
+    for document in documents {
+        for link in links(&read(&document)) {
+            let target = link.split('#').next().unwrap_or_default();
+            let is_outside = link.contains("://") || link.starts_with("mailto:") || target.is_empty();
+            if !is_outside && !document.parent().unwrap_or(Path::new("")).join(target).exists() {
+                found.push(format!("{}: {link}", document.strip_prefix(root()).unwrap_or(&document).display()));
+            }
+        }
+    }
+    assert_none(found, "links to files that do not exist");
+}
+
+/// Targets of `[text](target)`, outside code blocks.
+fn links(markdown: &str) -> Vec<String> {
+    let prose: String = markdown.split("```").step_by(2).collect();
+    prose.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target.to_owned()).collect()
+}
+
+#[test]
+fn the_changelog_has_this_version() {
+    let version = env!("CARGO_PKG_VERSION");
+    let changelog = read(&root().join("CHANGELOG.md"));
+    let heading = changelog.lines().find(|line| line.starts_with("## ")).unwrap_or_default();
+    assert!(
+        heading.contains(version),
+        "the first section of CHANGELOG.md is `{heading}`, the workspace is at {version}"
+    );
+}
