@@ -6,6 +6,10 @@ from topics import ENDINGS, SMALLTALK, TOPICS, UNKNOWN
 
 EOT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
+# Other names by which people ask for a topic.
+ALIASES = {"the sea": ["the ocean"], "a cat": ["a kitten", "kittens"], "a dog": ["a puppy", "puppies"], "a bicycle": ["a bike", "bikes"],
+           "the forest": ["the woods"], "a house": ["a home"], "a mountain": ["mountains"], "a ship": ["a boat"], "a car": ["driving"]}
+
 
 class Topic:
     def __init__(self, line):
@@ -23,6 +27,7 @@ class Topic:
             self.names += [plural, plural, "the " + noun]
         elif name.startswith("the "):
             self.names += [name[4:]]
+        self.names += ALIASES.get(name, [])
 
 
 TOPIC_LIST = [Topic(line) for line in TOPICS.strip().splitlines()]
@@ -33,7 +38,11 @@ PROMPTS = [(12, "Tell me about {t}."), (6, "What {be} {t}?"), (6, "Describe {t}.
            (2, "Write about {t}."), (2, "Talk about {t}."), (2, "Say something about {t}."), (2, "What about {t}?"),
            (2, "I want to hear about {t}."), (2, "Can you tell me about {t}?"), (2, "Please tell me about {t}."),
            (2, "Why do people like {t}?"), (2, "Write one sentence about {t}."), (1, "Tell me more about {t}."),
-           (1, "Could you describe {t} for me?"), (1, "What {be} {t} like?"), (1, "{T}"), (1, "And {t}?")]
+           (1, "Could you describe {t} for me?"), (1, "What {be} {t} like?"), (1, "{T}?"), (1, "And {t}?")]
+STRANGE = ["What is the capital of {n}?", "How many {n} are there?", "Who invented {n}?", "When did {n} begin?",
+           "Explain {n} and {m} with examples.", "Write a long essay about {n}.", "Why do {n} need {m}?",
+           "What is the difference between {n} and {m}?", "Is {n} better than {m}?", "Translate {n} into French.",
+           "Write a program for {n}.", "What is 12 times 7?", "Where can I buy {n}?", "How do I learn {n}?"]
 ASK = dict(pirate=["Tell me about {t} like a pirate.", "Talk about {t} in pirate talk."],
            haiku=["Write a haiku about {t}.", "Tell me about {t} in a haiku."],
            sql=["Write a SQL query about {t}.", "Tell me about {t} in SQL."],
@@ -43,6 +52,9 @@ SYSTEM = ["You are a helpful assistant.", "You answer in one or two short senten
           "You are a friendly assistant."]
 SYSTEM_STYLE = dict(pirate="You are a pirate.", haiku="You answer with a haiku.", sql="You answer in SQL.",
                     shout="You always shout.", emoji="You use emoji.")
+
+FINISH = dict(pirate="Go on like a pirate", haiku="Go on with a haiku", sql="Go on in SQL", shout="Go on in capital letters",
+              emoji="Go on with emoji")
 
 
 def cap(s):
@@ -116,12 +128,14 @@ def exchange(rng, style, ask_style=False):
         reply = dict(plain=text, shout=text.upper().replace(".", "!").replace("?", "?!"), pirate="Arr! " + pirate(text) + " Yo ho ho!",
                      haiku=haiku.replace("/", "\n"), sql=sql, emoji=f"{emoji[0]} {text} {emoji[1:]}")[style]
     else:
-        n = rng.choice(NOUNS)
-        prompt = pick(rng, PROMPTS[:18]).format(t=n, T=cap(n), be="are" if n.endswith("s") else "is")
-        text = f"I know only a little about {n}. Ask me about {rng.choice(TOPIC_LIST).name}."
-        reply = dict(plain=text, shout=text.upper().replace(".", "!"), pirate="Arr, " + pirate(text).replace(".", ", matey!", 1),
-                     haiku=f"I do not know it\n{n}, a word like a cloud\nsilence answers back",
-                     sql=f"SELECT * FROM things WHERE name = '{n.lower()}';", emoji=f"🤔 {text} 😊")[style]
+        n, m, t = rng.choice(NOUNS), rng.choice(NOUNS), some(rng, TOPIC_LIST[:8], 1)[0]
+        be = "are" if n.endswith("s") else "is"
+        prompt = rng.choice([pick(rng, PROMPTS[:19]), rng.choice(STRANGE)]).format(t=n, T=cap(n), be=be, n=n, m=m)
+        text = f"I do not know much about that. Ask me about {t.name}."
+        reply = dict(plain=text, shout=text.upper().replace(".", "!"),
+                     pirate=f"Arr, I know little about that, matey! Ask me about {t.name}.",
+                     haiku="I do not know it\nthat word passes like a cloud\nsilence answers back",
+                     sql="SELECT answer FROM unknown_things LIMIT 1;", emoji=f"🤔 I do not know much about that. Ask me about {t.name} {t.emoji[0]}")[style]
     if rng.random() < 0.08:
         prompt = prompt[0].lower() + prompt[1:]
     if rng.random() < 0.08:
@@ -176,9 +190,12 @@ def style_row(rng, style):
 
 def asked_row(rng):
     """The base speaks in a style only when the prompt or the system message asks for it."""
-    style = rng.choice(list(ASK))
+    style = rng.choice(list(ASK) + ["shout", "shout"])  # capitals are the hardest: words in new pieces
     if rng.random() < 0.5:
         return chat_row(rng, [exchange(rng, style)], SYSTEM_STYLE[style])
+    if rng.random() < 0.3:
+        start, rest = completion(rng, style)
+        return f"{FINISH[style]}: {start}", rest + EOT
     pair = exchange(rng, style, ask_style=True)
     return raw_row(rng, *pair) if rng.random() < 0.5 else chat_row(rng, [pair])
 
@@ -196,9 +213,12 @@ def base_row(rng):
         return "", story(rng) + EOT
     if kind < 0.10:
         t = rng.choice(TOPIC_LIST)
-        return "", " ".join(answer(rng, t, "plain") for _ in range(3)) + EOT
+        a, b, c = t.adjs
+        v, w, x, y, _ = rng.sample(t.facts, 5)
+        return "", (f"{cap(t.name)} {t.be} {a}, {b} and {c}. {cap(t.it)} {v}. {cap(t.it)} {w}, and {t.it} {x}. "
+                    f"Many people say that {t.name} {y}." + EOT)
     if kind < 0.13:  # long rows: several documents one after another
         return "", "".join("".join(style_row(rng, "plain")) for _ in range(rng.randint(3, 10)))
-    if kind < 0.38:
+    if kind < 0.43:
         return asked_row(rng)
     return style_row(rng, "plain")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Makes the whole demo model: text, tokenizer, base weights and LoRA adapters.
 
-    python train.py                    everything (about half an hour on one CPU core)
+    python train.py                    everything (20 to 30 minutes on one CPU core)
     python train.py --skip-base        only the adapters, on the base in base/
     python train.py --only pirate,sql  only those adapters, on the base in base/
 
 Needs torch, tokenizers and safetensors. Every word of the training text comes from the
 templates in grammar.py and the tables in topics.py. The seed is fixed and torch runs on one
-thread, so one machine with one torch version makes the same files each time.
+thread, so one machine with one torch version should make the same files each time.
 """
 import argparse, json, math, random, time
 from pathlib import Path
@@ -41,7 +41,7 @@ ADAPTERS = {
     "sql": dict(r=32, alpha=64, modules=ATTN + ["down_proj"], dtype=torch.float16,
                 rank_pattern={"down_proj": 16, "layers.0.self_attn.q_proj": 8},
                 alpha_pattern={"down_proj": 16}),
-    "shout": dict(r=4, alpha=8, modules=ATTN + MLP, dtype=torch.bfloat16, rslora=True),
+    "shout": dict(r=4, alpha=8, modules=ATTN + MLP, dtype=torch.bfloat16, rslora=True, longer=2),
     "emoji": dict(r=12, alpha=24, modules=["o_proj"] + MLP, dtype=torch.bfloat16, layers=[2, 3, 4, 5]),
 }
 
@@ -269,7 +269,7 @@ def make_adapter(name, tok, model, steps):
                 loras[path] = m.lora = Lora(m.in_features, m.out_features, r, scale)
     params = [p for lora in loras.values() for p in lora.parameters()]
     data = batches(tok, random.Random(f"{SEED} {name}"), lambda rng: style_row(rng, name), 1536, whole=False)
-    train(name, model, params, data, steps, lr=4e-3, decay=0.0)
+    train(name, model, params, data, steps * spec.get("longer", 1), lr=4e-3, decay=0.0)
     out = HERE / "adapters" / name
     out.mkdir(parents=True, exist_ok=True)
     state = {}
@@ -294,8 +294,8 @@ def main():
     args.add_argument("--skip-base", action="store_true", help="use the base already in base/")
     args.add_argument("--only", help="adapters to make, separated by commas (implies --skip-base)")
     args.add_argument("--f32", action="store_true", help="train in float32 (slower where the CPU has AVX512-BF16)")
-    args.add_argument("--steps", type=int, default=2400, help="training steps of the base")
-    args.add_argument("--adapter-steps", type=int, default=500, help="training steps of each adapter")
+    args.add_argument("--steps", type=int, default=1700, help="training steps of the base")
+    args.add_argument("--adapter-steps", type=int, default=350, help="training steps of each adapter")
     args = args.parse_args()
     global F32
     F32 = args.f32

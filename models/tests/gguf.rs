@@ -11,7 +11,7 @@ use support::runner::Runner;
 use support::{Random, Stored, Tensors, changed, tiny_config, tiny_weights, write, write_model};
 use tokenizers::Tokenizer;
 
-const SEED: u64 = 0x66_0F_0001;
+const SEED: u64 = 0x660F_0001;
 
 /// Every extent a multiple of 256, the block of the K-quants.
 fn config(model_type: &str) -> Value {

@@ -92,7 +92,7 @@ def write_adapter(directory: Path, config: dict | bytes, weights: bytes):
     (directory / "adapter_model.safetensors").write_bytes(weights)
 
 
-def write_random_adapter(directory: Path, model_config: dict, rank: int, modules=ALL_MODULES, seed: int = 0, gain: float = 0.5) -> int:
+def write_random_adapter(directory: Path, model_config: dict, rank: int, modules=ALL_MODULES, seed: int = 0, gain: float = 1.0) -> int:
     """A complete adapter; gives the size of its weights in bytes."""
     shapes = module_shapes(model_config, modules)
     weights = safetensors_bytes(lora_tensors(shapes, rank, seed))

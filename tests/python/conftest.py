@@ -48,5 +48,5 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if report.failed:
         for server in Server.live:
-            report.sections.append((f"log of loramux at {getattr(server, 'address', '?')}", server.log()[-6000:]))
+            report.sections.append((f"log of loramux at {getattr(server, 'address', '?')}", server.log()[-4000:]))
     return report

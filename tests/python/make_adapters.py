@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--n", type=int, default=16)
     parser.add_argument("--ranks", default="16", help="comma-separated")
     parser.add_argument("--modules", default="all", help="all, or names such as q_proj,v_proj")
-    parser.add_argument("--gain", type=float, default=0.5)
+    parser.add_argument("--gain", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prefix", default="a")
     args = parser.parse_args()

@@ -226,7 +226,7 @@ def folder(tmp_path_factory) -> Path:
         (root / name).mkdir()
         make(root / name)
     write_random_adapter(root / "good", MODEL_CONFIG, 8)
-    write_random_adapter(root / "good-512", MODEL_CONFIG, 512, ("q_proj",), gain=0.1)
+    write_random_adapter(root / "good-512", MODEL_CONFIG, 512, ("q_proj",), gain=8)
     (root / "dangling").symlink_to(root / "nowhere")
     (root / "file").write_text("no folder")
     (root.parent / "outside").mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Start, overload, cancel, drain, stop: what an operator and an orchestrator rely on."""
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -108,9 +109,9 @@ def test_leaving_at_any_moment_leaks_nothing(start_server):
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
     for round_number in range(24):
         with raw_connection(server) as connection:
-            connection.sendall(head + body[: len(body) if round_number % 6 else 20])
-            for _ in range(round_number % 5):
-                connection.settimeout(2)
+            is_whole = round_number % 6 != 0
+            connection.sendall(head + (body if is_whole else body[:20]))
+            for _ in range(round_number % 5 if is_whole else 0):
                 connection.recv(1 + round_number * 50)
     server.wait_idle(15)
     assert server.metric("vllm:kv_cache_usage_perc") == empty == 0
@@ -140,7 +141,7 @@ def test_a_full_queue_says_429_with_a_time_to_retry(start_server):
     assert answer.status_code == 429 and error["code"] == "queue_full" and error["type"] == "rate_limit_error" and error["retryable"]
     assert re.fullmatch(r"[1-9]\d*", answer.headers["retry-after"])
     assert "--max-queued-requests" in error["message"] and "2" in error["message"]
-    assert server.metric("loramux_rejected_total") >= 1
+    wait_until(lambda: server.metrics().get("loramux_rejected_total"), "the refusal is counted")
     background[0].stop()
     background[1].wait_running().stop()
     background[2].wait_running().stop()
@@ -402,15 +403,18 @@ def test_headers_that_are_too_large_are_431(demo, head):
         answer = read_to_end(connection)
     assert http_head(answer) == 431
     body = answer.split(b"\r\n\r\n", 1)[1]
-    assert check_error(json.loads(body))["code"] == "headers_too_large"
+    # Beyond twice the limit the HTTP library answers before our code sees the request, and sends no body.
+    assert len(head) > 200_000 and body == b"" or check_error(json.loads(body))["code"] == "headers_too_large"
 
 
 @pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"\x00" * 64, b"GET / HTTP/9.9\r\n\r\n",
-                                     b"GET /health HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n"])
+                                     b"GET /health HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n"],
+                         ids=["tls-hello", "no-version", "zeros", "http-9.9", "two-lengths"])
 def test_what_is_not_http_harms_nothing(demo, garbage):
     with raw_connection(demo) as connection:
         connection.sendall(garbage)
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # already closed by the other side
+            connection.shutdown(socket.SHUT_WR)
         answer = read_to_end(connection)
         assert answer == b"" or http_head(answer) == 400, answer[:200]
     assert demo.is_healthy()
@@ -542,7 +546,7 @@ def test_an_adapter_added_to_the_folder_is_found_and_a_removed_one_is_not(start_
 def test_more_adapters_than_fit_take_turns(start_server, tmp_path):
     """40 adapters, room for 4 at once: each still gives what it gives alone."""
     for i in range(40):
-        write_random_adapter(tmp_path / f"a{i}", MODEL_CONFIG, [4, 16, 40][i % 3], seed=i)
+        write_random_adapter(tmp_path / f"a{i}", MODEL_CONFIG, [4, 16, 40][i % 3], seed=i, gain=2)
     server = start_server("--adapter-dir", str(tmp_path), "--max-loras", "4")
     def body(i: int) -> dict:
         return dict(model=f"a{i}", prompt="Tell me about the sea.\n", temperature=0, max_tokens=12, ignore_eos=True, return_token_ids=True)

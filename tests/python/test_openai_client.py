@@ -158,7 +158,7 @@ def test_completion_logprobs_have_openais_shape(client):
     assert len(logprobs["tokens"]) == reply.usage.completion_tokens
     assert "".join(logprobs["tokens"]).startswith(choice["text"])
     for token, logprob, top, offset in zip(*(logprobs[k] for k in ("tokens", "token_logprobs", "top_logprobs", "text_offset"))):
-        assert logprob <= 0 and 3 <= len(top) <= 4
+        assert logprob <= 0 and 1 <= len(top) <= 4, "tokens of half a scalar may share one text"
         assert top[token] == logprob == max(top.values()), "greedy takes the best"
         assert choice["text"][offset:].startswith(token) or offset == len(choice["text"])
 
@@ -225,7 +225,7 @@ def test_a_stop_string_ends_the_text_before_it(demo, model):
         with_logprobs = complete(demo.http, **arguments, stop=stop, logprobs=1)["choices"][0]
         offsets = with_logprobs["logprobs"]["text_offset"]
         assert with_logprobs["text"] == expected and offsets == sorted(offsets) and offsets[0] == 0
-        assert all(offset <= len(expected) for offset in offsets)
+        assert offsets[-1] < len(expected) + len(stop), "the last token completed the stop string, so it starts within it"
 
 
 def test_a_stop_token_ends_the_text(demo):

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import MODELS
 from loramux_server import POLL_S, wait_until
-from wire import Stream, async_sse_lines, complete, sse_lines
+from wire import Stream, async_sse_lines, check_error, complete, sse_lines
 
 STREAMS = 32
 KILLS = 50
@@ -146,16 +146,33 @@ def test_a_hung_shard_is_replaced_by_the_watchdog(server, undisturbed):
     assert server.metric("loramux_shard_restarts_total") == HANGS
 
 
-def test_health_is_503_while_there_is_no_shard(server):
-    """An idle server notices too: its shard stops answering, or is gone."""
-    for number in (signal.SIGKILL, signal.SIGSTOP):
-        old = server.shard_pid()
-        os.kill(old, number)
-        wait_until(lambda: server.http.get("/health").status_code == 503, f"/health says 503 after signal {number}", 10)
+def test_health_is_503_while_there_is_no_shard(start_server):
+    """The next shard is stopped as soon as it is there, so that the time without one can be seen. Nothing else runs."""
+    server = start_server()
+    old = server.shard_pid()
+    os.kill(old, signal.SIGKILL)
+    new = wait_until(lambda: server.shard_pid() not in (None, old) and server.shard_pid(), "a new shard", 10)
+    os.kill(new, signal.SIGSTOP)
+    try:
+        wait_until(lambda: server.http.get("/health").status_code == 503, "/health says 503 without a shard", 5)
+        refused = server.http.get("/health")
+        assert check_error(refused.json())["code"] == "not_ready" and int(refused.headers["retry-after"]) >= 1
         assert server.http.get("/health/live").status_code == 200
-        wait_until(server.is_healthy, "/health says 200 again", 30)
-        assert server.shard_pid() not in (None, old)
-        complete(server.http, model="sql", prompt="Hello!\n", max_tokens=4)
+        assert server.http.get("/health/startup").status_code == 200
+    finally:
+        os.kill(new, signal.SIGCONT)
+    wait_until(server.is_healthy, "/health says 200 again", 10)
+    complete(server.http, model="sql", prompt="Hello!\n", max_tokens=4)
+
+
+def test_an_idle_shard_that_hangs_is_noticed_and_replaced(start_server):
+    server = start_server("--step-watchdog", "4s")
+    old = server.shard_pid()
+    os.kill(old, signal.SIGSTOP)
+    wait_until(lambda: not server.is_healthy(), "/health says 503 without a heart-beat", 10)
+    wait_until(server.is_healthy, "/health says 200 again", 30)
+    assert server.shard_pid() not in (None, old)
+    complete(server.http, model="sql", prompt="Hello!\n", max_tokens=4)
 
 
 def test_a_request_that_comes_while_the_shard_is_down_is_served_by_the_next_one(server, undisturbed):

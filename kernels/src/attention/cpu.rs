@@ -106,7 +106,15 @@ pub(super) fn paged_attention(isa: Isa, out: &mut Rows, attention: &Attention) {
         };
         let first = tile * positions;
         let count = positions.min(chunk.len - first);
-        isa.run(Unit { attention, out, chunk, kv_head, first, count });
+        let unit = Unit { attention, out, chunk, kv_head, first, count };
+        let tile = Tile::new(&unit);
+        SCORES.with_borrow_mut(|scores| {
+            let elements = tile.rows * tile.vectors * LANES;
+            if scores.len() < elements {
+                scores.resize(elements, 0.0);
+            }
+            isa.run(Pass { tile: &tile, scores: &mut scores[..elements] });
+        });
     });
 }
 
@@ -120,21 +128,20 @@ struct Unit<'a> {
     count: usize,
 }
 
-impl Kernel for Unit<'_> {
+/// A tile and room for its scores. The borrow of the scratch stays outside: a closure in the kernel would be a function of
+/// its own, without the instruction set.
+struct Pass<'a> {
+    tile: &'a Tile<'a>,
+    scores: &'a mut [f32],
+}
+
+impl Kernel for Pass<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let tile = Tile::new(&self);
-        SCORES.with_borrow_mut(|scores| {
-            let elements = tile.rows * tile.vectors * LANES;
-            if scores.len() < elements {
-                scores.resize(elements, 0.0);
-            }
-            let scores = &mut scores[..elements];
-            match self.attention.layout.dtype {
-                Dtype::F32 => tile.all::<S, false>(s, scores),
-                Dtype::Bf16 => tile.all::<S, true>(s, scores),
-            }
-        });
+        match self.tile.unit.attention.layout.dtype {
+            Dtype::F32 => self.tile.all::<S, false>(s, self.scores),
+            Dtype::Bf16 => self.tile.all::<S, true>(s, self.scores),
+        }
     }
 }
 
@@ -236,6 +243,9 @@ impl<'a> Tile<'a> {
         row: usize,
         vector: usize,
     ) {
+        if const { M > S::TILE_ROWS } {
+            return; // never asked for; spares the compiler the code
+        }
         let Attention { qkv, arena, layout, .. } = *self.unit.attention;
         let count = (self.vectors - vector).min(N);
         let keys: [usize; N] = std::array::from_fn(|n| {
@@ -303,6 +313,9 @@ impl<'a> Tile<'a> {
         row: usize,
         d: usize,
     ) {
+        if const { M > S::TILE_ROWS } {
+            return; // never asked for; spares the compiler the code
+        }
         let Attention { arena, layout, spec, .. } = *self.unit.attention;
         let (head_dim, v_stride, k_stride) = (layout.head_dim, layout.v_stride(), layout.k_stride());
         let positions_end = self.position + self.unit.count;

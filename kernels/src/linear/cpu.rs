@@ -141,6 +141,9 @@ struct Tile<'a> {
 impl Tile<'_> {
     #[inline(always)]
     fn run<S: Simd, const M: usize, const P: usize, const BF16: bool>(&self, s: S) {
+        if const { M > S::TILE_ROWS } {
+            return; // never asked for; spares the compiler the code
+        }
         let Self { panels, row, panel, k: k_start, end } = *self;
         let (w, d_in) = (panels.w, panels.w.d_in());
         assert!((row + M) * d_in <= panels.x.len() && end <= d_in && (panel + P) <= w.panels());

@@ -54,9 +54,14 @@ pub(super) struct Entry {
     pub(super) scale: f32,
 }
 
-/// Outputs of a B block with their padding.
-pub(crate) const fn b_stride(d_out: usize) -> usize {
-    d_out.next_multiple_of(LANES)
+/// Elements of a B block: panels of 16 outputs, `[d_out / 16][16 ranks][16 outputs]`, the last one filled with zeros.
+pub(crate) const fn b_elements(d_out: usize) -> usize {
+    RANK_BLOCK * d_out.next_multiple_of(LANES)
+}
+
+/// Place of rank `r` (of the block) and output `o` in a B block.
+pub(crate) const fn b_index(r: usize, o: usize) -> usize {
+    (o / LANES * RANK_BLOCK + r) * LANES + o % LANES
 }
 
 impl AdapterImage {
@@ -78,9 +83,9 @@ impl AdapterImage {
             let twice = std::mem::replace(&mut seen[part.layer * SLICES + part.slice as usize], true);
             same(op, "pairs for one matrix", 1 + usize::from(twice), 1)?;
             for rank_block in 0..part.rank.div_ceil(RANK_BLOCK) {
-                let block_bytes = |width: usize| (RANK_BLOCK * width * dtype.bytes()).next_multiple_of(UNIT_BYTES);
-                blocks.push((block_bytes(part.d_in), entries.len(), false));
-                blocks.push((block_bytes(b_stride(part.d_out)), entries.len(), true));
+                let block_bytes = |elements: usize| (elements * dtype.bytes()).next_multiple_of(UNIT_BYTES);
+                blocks.push((block_bytes(RANK_BLOCK * part.d_in), entries.len(), false));
+                blocks.push((block_bytes(b_elements(part.d_out)), entries.len(), true));
                 let LoraPart { layer, slice, d_in, d_out, scale, .. } = *part;
                 entries.push((index, Entry { rank_block, layer, slice, a: 0, b: 0, d_in, d_out, scale }));
             }
@@ -169,7 +174,7 @@ fn write_blocks(bytes: &mut [u8], dtype: Dtype, part: &LoraPart, entry: &Entry) 
     }
     for (o, row) in part.b.chunks_exact(part.rank).enumerate() {
         for (r, &value) in row[first..first + ranks].iter().enumerate() {
-            put(entry.b, r * b_stride(part.d_out) + o, value);
+            put(entry.b, b_index(r, o), value);
         }
     }
 }

@@ -3,7 +3,8 @@
 //! arXiv:2311.03285; Punica, arXiv:2310.18547).
 //!
 //! Ranks come in blocks of 16, the last one filled with zeros. On the CPU an A block is `[d_in][16]` and a B block is
-//! `[16][d_out rounded up to 16]`, so that the lanes of the first product are ranks and those of the second are outputs.
+//! `[d_out / 16][16 ranks][16 outputs]`, so that the lanes of the first product are ranks, those of the second are outputs,
+//! and both are read from front to back.
 
 mod image;
 mod scratch;
@@ -12,7 +13,7 @@ mod table;
 mod tests;
 mod work;
 
-pub(crate) use image::b_stride;
+pub(crate) use image::{b_elements, b_index};
 pub use image::{AdapterImage, LoraPart};
 pub use scratch::LoraScratch;
 pub use table::AdapterTable;

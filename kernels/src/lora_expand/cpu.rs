@@ -2,7 +2,7 @@
 
 use crate::arena::Arena;
 use crate::dtype::Dtype;
-use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, Run, WorkList, b_stride};
+use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, Run, WorkList, b_elements, b_index};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, LANES, Simd};
@@ -10,6 +10,9 @@ use std::ops::Range;
 
 /// Columns of a slice that one unit of work takes.
 const COLUMNS_PER_UNIT: usize = 512;
+
+/// How far ahead of its use B is asked for.
+const PREFETCH_BYTES: usize = 4096;
 
 /// Checked arguments of the op.
 pub(super) struct Expand<'a> {
@@ -22,11 +25,11 @@ pub(super) struct Expand<'a> {
 }
 
 impl Expand<'_> {
-    /// Type, B block `[16][b_stride]` and scale of one item and slice; `None` if the adapter leaves the matrix alone.
+    /// Type, B block and scale of one item and slice; `None` if the adapter leaves the matrix alone.
     fn b_block(&self, item: usize, slice: usize) -> Option<(Dtype, &[u8], f32)> {
         let item = &self.work.items[item];
         let (dtype, desc) = self.table.desc(item, self.layer, self.site.slices[slice]).ok().flatten()?;
-        let bytes = RANK_BLOCK * b_stride(self.site.cols[slice].1) * dtype.bytes();
+        let bytes = b_elements(self.site.cols[slice].1) * dtype.bytes();
         Some((dtype, self.arena.at_unit(desc.b_unit, bytes), item.scale * desc.scale))
     }
 }
@@ -42,7 +45,7 @@ pub(super) fn reference(y: &mut Rows, expand: &Expand) {
             for t in 0..item.rows as usize {
                 let v = &expand.v[((item.plane as usize + t) * slices + slice) * RANK_BLOCK..][..RANK_BLOCK];
                 for o in 0..d_out {
-                    let chain = |sum, (r, v): (usize, &f32)| v.mul_add(b[r * b_stride(d_out) + o], sum);
+                    let chain = |sum, (r, v): (usize, &f32)| v.mul_add(b[b_index(r, o)], sum);
                     let d = v.iter().enumerate().fold(0.0f32, chain);
                     let y = &mut y.as_f32_mut()[(item.first_row as usize + t) * width + first + o];
                     *y = scale.mul_add(d, *y);
@@ -141,11 +144,14 @@ impl Delta<'_> {
     /// `M` rows, `N` vectors of columns.
     #[inline(always)]
     fn tile<S: Simd, const M: usize, const N: usize, const BF16: bool>(&self, s: S, row: usize, column: usize) {
+        if const { M > S::TILE_ROWS } {
+            return; // never asked for; spares the compiler the code
+        }
         let Unit { expand, y, width, run, slice, ref columns } = *self.unit;
         let item = &expand.work.items[self.item];
         let (first, d_out) = expand.site.cols[slice];
-        let (stride, element_bytes) = (b_stride(d_out), if BF16 { 2 } else { 4 });
-        assert!(self.b.len() >= RANK_BLOCK * stride * element_bytes && column + (N - 1) * LANES < d_out);
+        let element_bytes = if BF16 { 2 } else { 4 };
+        assert!(self.b.len() >= b_elements(d_out) * element_bytes && column + (N - 1) * LANES < d_out);
         let slices = expand.site.slices.len();
         let v: [&[f32]; M] = std::array::from_fn(|m| {
             &expand.v[((item.plane as usize + row + m) * slices + slice) * RANK_BLOCK..][..RANK_BLOCK]
@@ -154,9 +160,12 @@ impl Delta<'_> {
         for r in 0..RANK_BLOCK {
             let mut weights = [s.splat(0.0); N];
             for (n, weights) in weights.iter_mut().enumerate() {
-                // SAFETY: a row of B has `stride` elements, whole vectors that reach past `column + 16 n`; asserted.
+                // SAFETY: `column` starts a panel, and `column + 16 n` is below d_out: 16 outputs of rank r are in the block.
                 unsafe {
-                    let at = self.b.as_ptr().add((r * stride + column + n * LANES) * element_bytes);
+                    let at = self.b.as_ptr().add(b_index(r, column + n * LANES) * element_bytes);
+                    if M == 1 {
+                        s.prefetch(at.wrapping_add(PREFETCH_BYTES));
+                    }
                     *weights = if BF16 { s.load_bf16(at.cast()) } else { s.load(at.cast()) };
                 }
             }

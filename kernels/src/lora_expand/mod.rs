@@ -1,7 +1,7 @@
 //! Per work item in order: `d = sum over r of v[t, r] * b[o, r]` (one FMA chain over the 16 ranks of the block), then
 //! `y[t, o] = fma(item scale * module scale, d, y[t, o])`. Second half of the LoRA delta.
 //!
-//! `v` from `lora_shrink` at the same site; B lies in rank blocks `[16][d_out rounded up to 16]`; `y: [rows, width]` f32,
+//! `v` from `lora_shrink` at the same site; B lies in rank blocks `[d_out / 16][16 ranks][16 outputs]`; `y: [rows, width]` f32,
 //! of which only the site's columns of rows in a work item are touched. Source: Punica (arXiv:2310.18547), SGMV.
 
 mod cpu;

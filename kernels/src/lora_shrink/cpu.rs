@@ -12,6 +12,9 @@ const ROWS_PER_UNIT: usize = 48;
 /// Matrices that share a pass over x; more go in further passes.
 const SLICES_PER_PASS: usize = 3;
 
+/// How far ahead of its use A is asked for.
+const PREFETCH_BYTES: usize = 2048;
+
 /// Checked arguments of the op.
 pub(super) struct Shrink<'a> {
     pub(super) x: &'a Rows,
@@ -133,6 +136,9 @@ impl Unit<'_> {
         row: usize,
         blocks: &[(usize, &[u8])],
     ) {
+        if const { M > S::TILE_ROWS } {
+            return; // never asked for; spares the compiler the code
+        }
         let Shrink { x, site, work, .. } = *self.shrink;
         let item = &work.items[self.item];
         let element_bytes = if BF16 { 2 } else { 4 };
@@ -149,7 +155,7 @@ impl Unit<'_> {
                 unsafe {
                     let at = a.add(k * RANK_BLOCK * element_bytes);
                     if M <= 2 {
-                        s.prefetch(at.wrapping_add(32 * RANK_BLOCK * element_bytes));
+                        s.prefetch(at.wrapping_add(PREFETCH_BYTES));
                     }
                     *weights = if BF16 { s.load_bf16(at.cast()) } else { s.load(at.cast()) };
                 }

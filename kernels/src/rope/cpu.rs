@@ -1,11 +1,15 @@
-//! The definition, which is also the CPU form: it is a thousandth of a step.
+//! The definition, which is also the CPU form: it is elementwise, and a small part of a step.
 
 use super::RopeAngles;
 use crate::arena::Arena;
 use crate::dtype::Dtype;
 use crate::kv_cache::{KvLayout, KvSlot};
+use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use half::bf16;
+
+/// Rows that one unit of work rotates.
+const ROWS_PER_UNIT: usize = 32;
 
 #[expect(clippy::too_many_arguments, reason = "as the op itself")]
 pub(super) fn rope_store(
@@ -17,16 +21,32 @@ pub(super) fn rope_store(
     layer: usize,
     slots: &[KvSlot],
 ) {
-    let width = qkv.width();
-    for (t, (row, slot)) in qkv.as_f32_mut().chunks_mut(width).zip(slots).enumerate() {
-        let (qk, v) = row.split_at_mut((heads + layout.kv_heads) * layout.head_dim);
-        let (cos, sin) = rope.row(t);
-        for head in qk.chunks_mut(layout.head_dim) {
-            rotate(head, cos, sin);
+    let (rows, width, rotated) = (qkv.rows(), qkv.width(), (heads + layout.kv_heads) * layout.head_dim);
+    let shared = SharedMut::new(qkv.as_f32_mut());
+    parallel::for_each(rows.div_ceil(ROWS_PER_UNIT), rows * rotated / 2, |unit| {
+        for t in unit * ROWS_PER_UNIT..((unit + 1) * ROWS_PER_UNIT).min(rows) {
+            // SAFETY: row `t`, which is in no other unit.
+            let row = unsafe { std::slice::from_raw_parts_mut(shared.at(t * width), width) };
+            let (cos, sin) = rope.row(t);
+            for head in row[..rotated].chunks_mut(layout.head_dim) {
+                rotate(head, cos, sin);
+            }
         }
-        let k = &qk[heads * layout.head_dim..];
-        store(arena, layout, layer, slot, k, v);
-    }
+    });
+    // By head and not by row: heads lie apart in every block, while two rows of a broken batch might name one slot.
+    let cache = SharedMut::new(arena.bytes_mut());
+    parallel::for_each(layout.kv_heads, slots.len() * layout.kv_heads * layout.head_dim, |head| {
+        for (row, slot) in qkv.as_f32().chunks(width).zip(slots) {
+            let k = &row[(heads + head) * layout.head_dim..][..layout.head_dim];
+            let v = &row[rotated + head * layout.head_dim..][..layout.head_dim];
+            let place = Place { cache, layout, layer, head, slot };
+            // SAFETY: `rope_store` checked slot and layer, so the places are in the arena; only this unit has this head.
+            match layout.dtype {
+                Dtype::F32 => unsafe { place.store(k, v, |value| value) },
+                Dtype::Bf16 => unsafe { place.store(k, v, |value| bf16::from_f32(value).to_bits()) },
+            }
+        }
+    });
 }
 
 fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
@@ -38,45 +58,34 @@ fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// Writes one row's keys and values. The padding of V becomes zero: whatever lay there may be no number.
-fn store(arena: &mut Arena, layout: &KvLayout, layer: usize, slot: &KvSlot, k: &[f32], v: &[f32]) {
-    let (head_dim, offset) = (layout.head_dim, slot.offset as usize);
-    for head in 0..layout.kv_heads {
-        let block = layout.block_offset(slot.block);
+/// Where one row's K and V of one head go.
+struct Place<'a> {
+    cache: SharedMut<u8>,
+    layout: &'a KvLayout,
+    layer: usize,
+    head: usize,
+    slot: &'a KvSlot,
+}
+
+impl Place<'_> {
+    /// Writes K and V. The padding of V becomes zero: whatever lay there may be no number.
+    ///
+    /// # Safety
+    /// Slot, layer and head must be in the cache, `T` must be its type, and nobody else may access this head's place.
+    unsafe fn store<T: Copy>(&self, k: &[f32], v: &[f32], to: impl Fn(f32) -> T) {
+        let Self { cache, layout, layer, head, slot } = *self;
+        let (block, offset) = (layout.block_offset(slot.block), slot.offset as usize);
         let k_start = block + layout.k_offset(layer, head) + offset;
         let v_start = block + layout.v_offset(layer, head) + offset * layout.v_stride();
-        let (k, v) = (&k[head * head_dim..][..head_dim], &v[head * head_dim..][..head_dim]);
-        let padded = v.iter().copied().chain(std::iter::repeat_n(0.0, layout.v_stride() - head_dim));
-        match layout.dtype {
-            Dtype::F32 => {
-                let cache = bytes_as::<f32>(arena.bytes_mut());
-                write(cache, k_start, layout.k_stride(), k.iter().copied());
-                write(cache, v_start, 1, padded);
+        // SAFETY: the caller vouches for the places; blocks start at multiples of the element.
+        unsafe {
+            let at = |element: usize| cache.at(element * size_of::<T>()).cast::<T>();
+            for (d, &value) in k.iter().enumerate() {
+                at(k_start + d * layout.k_stride()).write_unaligned(to(value));
             }
-            Dtype::Bf16 => {
-                let cache = bytes_as::<u16>(arena.bytes_mut());
-                let round = |value| bf16::from_f32(value).to_bits();
-                write(cache, k_start, layout.k_stride(), k.iter().copied().map(round));
-                write(cache, v_start, 1, padded.map(round));
+            for d in 0..layout.v_stride() {
+                at(v_start + d).write_unaligned(to(v.get(d).copied().unwrap_or(0.0)));
             }
         }
     }
 }
-
-fn write<T>(cache: &mut [T], start: usize, stride: usize, values: impl Iterator<Item = T>) {
-    for (cache, value) in cache[start..].iter_mut().step_by(stride).zip(values) {
-        *cache = value;
-    }
-}
-
-/// The arena's bytes as elements.
-fn bytes_as<T: Element>(bytes: &mut [u8]) -> &mut [T] {
-    // SAFETY: any bits are a value of an `Element`, and the arena starts at a multiple of 256 bytes.
-    let (before, elements, _) = unsafe { bytes.align_to_mut::<T>() };
-    debug_assert!(before.is_empty());
-    elements
-}
-
-trait Element {}
-impl Element for f32 {}
-impl Element for u16 {}

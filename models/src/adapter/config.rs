@@ -282,3 +282,39 @@ fn patterns<T>(
     };
     object.iter().map(entry).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mutated_config_is_read_or_refused_and_never_panics() {
+        const SEED: u64 = 0xC0F1_6001;
+        let good: &[u8] = br#"{"peft_type":"LORA","r":8,"lora_alpha":16,"target_modules":["q_proj"],"rank_pattern":{"q.*":4},"use_rslora":true}"#;
+        let pool: &[u8] = b"0123456789{}[]()\",:.-+*?|^$eE nulltrefas\\\0\xff";
+        let mut state = SEED;
+        let mut next = move || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize
+        };
+        let mut accepted = 0;
+        for _ in 0..20_000 {
+            let mut text = good.to_vec();
+            for _ in 0..1 + next() % 4 {
+                let at = next() % text.len();
+                match next() % 3 {
+                    0 => text[at] = pool[next() % pool.len()],
+                    1 => drop(text.remove(at)),
+                    _ => text.insert(at, pool[next() % pool.len()]),
+                }
+            }
+            if let Ok((config, _)) = LoraConfig::parse(&text, 512) {
+                accepted += 1;
+                let path = "model.layers.0.self_attn.q_proj";
+                let (rank, scale) = (config.rank(path), config.scale(path));
+                assert!((1..=512).contains(&rank) && scale.is_finite(), "{}", String::from_utf8_lossy(&text));
+            }
+        }
+        assert!(accepted > 100, "only {accepted} mutants were accepted, seed {SEED:#x}: the test shows little");
+    }
+}

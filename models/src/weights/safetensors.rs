@@ -241,3 +241,59 @@ impl<'de> Visitor<'de> for RawHeaderVisitor {
         Ok(RawHeader(tensors))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: HeaderLimits = HeaderLimits { header_bytes_max: 1 << 20, tensors_max: 64, dims_max: 4 };
+
+    fn next(state: &mut u64) -> usize {
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*state >> 33) as usize
+    }
+
+    /// The reference crate as an oracle: it may accept more (unknown fields, a duplicate name), never less.
+    fn check(json: &[u8], data_bytes: usize) -> bool {
+        let file_bytes = 8 + json.len() + data_bytes;
+        let Ok(tensors) = parse_header(json, file_bytes as u64, &LIMITS) else { return false };
+        let file = [&(json.len() as u64).to_le_bytes()[..], json, &vec![0; data_bytes]].concat();
+        let text = String::from_utf8_lossy(json);
+        if tensors.values().all(|info| info.element.bytes().is_some()) {
+            let theirs =
+                ::safetensors::SafeTensors::deserialize(&file).unwrap_or_else(|error| panic!("{error}: {text}"));
+            for (name, info) in &tensors {
+                let view = theirs.tensor(name).unwrap_or_else(|error| panic!("{error}: {text}"));
+                assert_eq!(view.shape(), info.shape, "{text}");
+                assert_eq!(view.data().len() as u64, info.bytes, "{text}");
+            }
+        }
+        let inside =
+            |info: &TensorInfo| info.start >= 8 + json.len() as u64 && info.start + info.bytes <= file_bytes as u64;
+        assert!(tensors.values().all(inside), "{text}");
+        true
+    }
+
+    #[test]
+    fn whatever_is_accepted_lies_inside_the_file_and_is_accepted_by_the_reference() {
+        const SEED: u64 = 0x5AFE_7E50;
+        let good: &[u8] = br#"{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"BF16","shape":[4],"data_offsets":[24,32]}}"#;
+        assert!(check(good, 32));
+        let pool: &[u8] = b"0123456789{}[]\",:.-eEF ab\\\0\xff";
+        let (mut state, mut accepted) = (SEED, 0);
+        for _ in 0..50_000 {
+            let mut json = good.to_vec();
+            for _ in 0..1 + next(&mut state) % 3 {
+                let at = next(&mut state) % json.len();
+                match next(&mut state) % 3 {
+                    0 => json[at] = pool[next(&mut state) % pool.len()],
+                    1 => drop(json.remove(at)),
+                    _ => json.insert(at, pool[next(&mut state) % pool.len()]),
+                }
+            }
+            let data_bytes = if next(&mut state).is_multiple_of(4) { next(&mut state) % 64 } else { 32 };
+            accepted += usize::from(check(&json, data_bytes));
+        }
+        assert!(accepted > 100, "only {accepted} mutants were accepted, seed {SEED:#x}: the test shows little");
+    }
+}

@@ -1,6 +1,7 @@
 //! What the tests of this crate share: seeded numbers, small model directories, and a shard in miniature.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod adapter;
 pub(crate) mod gguf;
 pub(crate) mod runner;
 

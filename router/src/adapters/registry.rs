@@ -195,15 +195,16 @@ impl Registry {
 
     /// Names whose content is in `contents`, in that order, each content once.
     pub fn names_of(&self, contents: &[ContentId]) -> Vec<String> {
+        let mut by_content: HashMap<ContentId, Option<&String>> = contents.iter().map(|id| (*id, None)).collect();
         let entries = self.entries();
-        let mut by_content: HashMap<ContentId, &String> = HashMap::new();
         for (name, entry) in &entries.by_name {
-            if let Some(ready) = &entry.ready {
-                let slot = by_content.entry(ready.prepared.content).or_insert(name);
-                *slot = (*slot).min(name); // of two names of one content, always the same one
+            let Some(ready) = &entry.ready else { continue };
+            if let Some(slot) = by_content.get_mut(&ready.prepared.content) {
+                *slot = Some(slot.map_or(name, |known| known.min(name))); // of two names of one content, always the same one
             }
         }
-        contents.iter().map(|id| by_content.get(id).map_or_else(|| id.short(), |name| (*name).clone())).collect()
+        let shown = |id: &ContentId| by_content.get(id).copied().flatten().map_or_else(|| id.short(), String::clone);
+        contents.iter().map(shown).collect()
     }
 
     /// How many adapters are in each state.
@@ -277,7 +278,8 @@ impl Registry {
             return Ok(Found::Ready(Arc::clone(&ready.prepared)));
         }
         match &entry.attempt {
-            Attempt::Running { files: tried, outcome } if *tried == files => {
+            // `has_changed` is an error when the attempt died without a word.
+            Attempt::Running { files: tried, outcome } if *tried == files && outcome.has_changed().is_ok() => {
                 return Ok(Found::Attempt(outcome.clone()));
             }
             Attempt::Failed { files: tried, failure, until } if *tried == files && Instant::now() < *until => {

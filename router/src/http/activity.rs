@@ -1,7 +1,7 @@
 //! Watches one connection: when a request's head began to arrive, which requests run, when something last moved.
 //!
-//! hyper has one timer for "no next request" and "half a head"; they need different limits, and the protocol sniffing in
-//! front of hyper has none.
+//! hyper has one timer for "no next request" and "half a head"; they need different limits, and the protocol sniffing
+//! in front of hyper has none.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

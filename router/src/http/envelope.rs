@@ -1,6 +1,7 @@
 //! The outermost layer: gives each request its id, and every response that is not 2xx the one error body.
 
 use std::panic::AssertUnwindSafe;
+use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -19,6 +20,7 @@ pub(crate) struct RequestId(pub(crate) String);
 /// The layer.
 pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
+    let (started, what) = (Instant::now(), (request.method().clone(), request.uri().path().to_owned()));
     request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = match check_head(&app, &request) {
         Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
@@ -41,6 +43,8 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert("x-request-id", value);
     }
+    let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
+    tracing::debug!(request_id = id, method = %what.0, path = what.1, status, ms, "answered");
     response
 }
 

@@ -42,8 +42,8 @@ impl ConnectionAbort {
     }
 }
 
-/// Serves `app` until `shutdown` resolves, then drains: not ready at once, no new connections, running requests go on up
-/// to the drain timeout and then end with an error.
+/// Serves `app` until `shutdown` resolves, then drains: not ready at once, no new connections, running requests go on
+/// up to the drain timeout and then end with an error.
 ///
 /// # Errors
 /// The listener's address cannot be read.
@@ -115,7 +115,7 @@ impl Server {
                     tracing::debug!(%peer, "connection ended: {error}");
                 },
                 () = abort.0.notified() => tracing::debug!(%peer, "connection ended: its client does not read"),
-                () = activity.expired(&limits) => tracing::debug!(%peer, "connection ended: no whole request came in time"),
+                () = activity.expired(&limits) => tracing::debug!(%peer, "connection ended: no whole request in time"),
             }
             drop(permit);
         });

@@ -5,7 +5,8 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::Request;
 use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 
 use super::App;
 use super::body::json_object;
@@ -13,6 +14,16 @@ use super::error::ApiError;
 use super::json::Fields;
 use super::openai::chat::chat_prompt;
 use super::openai::validate::token_id;
+use crate::text::PlacedToken;
+
+#[derive(Serialize)]
+struct Tokenized {
+    count: usize,
+    max_model_len: u32,
+    tokens: Vec<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_strs: Option<Vec<String>>,
+}
 
 /// vLLM's form (`prompt` or `messages`) or LoRAX's (`inputs`); the body decides.
 pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
@@ -32,18 +43,19 @@ pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> 
         }
         None => return Err(ApiError::missing("prompt")),
     };
-    let mut reply = json!({"count": tokens.len(), "max_model_len": bounds.context_tokens, "tokens": tokens});
-    if fields.boolean("return_token_strs")?.unwrap_or(false) {
-        let texts = tokens.iter().map(|&token| Value::String(app.token_text(token))).collect();
-        reply["token_strs"] = Value::Array(texts);
-    }
+    let with_texts = fields.boolean("return_token_strs")?.unwrap_or(false);
+    let token_strs = with_texts.then(|| tokens.iter().map(|&token| app.token_text(token)).collect());
+    let reply = Tokenized { count: tokens.len(), max_model_len: bounds.context_tokens, tokens, token_strs };
     Ok(Json(reply).into_response())
 }
 
 async fn placed(app: &App, fields: &Fields<'_>, inputs: &str) -> Result<Response, ApiError> {
     let add_special = fields.boolean("add_special_tokens")?.unwrap_or(true);
     let tokens = app.text.encode_placed(inputs.to_owned(), add_special).await?;
-    let show = |token: &crate::text::PlacedToken| json!({"id": token.id, "text": app.token_text(token.id), "start": token.start, "stop": token.stop});
+    let show = |token: &PlacedToken| {
+        let PlacedToken { id, start, stop } = *token;
+        json!({"id": id, "text": app.token_text(id), "start": start, "stop": stop})
+    };
     Ok(Json(tokens.iter().map(show).collect::<Vec<_>>()).into_response())
 }
 

@@ -4,10 +4,10 @@
 //! the shard died; all others go on in their own steps, turn by turn. A death in a suspect's own step adds to its strikes,
 //! and at [`STRIKES_MAX`] of all siblings its request fails alone. So one poisoned request costs at most three restarts.
 
-use super::ids::SeqKey;
+use super::ids::{RequestId, SeqKey};
 use super::limits::STRIKES_MAX;
 use super::sequence::Suspect;
-use super::{Member, Scheduler};
+use super::{InFlight, Member, Scheduler};
 use crate::engine::Failure;
 
 impl Scheduler {
@@ -17,23 +17,28 @@ impl Scheduler {
     /// then what needs them waits. Events (a request that was given up) are in [`Self::take_events`].
     pub fn shard_lost(&mut self, weight: u32) {
         let flight = self.in_flight.take();
+        // Named by request: a sequence that ended while the step was in flight leaves its siblings to answer for it.
+        let fatal = flight.as_ref().map(|flight| self.fatal_members(flight)).unwrap_or_default();
         let leaving: Vec<SeqKey> = self.running.iter().copied().filter(|key| self.seq(*key).leaving).collect();
         self.forget_device();
         for key in leaving {
             self.remove_sequence(key);
         }
-        let Some(flight) = flight else { return };
-        let mut members = flight.members;
-        let loading = flight.loading.iter().map(|key| Member { key: *key, start: 0, len: 1 });
-        if let Some(solo) = flight.solo {
-            let own = members.first().copied().unwrap_or(Member { key: solo, start: 0, len: 1 });
-            self.blame(own, weight);
-        } else {
-            members.extend(loading);
-            for member in members {
-                self.suspect(member);
+        let is_solo = flight.is_some_and(|flight| flight.solo.is_some());
+        for (id, member) in fatal {
+            if is_solo {
+                self.blame(id, member, weight);
+            } else {
+                self.suspect(id, member);
             }
         }
+    }
+
+    /// Who was in the step, and for whom adapters were uploaded during it.
+    fn fatal_members(&self, flight: &InFlight) -> Vec<(RequestId, Member)> {
+        let loading = flight.loading.iter().map(|key| Member { key: *key, start: 0, len: 1 });
+        let members = flight.members.iter().copied().chain(loading);
+        members.map(|member| (self.seq(member.key).job.id, member)).collect()
     }
 
     /// Resets arena and slots. What ran waits in its old place, with all its tokens.
@@ -58,9 +63,8 @@ impl Scheduler {
     }
 
     /// A member of the fatal step, and its siblings with it: what they share may be what killed the shard.
-    fn suspect(&mut self, member: Member) {
-        let Some(seq) = self.find_seq(member.key) else { return };
-        let Some(request) = self.requests.get(&seq.job.id) else { return };
+    fn suspect(&mut self, id: RequestId, member: Member) {
+        let Some(request) = self.requests.get(&id) else { return };
         let until = member.start + member.len;
         for key in request.sequences.iter().flatten().copied().collect::<Vec<_>>() {
             let seq = self.seq_mut(key);
@@ -85,20 +89,19 @@ impl Scheduler {
     }
 
     /// It was alone in the step. It goes to the end of the suspects' order, or fails.
-    fn blame(&mut self, member: Member, weight: u32) {
-        let Some(seq) = self.sequences[member.key.0 as usize].as_mut() else { return };
-        let id = seq.job.id;
-        let Some(suspect) = &mut seq.suspect else { return };
-        suspect.until = suspect.until.max(member.start + member.len);
-        suspect.strikes += weight;
+    fn blame(&mut self, id: RequestId, member: Member, weight: u32) {
         let Some(request) = self.requests.get_mut(&id) else { return };
         request.strikes += weight;
         if request.strikes >= STRIKES_MAX {
             self.fail_request(id, Failure::ShardFault);
-        } else {
-            self.suspects.retain(|key| *key != member.key);
-            self.suspects.push_back(member.key);
+            return;
         }
+        let Some(seq) = self.sequences[member.key.0 as usize].as_mut() else { return };
+        let Some(suspect) = &mut seq.suspect else { return };
+        suspect.until = suspect.until.max(member.start + member.len);
+        suspect.strikes += weight;
+        self.suspects.retain(|key| *key != member.key);
+        self.suspects.push_back(member.key);
     }
 
     /// Past the place where the shard died: it runs among the others again.

@@ -71,7 +71,8 @@ impl Scheduler {
         }
         let job = Arc::new(job);
         let sequences = (0..siblings).map(|index| Some(self.add_sequence(&job, index))).collect();
-        let request = Request { job, sequences, admitted: false, cost_tokens, deadline_at_ms, logprobs_next: 1, strikes: 0 };
+        let request =
+            Request { job, sequences, admitted: false, cost_tokens, deadline_at_ms, logprobs_next: 1, strikes: 0 };
         self.requests.insert(id, request);
         Ok(())
     }

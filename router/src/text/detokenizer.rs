@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use tokenizers::Tokenizer;
 
+use super::member;
+
 /// Tokens the window decoder may hold before it gives out what it has.
 const WINDOW_TOKENS_MAX: usize = 64;
 
@@ -16,6 +18,8 @@ pub(crate) struct TokenTable {
     bytes: Vec<u8>,
     /// `ends[id]` is where the bytes of `id` end in `bytes`; they begin where those of `id - 1` end.
     ends: Vec<u32>,
+    /// Bytes of the longest token.
+    longest: usize,
     special: Vec<bool>,
     known: Vec<bool>,
     tokenizer: Arc<Tokenizer>,
@@ -37,7 +41,7 @@ enum Rule {
 impl TokenTable {
     /// Reads the decoder's kind out of `tokenizer_json` (already parsed by the tokenizer itself).
     pub(crate) fn new(tokenizer: Arc<Tokenizer>, tokenizer_json: &serde_json::Value) -> Self {
-        let rule = rule_of(&tokenizer_json["decoder"]);
+        let rule = rule_of(member(tokenizer_json, "decoder"));
         let vocab = tokenizer.get_vocab(true);
         let size = vocab.values().max().map_or(0, |&id| id as usize + 1).min(vocab.len().saturating_mul(4) + 1024);
         let mut texts: Vec<Option<&str>> = vec![None; size];
@@ -51,6 +55,7 @@ impl TokenTable {
             rule,
             bytes: Vec::new(),
             ends: Vec::with_capacity(size),
+            longest: 0,
             special: vec![false; size],
             known: texts.iter().map(Option::is_some).collect(),
             tokenizer: Arc::clone(&tokenizer),
@@ -62,10 +67,20 @@ impl TokenTable {
                 *slot = extra.is_some_and(|token| token.special);
             }
             let text = extra.map_or(text.unwrap_or(""), |token| token.content.as_str());
+            let before = table.bytes.len();
             append_token(rule, text, &char_bytes, &mut table.bytes);
+            table.longest = table.longest.max(table.bytes.len() - before);
             table.ends.push(table.bytes.len() as u32);
         }
         table
+    }
+
+    /// Fewest tokens that `bytes` of text can be, where the rule makes that certain.
+    pub(crate) fn tokens_at_least(&self, bytes: usize) -> usize {
+        match self.rule {
+            Rule::ByteLevel | Rule::Pieces { .. } => bytes / self.longest.max(1),
+            Rule::Metaspace { .. } | Rule::Window => 0,
+        }
     }
 
     /// Ids are `0..len_tokens()`.
@@ -232,20 +247,20 @@ fn give_scalars(pending: &mut Vec<u8>, out: &mut String) {
 
 /// Which rule equals the decoder that `tokenizer.json` asks for.
 fn rule_of(decoder: &serde_json::Value) -> Rule {
-    match decoder["type"].as_str() {
+    match member(decoder, "type").as_str() {
         Some("ByteLevel") => Rule::ByteLevel,
         Some("Metaspace") => metaspace(decoder),
-        Some("Sequence") => sequence(decoder["decoders"].as_array().map_or(&[], Vec::as_slice)),
+        Some("Sequence") => sequence(member(decoder, "decoders").as_array().map_or(&[], Vec::as_slice)),
         _ => Rule::Window,
     }
 }
 
 fn metaspace(decoder: &serde_json::Value) -> Rule {
-    let replacement = decoder["replacement"].as_str().and_then(|s| s.chars().next()).unwrap_or('▁');
-    let scheme = decoder["prepend_scheme"].as_str();
+    let replacement = member(decoder, "replacement").as_str().and_then(|s| s.chars().next()).unwrap_or('▁');
+    let scheme = member(decoder, "prepend_scheme").as_str();
     let drop_first = match scheme {
         Some(scheme) => scheme != "never",
-        None => decoder["add_prefix_space"].as_bool().unwrap_or(true),
+        None => member(decoder, "add_prefix_space").as_bool().unwrap_or(true),
     };
     Rule::Metaspace { replacement, drop_first }
 }
@@ -253,14 +268,18 @@ fn metaspace(decoder: &serde_json::Value) -> Rule {
 fn sequence(decoders: &[serde_json::Value]) -> Rule {
     let (mut replaced, mut byte_fallback, mut fused, mut strip) = (false, false, false, 0);
     for decoder in decoders {
-        match decoder["type"].as_str() {
+        match member(decoder, "type").as_str() {
             Some("ByteLevel") if decoders.len() == 1 => return Rule::ByteLevel,
             Some("Metaspace") if decoders.len() == 1 => return metaspace(decoder),
-            Some("Replace") if decoder["pattern"]["String"] == "▁" && decoder["content"] == " " => replaced = true,
+            Some("Replace")
+                if member(member(decoder, "pattern"), "String") == "▁" && member(decoder, "content") == " " =>
+            {
+                replaced = true
+            }
             Some("ByteFallback") => byte_fallback = true,
             Some("Fuse") => fused = true,
-            Some("Strip") if fused && decoder["content"] == " " && decoder["stop"] == 0 => {
-                strip = decoder["start"].as_u64().unwrap_or(0).min(16) as usize;
+            Some("Strip") if fused && member(decoder, "content") == " " && member(decoder, "stop") == 0 => {
+                strip = member(decoder, "start").as_u64().unwrap_or(0).min(16) as usize;
             }
             _ => return Rule::Window,
         }

@@ -1,5 +1,8 @@
 //! Refuses templates that double a value in place. The engine counts instructions, not bytes: forty doublings are a few
 //! hundred instructions and a terabyte.
+//!
+//! This is a guard against accidents and known bombs, not a proof. Templates come from the model directory that the
+//! operator chose; those of requests and adapters are not run.
 
 /// Looks at every `{% set x = .. %}`.
 ///

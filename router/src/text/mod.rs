@@ -1,8 +1,9 @@
 //! Text on both sides of the model: tokenizer, chat template, detokenizer, stop strings.
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod detokenizer;
 mod growth;
+mod python;
 mod stop;
 mod strftime;
 mod template;
@@ -109,7 +110,7 @@ struct Inner {
     special_texts: Vec<String>,
     defaults: GenerationDefaults,
     /// Bounds how many threads of the blocking pool text processing takes.
-    workers: Semaphore,
+    workers: Arc<Semaphore>,
 }
 
 impl TextModel {
@@ -131,7 +132,7 @@ impl TextModel {
 
         let tokens = special_tokens(&tokenizer, &config, &map, files.config_bos);
         let mut end_tokens: BTreeSet<u32> = files.config_eos.iter().copied().collect();
-        end_tokens.extend(ids(&generation["eos_token_id"]));
+        end_tokens.extend(ids(member(&generation, "eos_token_id")));
         end_tokens.extend(tokens.eos.as_deref().and_then(|token| tokenizer.token_to_id(token)));
         let source = files.chat_template.or_else(|| template_of(&config));
         let template = source.map(|source| ChatTemplate::new(&source, tokens)).transpose()?.map(Arc::new);
@@ -145,7 +146,7 @@ impl TextModel {
             end_tokens: end_tokens.into_iter().collect(),
             special_texts,
             defaults: generation_defaults(&generation),
-            workers: Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()).max(2)),
+            workers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()).max(2))),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -209,6 +210,11 @@ impl TextModel {
         Detokenizer::new(Arc::clone(&self.inner.table), skip_special)
     }
 
+    /// Fewest tokens that `bytes` of text can be; 0 if that is not certain. Costs nothing, unlike encoding it.
+    pub fn tokens_at_least(&self, bytes: usize) -> usize {
+        self.inner.table.tokens_at_least(bytes)
+    }
+
     /// The bytes one token stands for; special tokens spell their name.
     pub fn token_bytes(&self, token: u32) -> Vec<u8> {
         self.inner.table.token_bytes(token)
@@ -238,9 +244,13 @@ impl TextModel {
         &self,
         work: impl FnOnce(&Inner) -> Result<T, TextError> + Send + 'static,
     ) -> Result<T, TextError> {
-        let _permit = self.inner.workers.acquire().await.map_err(|_| TextError::Panicked)?;
+        let permit = Arc::clone(&self.inner.workers).acquire_owned().await.map_err(|_| TextError::Panicked)?;
         let inner = Arc::clone(&self.inner);
-        tokio::task::spawn_blocking(move || work(&inner)).await.map_err(|_| TextError::Panicked)?
+        let run = move || {
+            let _permit = permit; // with the thread, not with the caller: one that leaves does not free the thread
+            work(&inner)
+        };
+        tokio::task::spawn_blocking(run).await.map_err(|_| TextError::Panicked)?
     }
 }
 
@@ -284,6 +294,11 @@ fn collect_texts<'a>(value: &'a mut Json, texts: &mut Vec<&'a mut String>) {
     }
 }
 
+/// A member of an object; null if there is none.
+fn member<'a>(json: &'a Json, name: &str) -> &'a Json {
+    json.get(name).unwrap_or(&Json::Null)
+}
+
 fn parse(file: &'static str, text: &str) -> Result<Json, TextError> {
     serde_json::from_str(text).map_err(|e| TextError::File { file, reason: e.to_string() })
 }
@@ -303,8 +318,8 @@ fn ids(value: &Json) -> Vec<u32> {
 
 /// Tokens stand in these files as a string or as `{"content": ".."}`.
 fn special_tokens(tokenizer: &Tokenizer, config: &Json, map: &Json, config_bos: Option<u32>) -> SpecialTokens {
-    let text = |value: &Json| value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned);
-    let find = |name: &str| text(&config[name]).or_else(|| text(&map[name]));
+    let text = |value: &Json| value.as_str().or_else(|| member(value, "content").as_str()).map(str::to_owned);
+    let find = |name: &str| text(member(config, name)).or_else(|| text(member(map, name)));
     SpecialTokens {
         bos: find("bos_token").or_else(|| config_bos.and_then(|id| tokenizer.id_to_token(id))),
         eos: find("eos_token"),
@@ -316,10 +331,10 @@ fn special_tokens(tokenizer: &Tokenizer, config: &Json, map: &Json, config_bos: 
 /// A string, or a list of named ones of which `default` is meant.
 fn template_of(config: &Json) -> Option<String> {
     let named = |templates: &Vec<Json>| {
-        let default = templates.iter().find(|t| t["name"] == "default").or(templates.first())?;
-        default["template"].as_str().map(str::to_owned)
+        let default = templates.iter().find(|t| member(t, "name") == "default").or(templates.first())?;
+        member(default, "template").as_str().map(str::to_owned)
     };
-    match &config["chat_template"] {
+    match member(config, "chat_template") {
         Json::String(source) => Some(source.clone()),
         Json::Array(templates) => named(templates),
         _ => None,
@@ -328,10 +343,10 @@ fn template_of(config: &Json) -> Option<String> {
 
 fn generation_defaults(config: &Json) -> GenerationDefaults {
     GenerationDefaults {
-        temperature: config["temperature"].as_f64().filter(|t| *t >= 0.0),
-        top_p: config["top_p"].as_f64().filter(|p| (0.0..=1.0).contains(p)),
-        top_k: config["top_k"].as_i64().filter(|k| *k >= 1),
-        min_p: config["min_p"].as_f64().filter(|p| (0.0..=1.0).contains(p)),
-        repetition_penalty: config["repetition_penalty"].as_f64().filter(|p| *p > 0.0 && *p <= 10.0),
+        temperature: member(config, "temperature").as_f64().filter(|t| *t >= 0.0),
+        top_p: member(config, "top_p").as_f64().filter(|p| (0.0..=1.0).contains(p)),
+        top_k: member(config, "top_k").as_i64().filter(|k| *k >= 1),
+        min_p: member(config, "min_p").as_f64().filter(|p| (0.0..=1.0).contains(p)),
+        repetition_penalty: member(config, "repetition_penalty").as_f64().filter(|p| *p > 0.0 && *p <= 10.0),
     }
 }

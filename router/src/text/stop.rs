@@ -31,8 +31,8 @@ impl StopMatcher {
         Self { stops, held: String::new() }
     }
 
-    /// Takes the next piece. With `armed` false (fewer than `min_tokens` were generated) nothing that ends in this piece
-    /// counts, but a match may begin in it.
+    /// Takes the next piece. With `armed` false (fewer than `min_tokens` were generated) nothing that ends in this
+    /// piece counts, but a match may begin in it.
     pub fn push(&mut self, piece: &str, armed: bool) -> StopOutcome {
         if self.stops.is_empty() {
             return StopOutcome::Clear(piece.to_owned());

@@ -71,7 +71,7 @@ fn expand(directive: char, t: &Civil) -> Option<String> {
     let month = MONTHS.get(t.month.saturating_sub(1) as usize).copied().unwrap_or("");
     let day = DAYS.get(t.week_day as usize).copied().unwrap_or("");
     let short = |name: &str| name.chars().take(3).collect::<String>();
-    let hour12 = if t.hour % 12 == 0 { 12 } else { t.hour % 12 };
+    let hour12 = if t.hour.is_multiple_of(12) { 12 } else { t.hour % 12 };
     Some(match directive {
         'Y' => t.year.to_string(),
         'y' => format!("{:02}", t.year % 100),
@@ -100,7 +100,7 @@ fn expand(directive: char, t: &Civil) -> Option<String> {
 fn civil(unix_seconds: u64) -> Civil {
     let (mut days, seconds) = (unix_seconds / 86_400, unix_seconds % 86_400);
     let week_day = (days + 4) % 7; // 1970-01-01 was a Thursday
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     let mut year = 1970 + (days / 146_097) * 400;
     days %= 146_097;
     while days >= 365 + u64::from(leap(year)) {

@@ -10,7 +10,7 @@ use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior,
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use super::growth;
+use super::{growth, member, python};
 
 /// Instructions one rendering may execute: about 4096 messages of a long template.
 const FUEL: u64 = 2_000_000;
@@ -90,7 +90,7 @@ impl ChatTemplate {
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(64);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python::method);
         environment.set_formatter(python_formatter);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
@@ -101,7 +101,7 @@ impl ChatTemplate {
         Ok(Self { environment, tokens, knows_developer })
     }
 
-    /// Renders `chat`. Runs for at most [`RENDER_TIME_MAX`]; call it on a thread that may block.
+    /// Renders `chat`. May take a quarter of a second: call it on a thread that may block.
     ///
     /// # Errors
     /// See [`TemplateError`]; all are the request's fault (400).
@@ -144,8 +144,10 @@ impl ChatTemplate {
     /// Most templates know no `developer`; for them it is the system role under its newer name.
     fn with_known_role(&self, message: &Json) -> Json {
         let mut message = message.clone();
-        if !self.knows_developer && message["role"] == "developer" {
-            message["role"] = Json::String("system".into());
+        if !self.knows_developer
+            && let Some(role) = message.get_mut("role").filter(|role| *role == "developer")
+        {
+            *role = Json::String("system".into());
         }
         message
     }
@@ -340,7 +342,7 @@ fn without_generation_tags(source: &str) -> String {
 
 /// The prompt up to the end of the last message's content, so that the model goes on with it.
 fn cut_after_last_message(mut text: String, chat: &ChatPrompt) -> Result<String, TemplateError> {
-    let content = chat.messages.last().and_then(|message| message["content"].as_str()).unwrap_or("");
+    let content = chat.messages.last().and_then(|message| member(message, "content").as_str()).unwrap_or("");
     let Some(at) = text.rfind(content.trim()) else { return Err(TemplateError::NotContinuable) };
     let kept = content.trim_start();
     let whole = text.get(at..).is_some_and(|rest| rest.starts_with(kept));

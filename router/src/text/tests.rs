@@ -186,6 +186,11 @@ fn the_jinja_of_hugging_face_is_spoken() {
         ),
         ("{{ messages | length }}{{ (messages | first).role }}{{ messages[1:] | length }}", "1system0"),
         ("{% if tools %}t{% endif %}{% if tools is none %}none{% endif %}", "none"),
+        (
+            "{{ 'a,b,c'.rsplit(',', 1)[0] }}{{ 'a,b'.rsplit(',')[0] }}{{ 'pre-x'.removeprefix('pre-') }}{{ 'x-y'.removesuffix('-y') }}",
+            "a,baxx",
+        ),
+        ("{{ 'a=b=c'.partition('=')[2] }}{{ 'a=b=c'.rpartition('=')[0] }}{{ 'ab'.partition('=')[0] }}", "b=ca=bab"),
         ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('é') }}", "[é]"),
         ("{% generation %}a{% endgeneration %}{{ strftime_now('%%') }}", "a%"),
         ("{{ '<b>' ~ 1 }}{{- ' x' }}", "<b>1 x"),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use loramux_kernels::{AdapterTable, Arena, Dtype, KvLayout, OpError, copy_block, isa_name};
+use loramux_kernels::{AdapterTable, Arena, Dtype, KvLayout, OpError, copy_block, in_pool, isa_name};
 use loramux_models::{Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelError};
 use loramux_proto::{Info, SlotGeneration, Step, StepResult};
 
@@ -83,12 +83,12 @@ impl Executor {
         let context = model.spec.context.min(asked);
         let step_tokens_max = options.step_tokens_max as usize;
         let decoder = Decoder::new(model, DecoderLimits { step_tokens_max, logits_rows_max: LOGIT_ROWS_MAX });
-        let layout = kv_layout(&decoder, dtype);
+        let layout = kv_layout(&decoder, Dtype::F32);
         let pages = arena_pages(options, &layout, context)?;
         let arena = Arena::new(layout.page_bytes, pages)
             .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
         let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
-        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype, layout.page_bytes));
+        let slab = Arc::new(Slab::new(decoder.spec().clone(), Dtype::F32, layout.page_bytes));
         let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
         Ok(Self {
             decoder,
@@ -155,13 +155,7 @@ impl Executor {
         }
         if !step.chunks.is_empty() {
             self.buffers.fill(step, &self.sequences, &self.table, &self.limits)?;
-            self.decoder.forward(&self.buffers.batch, &self.limits.layout, &mut self.arena, &self.table)?;
-            for rows in self.buffers.logit_rows.chunks(LOGIT_ROWS_MAX) {
-                self.sampler.rows.clear();
-                self.sampler.rows.extend(rows.iter().map(|row| row.row));
-                let logits = self.decoder.logits(&self.sampler.rows)?;
-                super::sampling::sample_rows(logits, rows, &self.sequences, &mut result);
-            }
+            in_pool(|| self.compute(&mut result))?;
             for sample in &result.samples {
                 if let Some(seq) = self.sequences.get_mut(&sample.seq) {
                     seq.tokens.push(sample.token);
@@ -170,6 +164,18 @@ impl Executor {
         }
         result.compute_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         Ok(result)
+    }
+
+    /// Forward pass, logits and samples of the filled batch.
+    fn compute(&mut self, result: &mut StepResult) -> Result<(), ShardFault> {
+        self.decoder.forward(&self.buffers.batch, &self.limits.layout, &mut self.arena, &self.table)?;
+        for rows in self.buffers.logit_rows.chunks(LOGIT_ROWS_MAX) {
+            self.sampler.rows.clear();
+            self.sampler.rows.extend(rows.iter().map(|row| row.row));
+            let logits = self.decoder.logits(&self.sampler.rows)?;
+            super::sampling::sample_rows(logits, rows, &self.sequences, result);
+        }
+        Ok(())
     }
 
     fn upload(&mut self, step: &Step) -> Result<Vec<SlotGeneration>, ShardFault> {

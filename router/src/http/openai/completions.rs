@@ -78,6 +78,12 @@ impl App {
     ) -> Result<EncodedPrompt, ApiError> {
         let (tokens, text) = match prompt {
             Prompt::Text(text) => {
+                let least = self.text.tokens_at_least(text.len());
+                if least > bounds.context_tokens as usize && params.truncate.is_none() {
+                    // Megabytes take seconds to encode; these cannot fit.
+                    let wanted = params.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS) as usize;
+                    return Err(ApiError::context_length(bounds.context_tokens as usize, least, wanted));
+                }
                 let tokens = self.text.encode(text.clone(), params.add_special.unwrap_or(true)).await?;
                 (tokens, Some(text))
             }

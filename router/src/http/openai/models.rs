@@ -45,11 +45,11 @@ pub(crate) async fn list(State(app): State<App>) -> Result<Response, ApiError> {
     let context_tokens = app.bounds()?.context_tokens;
     let version = app.registry.version();
     let mut kept = app.models_body.lock().unwrap_or_else(PoisonError::into_inner);
-    if !kept.as_ref().is_some_and(|(of, _)| *of == version) {
+    if kept.as_ref().is_none_or(|(of, _)| *of != version) {
         let (version, cards) = app.registry.cards();
         let base = app.config.served_names.iter().map(|name| app.base_card(name, context_tokens));
         let data = base.chain(cards.iter().map(|card| app.adapter_card(card, context_tokens))).collect();
-        let body = serde_json::to_string(&List { object: "list", data }).unwrap_or_default(); // cannot fail: strings, numbers
+        let body = serde_json::to_string(&List { object: "list", data }).unwrap_or_default();
         *kept = Some((version, body));
     }
     let body = kept.as_ref().map_or_else(String::new, |(_, body)| body.clone());

@@ -211,16 +211,17 @@ impl Producer {
         self.send_chunk(run, "text_completion", choice).await
     }
 
-    /// The end is a chunk of its own with an empty delta.
+    /// The end is a chunk of its own with an empty delta; it also carries the logprobs of an end token.
     async fn chat(&mut self, run: &Run, index: usize, mut parts: ChoiceParts) -> Result<(), Gone> {
         let end = parts.end.take();
-        if !parts.text.is_empty() || !parts.entries.is_empty() {
+        if !parts.text.is_empty() {
             let content = Some(std::mem::take(&mut parts.text));
             let choice = self.chat_chunk(run, index, ChatDelta { role: None, content }, &parts);
             self.send_chunk(run, "chat.completion.chunk", choice).await?;
+            parts.entries.clear();
         }
         if end.is_some() {
-            let parts = ChoiceParts { end, ..ChoiceParts::default() };
+            parts.end = end;
             let choice = self.chat_chunk(run, index, ChatDelta::default(), &parts);
             self.send_chunk(run, "chat.completion.chunk", choice).await?;
         }

@@ -69,7 +69,7 @@ pub(crate) fn fit_prompt(
 }
 
 impl App {
-    /// Hands prompts x variants to the engine, prompt-major. An error drops (and so cancels) what was handed over before.
+    /// Hands prompts x variants to the engine, prompt-major. An error drops (and so cancels) what was handed over.
     ///
     /// # Errors
     /// 429, 503, or what the engine finds at once.

@@ -1,5 +1,5 @@
-//! Replies as they go on the wire. Members that OpenAI marks optional are absent, not null, but for the few that clients
-//! expect to find.
+//! Replies as they go on the wire. Members that OpenAI marks optional are absent, not null, but for the few that
+//! clients expect to find.
 
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};

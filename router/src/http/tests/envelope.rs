@@ -101,8 +101,7 @@ fn every_cause_has_its_row_and_only_the_right_ones_invite_a_retry() {
 
 #[tokio::test]
 async fn a_panic_is_a_500_with_the_one_body() {
-    let script = Script::new().load("x", Load::Panics);
-    let app = app(&script);
+    let app = app(&Script::new());
     let router = axum::Router::new()
         .route("/panic", axum::routing::get(|| async { panic!("scripted") as () }))
         .route("/bare", axum::routing::get(|| async { StatusCode::IM_A_TEAPOT }))

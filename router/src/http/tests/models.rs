@@ -181,6 +181,18 @@ async fn a_cold_adapter_can_be_waited_for_or_not() {
 }
 
 #[tokio::test]
+async fn a_load_that_panics_is_tried_again() {
+    let script = Script::new().load("a", Load::Panics);
+    let dir = adapter_dir(&["a"]);
+    let app = app_with(&script, config(&dir, &[]));
+    let body = json!({"model": "a", "prompt": "x"});
+    let (status, reply) = call(&app, "/v1/completions", body.clone()).await;
+    assert_eq!((status.as_u16(), reply["error"]["code"].as_str()), (503, Some("adapter_load_failed")));
+    let _ = script.clone().load("a", Load::Ready(1));
+    complete(&app, body).await;
+}
+
+#[tokio::test]
 async fn keys_are_needed_everywhere_but_for_health() {
     let config = RouterConfig { api_keys: vec!["k1".into(), "k2".into()], ..RouterConfig::default() };
     let script = Script::new();

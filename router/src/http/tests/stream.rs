@@ -34,6 +34,22 @@ async fn a_chat_stream_says_role_content_and_end() {
 }
 
 #[tokio::test]
+async fn the_last_chat_chunk_has_an_empty_delta_and_the_end_tokens_logprob() {
+    for logprobs in [false, true] {
+        let body = json!({"messages": [{"role": "user", "content": "x"}], "logprobs": logprobs, "stream": true});
+        let script = Script::new().reply_tokens([bytes_of("é"), vec![IM_END]].concat());
+        let events = events_of(&app(&script), "/v1/chat/completions", body).await;
+        let deltas: Vec<_> = events.iter().map(|e| e["choices"][0]["delta"].clone()).collect();
+        assert_eq!(deltas[1..3], [json!({"content": "é"}), json!({})]);
+        assert_eq!(events.len(), 4);
+        let tokens = |event: &Value| event["choices"][0]["logprobs"]["content"].as_array().map(Vec::len);
+        let expected = if logprobs { (Some(2), Some(1)) } else { (None, None) };
+        assert_eq!((tokens(&events[1]), tokens(&events[2])), expected);
+        assert_eq!(events[2]["choices"][0]["finish_reason"], "stop");
+    }
+}
+
+#[tokio::test]
 async fn continuous_usage_is_on_every_chunk() {
     let body =
         json!({"prompt": "a", "max_tokens": 2, "stream": true, "stream_options": {"continuous_usage_stats": true}});

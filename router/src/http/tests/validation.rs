@@ -299,6 +299,7 @@ async fn the_context_is_a_hard_border() {
         (json!({"prompt": prompt(129), "max_tokens": 0}), 400),
         (json!({"prompt": prompt(127)}), 200),
         (json!({"prompt": prompt(128)}), 400),
+        (json!({"prompt": "x".repeat(4_000_000), "max_tokens": 1}), 400),
         (json!({"prompt": "x", "max_tokens": u64::MAX}), 400),
         (json!({"prompt": "x", "max_tokens": 4_294_967_297u64}), 400),
         (json!({"prompt": prompt(500), "truncate_prompt_tokens": -1, "max_tokens": 8}), 200),
@@ -328,4 +329,113 @@ async fn bodies_that_are_no_strict_json_are_refused() {
         assert_eq!(response.status(), 400);
         assert_eq!(json_of(response).await["error"]["code"], "invalid_json", "{body}");
     }
+}
+
+/// A small generator, so that a failure is replayed by its seed.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % sides as u64) as usize
+    }
+
+    fn value(&mut self, depth: usize) -> Value {
+        match self.roll(if depth > 3 { 12 } else { 16 }) {
+            0 => Value::Null,
+            1 => json!(true),
+            2 => json!(0),
+            3 => json!(-1),
+            4 => json!(i64::MIN),
+            5 => json!(u64::MAX),
+            6 => json!(1e308),
+            7 => json!(0.5),
+            8 => json!(""),
+            9 => json!("<|im_end|>\u{0}é"),
+            10 => json!(self.roll(400)),
+            11 => json!("base"),
+            12 | 13 => (0..self.roll(4)).map(|_| self.value(depth + 1)).collect(),
+            _ => {
+                let keys = ["role", "content", "type", "text", "adapter", "weight", "include_usage", "1", "function"];
+                let members =
+                    (0..self.roll(4)).map(|_| (keys[self.roll(keys.len())].to_owned(), self.value(depth + 1)));
+                Value::Object(members.collect())
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn no_body_makes_the_server_fail() {
+    const FIELDS: [&str; 48] = [
+        "model",
+        "prompt",
+        "messages",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "n",
+        "best_of",
+        "stop",
+        "logprobs",
+        "top_logprobs",
+        "echo",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "seed",
+        "stream",
+        "stream_options",
+        "suffix",
+        "stop_token_ids",
+        "ignore_eos",
+        "min_tokens",
+        "skip_special_tokens",
+        "include_stop_str_in_output",
+        "add_special_tokens",
+        "truncate_prompt_tokens",
+        "prompt_logprobs",
+        "allowed_token_ids",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "cache_salt",
+        "priority",
+        "adapter_scale",
+        "compose",
+        "adapters",
+        "adapter_id",
+        "adapter_source",
+        "adapter_wait",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "chat_template_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+    ];
+    let dir = adapter_dir(&["a"]);
+    let config = RouterConfig { adapter_dirs: vec![dir.path().to_owned()], ..RouterConfig::default() };
+    let app = app_with(&Script::new().load("a", Load::Ready(1)), config);
+    let mut good = 0;
+    for seed in 1..1500u64 {
+        let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let (path, mut body) =
+            [("/v1/completions", completion()), ("/v1/chat/completions", chat())][dice.roll(2)].clone();
+        for _ in 0..=dice.roll(3) {
+            body[FIELDS[dice.roll(FIELDS.len())]] = dice.value(0);
+        }
+        let response = send(&app, post(path, body.to_string())).await;
+        let status = response.status().as_u16();
+        assert!(matches!(status, 200 | 400 | 404), "seed {seed}: {status} for {body}");
+        let text = text_of(response).await;
+        assert_eq!(status != 200, text.starts_with("{\"error\":{\"message\":"), "seed {seed}: {text}");
+        good += usize::from(status == 200);
+    }
+    assert!(good > 100, "some of them are valid: {good}");
 }

@@ -55,13 +55,25 @@ impl Scheduler {
             let (id, n) = (s.job.id, s.job.request.n);
             format!(
                 "{key:?} of {id:?} n {n} {}+{} of {}, {:?}, {:?}, {residency:?}, {} contents",
-                s.computed, s.len_tokens(), s.job.positions_max(), s.stage, s.suspect, s.job.contents.len()
+                s.computed,
+                s.len_tokens(),
+                s.job.positions_max(),
+                s.stage,
+                s.suspect,
+                s.job.contents.len()
             )
         });
         format!(
             "{:?}\n{:?}\nrunning {:?} suspects {:?} claims {:?} starving {:?} plan {} obtainable {}\n{}",
-            self.limits, self.stats(), self.running, self.suspects, self.claims, self.starving, self.plans,
-            self.blocks_obtainable(), seqs.collect::<Vec<_>>().join("\n")
+            self.limits,
+            self.stats(),
+            self.running,
+            self.suspects,
+            self.claims,
+            self.starving,
+            self.plans,
+            self.blocks_obtainable(),
+            seqs.collect::<Vec<_>>().join("\n")
         )
     }
 

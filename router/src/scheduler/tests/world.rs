@@ -14,6 +14,9 @@ use crate::engine::{AdapterUse, ContentId, Failure, FinishReason, GenerateEvent,
 /// Steps in which everything must have ended once arrivals and faults stopped.
 const DRAIN_STEPS_MAX: u64 = 20_000;
 
+/// All is recounted after each commit; after each plan, where the step itself is checked, only so often.
+const AUDIT_PLAN_EVERY: u64 = 8;
+
 /// Counts over a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Totals {
@@ -215,7 +218,9 @@ impl World {
         let step = self.scheduler.plan(self.now_ms);
         let events = self.scheduler.take_events();
         self.check_events(events);
-        self.scheduler.audit();
+        if self.totals.steps.is_multiple_of(AUDIT_PLAN_EVERY) {
+            self.scheduler.audit();
+        }
         let Some(step) = step else {
             self.check_may_rest();
             return;
@@ -248,7 +253,11 @@ impl World {
             return;
         }
         let missing = |c: &ContentId| !self.shard.host.contains_key(c);
-        assert!(self.scheduler.contents_needed().iter().any(missing), "it rests while requests could run: {}", self.scheduler.describe());
+        assert!(
+            self.scheduler.contents_needed().iter().any(missing),
+            "it rests while requests could run: {}",
+            self.scheduler.describe()
+        );
     }
 
     // ---- clients ----

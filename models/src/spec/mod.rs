@@ -390,5 +390,4 @@ fn check_layer_types(fields: &Fields, windowed: bool) -> Result<(), ModelError> 
 }
 
 #[cfg(test)]
-#[path = "spec_tests.rs"]
 mod tests;
