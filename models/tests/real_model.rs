@@ -8,29 +8,15 @@
 
 mod support;
 
-use loramux_kernels::{Dtype, SlotScale};
-use loramux_models::adapter::{self, AdapterLimits};
+use loramux_kernels::Dtype;
 use loramux_models::text_files;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use support::golden::{Case, Tolerance, check, ids, publish_all, tokens};
 use support::runner::{Runner, Sequence};
-
-/// One prompt with one adapter, or none.
-struct Case {
-    adapter: Option<String>,
-    prompt: Vec<u32>,
-    output: Vec<u32>,
-    margin: Vec<f64>,
-    top: Vec<Vec<(u32, f32)>>,
-}
 
 fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).map(PathBuf::from)
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().expect("a list").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
 }
 
 fn golden(path: &Path) -> Vec<Case> {
@@ -53,93 +39,6 @@ fn golden(path: &Path) -> Vec<Case> {
     cases.map(case).collect()
 }
 
-fn logprob(logits: &[f32], token: u32) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
-    logits[token as usize] - max - sum.ln() as f32
-}
-
-fn argmax(logits: &[f32]) -> u32 {
-    let best =
-        logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &v)| if v > best.1 { (i, v) } else { best });
-    best.0 as u32
-}
-
-/// What a storage type may change: the golden run is float32.
-struct Tolerance {
-    dtype: Dtype,
-    kv: Dtype,
-    /// Steps with a smaller gap between the two best logits may go either way.
-    margin: f64,
-    logprob: f32,
-}
-
-fn publish_all(runner: &mut Runner, adapters: &Path, cases: &[Case]) -> BTreeMap<String, SlotScale> {
-    let mut slots = BTreeMap::new();
-    for name in cases.iter().filter_map(|case| case.adapter.as_ref()) {
-        if !slots.contains_key(name) {
-            let adapter = adapter::read(&adapters.join(name), runner.decoder.spec(), &AdapterLimits::default());
-            let adapter = adapter.unwrap_or_else(|error| panic!("{name}: {error}"));
-            slots.insert(name.clone(), runner.publish(&adapter));
-        }
-    }
-    slots
-}
-
-/// Runs every case greedily in one batch. Returns how many tokens were compared.
-fn check(model: &Path, adapters: &Path, cases: &[Case], tolerance: &Tolerance) -> usize {
-    let mut runner = Runner::new(model, Some(tolerance.dtype), 2 << 20, 600).with_kv(tolerance.kv);
-    let slots = publish_all(&mut runner, adapters, cases);
-    let mut sequences: Vec<Sequence> = cases
-        .iter()
-        .map(|case| Sequence::new(&case.prompt, &case.adapter.iter().map(|name| slots[name]).collect::<Vec<_>>()))
-        .collect();
-    let (mut going, mut compared, mut worst) = (vec![true; cases.len()], 0, 0.0f32);
-    for step in 0..32 {
-        let mut chunks: Vec<(&mut Sequence, usize)> = sequences
-            .iter_mut()
-            .map(|sequence| {
-                let rows = sequence.tokens.len() - sequence.computed;
-                (sequence, rows)
-            })
-            .collect();
-        let logits = runner.step_last(&mut chunks);
-        for (i, (case, logits)) in cases.iter().zip(&logits).enumerate() {
-            let token = argmax(logits);
-            sequences[i].tokens.push(token);
-            if !going[i] {
-                continue;
-            }
-            let what = format!("{tolerance} case {i} ({:?}) step {step}", case.adapter);
-            if let Some(top) = case.top.get(step) {
-                for &(id, want) in top {
-                    let difference = (logprob(logits, id) - want).abs();
-                    worst = worst.max(difference);
-                    assert!(
-                        difference < tolerance.logprob,
-                        "{what}: logprob of {id} differs by {difference} from {want}"
-                    );
-                }
-            }
-            if token == case.output[step] {
-                compared += 1;
-            } else {
-                let margin = case.margin[step];
-                assert!(margin < tolerance.margin, "{what}: {token} instead of {}, margin {margin}", case.output[step]);
-                going[i] = false;
-            }
-        }
-    }
-    println!("{tolerance}: {compared} of {} tokens equal, worst logprob difference {worst:.2e}", 32 * cases.len());
-    compared
-}
-
-impl std::fmt::Display for Tolerance {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(formatter, "weights {:?}, cache {:?}:", self.dtype, self.kv)
-    }
-}
-
 /// The checkpoint is bf16, so bf16 weights lose nothing; the f16 adapters are rounded, and a bf16 cache rounds every key
 /// and value of 30 layers, which shows most in improbable tokens.
 const TOLERANCES: [Tolerance; 3] = [
@@ -159,7 +58,7 @@ fn greedy_tokens_and_logprobs_equal_transformers_and_peft() {
     assert!(cases.iter().any(|case| case.adapter.is_none()) && cases.iter().any(|case| case.adapter.is_some()));
     for tolerance in TOLERANCES {
         let compared = check(&model, &adapters, &cases, &tolerance);
-        assert!(compared * 10 > 32 * cases.len() * 9, "only {compared} tokens were equal before a near tie");
+        assert!(compared * 10 > tokens(&cases) * 9, "only {compared} tokens were equal before a near tie");
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub(crate) mod adapter;
 pub(crate) mod gguf;
+pub(crate) mod golden;
 pub(crate) mod runner;
 
 use half::{bf16, f16};
