@@ -3,8 +3,8 @@
 
 use loramux_kernels::{
     AdapterImage, AdapterTable, Arena, AttnChunk, AttnSpec, Dtype, HostData, KvLayout, KvSlot, LoraPart, LoraScratch,
-    LoraSite, PackedWeight, RopeAngles, Rows, Segment, Slice, SlotScale, WeightPart, WorkList, in_pool, isa_name, linear,
-    lora_expand, lora_shrink, paged_attention, rms_norm, rope_store, sampler, silu_mul,
+    LoraSite, PackedWeight, RopeAngles, Rows, Segment, Slice, SlotScale, WeightPart, WorkList, in_pool, isa_name,
+    linear, lora_expand, lora_shrink, paged_attention, rms_norm, rope_store, sampler, silu_mul,
 };
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -127,8 +127,15 @@ fn bench_lora(model: Model) -> Result<(), Failure> {
     for (site, rank) in sites.iter().flat_map(|site| [(site, 16), (site, 64)]) {
         let (adapters, page_bytes) = (64, 2 << 20);
         let (a, b) = (values(rank * site.d_in), values(rank * hidden.max(q)));
-        let part = |(&slice, &(_, d_out)): (&Slice, &(usize, usize))| {
-            LoraPart { layer: 0, slice, rank, a: &a, b: &b[..rank * d_out], d_in: site.d_in, d_out, scale: 0.1 }
+        let part = |(&slice, &(_, d_out)): (&Slice, &(usize, usize))| LoraPart {
+            layer: 0,
+            slice,
+            rank,
+            a: &a,
+            b: &b[..rank * d_out],
+            d_in: site.d_in,
+            d_out,
+            scale: 0.1,
         };
         let parts: Vec<LoraPart> = site.slices.iter().zip(&site.cols).map(part).collect();
         let image = AdapterImage::pack(Dtype::Bf16, page_bytes, 1, &parts)?;

@@ -66,3 +66,23 @@ impl<T> SharedMut<T> {
 pub fn in_pool<R: Send>(body: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| body())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_unit_runs_once_from_inside_and_outside_the_pool() {
+        for work_ns in [0, usize::MAX] {
+            for units in [0, 1, 2, 3, 1000] {
+                let runs: Vec<AtomicUsize> = (0..units).map(|_| AtomicUsize::new(0)).collect();
+                let count = |unit: usize| {
+                    runs[unit].fetch_add(1, Ordering::Relaxed);
+                };
+                for_each(units, work_ns, count);
+                in_pool(|| for_each(units, work_ns, count));
+                assert!(runs.iter().all(|n| n.load(Ordering::Relaxed) == 2), "{units} units");
+            }
+        }
+    }
+}

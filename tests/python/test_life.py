@@ -94,7 +94,7 @@ def http_head(answer: bytes) -> int:
 def test_leaving_frees_everything_at_once(demo):
     demo.wait_idle()
     background = Background(demo).wait_running()
-    assert demo.metric("vllm:num_requests_running") == 1
+    wait_until(lambda: demo.metric("vllm:num_requests_running") == 1, "it is counted")
     background.stop()
     started = time.monotonic()
     demo.wait_idle(2)
@@ -369,6 +369,22 @@ def test_without_the_key_every_route_but_health_and_metrics_is_401(start_server)
     assert "a-key" not in server.log()
 
 
+def test_what_callers_send_is_in_no_log_and_no_metric(start_server):
+    server = start_server("--log-level", "debug", api_key="canary-key")
+    secrets = ["canary-key", "canary-prompt", "canary-stop", "canary-token", "canary-wrong-key", "canary-user"]
+    body = dict(model="sql", prompt="canary-prompt", stop="canary-stop", api_token="canary-token", user="canary-user", max_tokens=2)
+    complete(server.http, **body)
+    post_stream(server.http, "/v1/completions", **body)
+    chat(server.http, "canary-prompt", model="demo", max_tokens=2)
+    for headers, change in (({"authorization": "Bearer canary-wrong-key"}, {}), ({"x-adapter-token": "canary-token"}, {"temperature": -1}),
+                            ({}, {"stop": ["canary-stop" * 30]}), ({"x-request-timeout": "0.000001"}, {"prompt": "canary-prompt " * 200})):
+        answer = server.http.post("/v1/completions", json={**body, **change}, headers=headers)
+        assert answer.status_code in (400, 401, 504)
+        assert "canary" not in answer.text
+    told = server.log() + server.http.get("/metrics").text
+    assert not [secret for secret in secrets if secret in told]
+
+
 # ---- connections
 
 def test_a_header_that_never_ends_is_cut_off(demo):
@@ -405,6 +421,26 @@ def test_headers_that_are_too_large_are_431(demo, head):
     body = answer.split(b"\r\n\r\n", 1)[1]
     # Beyond twice the limit the HTTP library answers before our code sees the request, and sends no body.
     assert len(head) > 200_000 and body == b"" or check_error(json.loads(body))["code"] == "headers_too_large"
+
+
+@pytest.mark.parametrize("path, status", [("/v1/nothing", 404), ("/v1/models", 405), ("/health", 405)])
+def test_a_refusal_before_the_body_came_says_whether_the_connection_goes_on(demo, path, status):
+    """Clients send the body in a packet of its own, and use the connection again unless they are told not to."""
+    for _ in range(20):
+        with raw_connection(demo) as connection:
+            connection.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n" % path.encode())
+            answer = connection.recv(65536)
+            assert http_head(answer) == status
+            if b"\r\nconnection: close\r\n" in answer.lower():
+                continue
+            with contextlib.suppress(OSError):
+                connection.sendall(b"{}GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            try:
+                second = connection.recv(65536)
+            except ConnectionResetError:
+                second = b""
+            assert second, "closed without `connection: close`"
+            assert http_head(second) == 200
 
 
 @pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"\x00" * 64, b"GET / HTTP/9.9\r\n\r\n",
@@ -498,12 +534,25 @@ def test_version_load_and_ping(demo):
     assert demo.http.get("/health").content == b""
 
 
-def test_http2_with_prior_knowledge_works(demo):
-    """The connection preface and an empty SETTINGS frame are answered with SETTINGS."""
-    with raw_connection(demo) as connection:
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
-        frame = connection.recv(9)
-        assert len(frame) == 9 and frame[3] == 4, frame
+def test_http2_carries_many_streams_on_one_connection(demo):
+    """Prior knowledge, as gateways speak it. One stream is left early; the others go on."""
+    async def run():
+        async with httpx.AsyncClient(base_url=demo.base, http1=False, http2=True, timeout=60, trust_env=False,
+                                     limits=httpx.Limits(max_connections=1)) as client:
+            async def one(i: int) -> str:
+                body = {**LONG, "model": ["demo", "sql"][i % 2], "max_tokens": 300 if i == 5 else 20 + i, "stream": True}
+                async with client.stream("POST", "/v1/completions", json=body) as answer:
+                    assert answer.http_version == "HTTP/2" and answer.status_code == 200
+                    if i == 5:
+                        async for _ in answer.aiter_raw():
+                            return "left"
+                    return (await answer.aread()).decode()
+            return await asyncio.gather(*(one(i) for i in range(24)))
+    texts = asyncio.run(run())
+    for i, text in enumerate(texts):
+        if i != 5:
+            assert Stream(text.split("\n")).check_shape().finish_reason() == "length"
+    demo.wait_idle(3)
 
 
 # ---- adapters that change
@@ -541,6 +590,17 @@ def test_an_adapter_added_to_the_folder_is_found_and_a_removed_one_is_not(start_
     write_random_adapter(tmp_path / "late", MODEL_CONFIG, 8)
     complete(server.http, **body)
     assert "late" in {card["id"] for card in server.http.get("/v1/models").json()["data"]}
+
+
+def test_who_does_not_want_to_wait_for_a_cold_adapter_is_told_to_come_back(start_server, tmp_path):
+    write_random_adapter(tmp_path / "cold", MODEL_CONFIG, 64)
+    server = start_server("--adapter-dir", str(tmp_path))
+    body = dict(model="cold", prompt="x", max_tokens=1, adapter_wait="fail")
+    answer = server.http.post("/v1/completions", json=body)
+    error = check_error(answer.json())
+    assert answer.status_code == 503 and error["code"] == "adapter_loading" and error["retryable"]
+    assert int(answer.headers["retry-after"]) >= 1
+    wait_until(lambda: server.http.post("/v1/completions", json=body).status_code == 200, "the load that was begun goes on")
 
 
 def test_more_adapters_than_fit_take_turns(start_server, tmp_path):

@@ -382,13 +382,22 @@ def test_adapter_id_and_base_colon_name_choose_the_adapter_too(demo):
     assert complete(demo.http, model="demo", adapter_id="shout", **arguments)["choices"][0]["text"] == expected
 
 
-def test_composing_one_adapter_with_weight_1_is_that_adapter(demo):
-    arguments = dict(prompt=PROMPT, temperature=0, max_tokens=20)
-    expected = complete(demo.http, model="sql", **arguments)["choices"][0]["text"]
-    composed = complete(demo.http, model="demo", compose=[{"adapter": "sql", "weight": 1.0}], **arguments)
-    assert composed["choices"][0]["text"] == expected
-    halves = [{"adapter": "sql", "weight": 0.5}, {"adapter": "pirate", "weight": 0.5}]
-    assert complete(demo.http, model="demo", compose=halves, **arguments)["choices"][0]["text"] != expected
+def test_a_composition_is_the_weighted_sum_of_its_parts(demo):
+    def logprobs(**how):
+        reply = complete(demo.http, prompt=PROMPT, temperature=0, max_tokens=8, logprobs=5, ignore_eos=True, **{"model": "demo", **how})
+        return reply["choices"][0]["logprobs"]
+    def sql_and(name, weight):
+        return [{"adapter": "sql", "weight": 0.5}, {"adapter": name, "weight": weight}]
+    sql, half = logprobs(model="sql"), logprobs(model="sql", adapter_scale=0.5)
+    assert logprobs(compose=[{"adapter": "sql", "weight": 1}]) == sql != half
+    assert logprobs(compose=[{"adapter": "sql", "weight": 0.5}]) == half
+    assert logprobs(compose=sql_and("sql", 0.5)) == sql
+    assert logprobs(compose=sql_and("pirate", 0)) == half
+    mixed = logprobs(compose=sql_and("pirate", 0.5))
+    assert mixed not in (sql, half, logprobs(), logprobs(model="pirate", adapter_scale=0.5))
+    turned = logprobs(compose=sql_and("pirate", 0.5)[::-1])
+    assert turned["tokens"] == mixed["tokens"]
+    assert turned["token_logprobs"] == pytest.approx(mixed["token_logprobs"], abs=1e-3), "the order is rounding only"
 
 
 def test_fan_out_gives_one_choice_for_each_adapter(demo):

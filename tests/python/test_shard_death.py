@@ -4,14 +4,16 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
 import httpx
 import pytest
 
+from adapter_files import write_random_adapter
 from conftest import MODELS
-from loramux_server import POLL_S, wait_until
+from loramux_server import POLL_S, REPOSITORY, wait_until
 from wire import Stream, async_sse_lines, check_error, complete, sse_lines
 
 STREAMS = 32
@@ -193,6 +195,42 @@ def test_a_sampled_stream_goes_on_with_the_same_draws(server):
                 yield line
         assert Stream(lines()).check_shape().token_ids() == alone
     assert server.metric("loramux_shard_restarts_total") == 1
+
+
+def test_a_stream_whose_adapters_files_are_gone_fails_alone(start_server, tmp_path):
+    """The shard's memory is lost and the folder was removed or overwritten: never another content under the same name."""
+    config = json.loads((REPOSITORY / "models/demo/base/config.json").read_text())
+    for name, seed in (("removed", 1), ("replaced", 2), ("next", 3)):
+        write_random_adapter(tmp_path / name, config, 8, seed=seed)
+    server = start_server("--adapter-dir", str(tmp_path))
+
+    async def run():
+        ended = {}
+        async with httpx.AsyncClient(base_url=server.base, timeout=60, trust_env=False) as client:
+            tokens = dict.fromkeys(("removed", "replaced", "sql"), 0)
+
+            async def stream(model):
+                body = dict(request(0), model=model, max_tokens=1500, stream=True)
+                async with client.stream("POST", "/v1/completions", json=body) as answer:
+                    async for line in async_sse_lines(answer):
+                        if line.startswith("data: "):
+                            tokens[model] += 1
+                            ended[model] = line.removeprefix("data: ")
+
+            tasks = [asyncio.create_task(stream(model)) for model in tokens]
+            await until(lambda: all(count > 20 for count in tokens.values()), "all streams run", 30)
+            shutil.rmtree(tmp_path / "removed")
+            for file in ("adapter_model.safetensors", "adapter_config.json"):
+                (tmp_path / "next" / file).replace(tmp_path / "replaced" / file)
+            os.kill(server.shard_pid(), signal.SIGKILL)
+            await asyncio.gather(*tasks)
+        return ended
+
+    ended = asyncio.run(run())
+    assert ended["sql"] == "[DONE]"
+    for model in ("removed", "replaced"):
+        assert check_error(json.loads(ended[model]))["code"] == "adapter_load_failed", (model, ended[model])
+    server.wait_idle()
 
 
 def test_a_shard_that_never_comes_up_again_ends_the_server_with_an_error(server):

@@ -17,7 +17,6 @@ const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[
     ("models/tests/hostile_adapter.rs", "tensors_that_do_not_fit_are_refused_with_name_and_shapes", "a table of cases"),
     ("models/tests/hostile_adapter.rs", "malformed_safetensors_files_are_refused", "a table of cases"),
     ("models/tests/hostile_base.rs", "gguf_files_with_wrong_metadata_or_tensors_are_refused", "a table of cases"),
-    ("router/src/http/tests/validation.rs", "fields_of_completions_are_checked", "a table of cases"),
 ];
 
 /// An op that is one loop may be one file, up to this many lines, with its tests in it.

@@ -63,15 +63,16 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_formula_and_the_same_bits() {
-        for (seed, (rows, width)) in [(1, 1), (3, 17), (2, 64), (9, 1536)].into_iter().enumerate() {
-            let values: Vec<f32> =
-                Random::new(seed as u64).values(2 * rows * width).iter().map(|v| v * 20.0).collect();
+        for (seed, (rows, width)) in [(1, 1), (3, 17), (2, 64), (40, 1536)].into_iter().enumerate() {
+            let values: Vec<f32> = Random::new(seed as u64).values(2 * rows * width).iter().map(|v| v * 20.0).collect();
             let mut first = vec![f32::NAN; rows * width];
             run(Isa::Portable, &mut first, &values, width);
             let mut want = Vec::new();
             for row in values.chunks(2 * width) {
                 let (gate, up) = row.split_at(width);
-                want.extend(gate.iter().zip(up).map(|(&g, &u)| f64::from(g) / (1.0 + (-f64::from(g)).exp()) * f64::from(u)));
+                want.extend(
+                    gate.iter().zip(up).map(|(&g, &u)| f64::from(g) / (1.0 + (-f64::from(g)).exp()) * f64::from(u)),
+                );
             }
             assert_close(&first, &want, 1e-6, "silu_mul");
             for isa in Isa::available() {

@@ -97,7 +97,13 @@ impl World {
             Some(isa) => {
                 let bytes = arena.bytes();
                 let a = cpu::Attention {
-                    qkv: &qkv, arena: bytes, layout, layer: LAYER, spec, chunks: &chunks, block_table: &table
+                    qkv: &qkv,
+                    arena: bytes,
+                    layout,
+                    layer: LAYER,
+                    spec,
+                    chunks: &chunks,
+                    block_table: &table,
                 };
                 let mut want = vec![f32::NAN; out.as_f32().len()];
                 cpu::reference(&mut want, &a);

@@ -20,6 +20,9 @@ pub(super) fn reference(y: &mut [f32], x: &[f32], w: &PackedWeight, bias: Option
 /// Between two runs the sums wait in `y`; storing an f32 does not change it.
 const K_BLOCK: usize = 2048;
 
+/// How many k ahead of its use a line is asked for: hardware prefetchers stop at the ends of pages.
+const PREFETCH_K: usize = 40;
+
 /// Panels that a tile of at most two rows takes together, for enough independent chains and open streams of memory.
 const PANELS_NARROW: usize = 4;
 
@@ -168,9 +171,7 @@ impl Tile<'_> {
                 for (p, weights) in weights.iter_mut().enumerate() {
                     let line = lines.add(p * w.panel_lines() + k * per_k);
                     *weights = load_weights::<S, BF16>(s, line);
-                    if M <= 2 {
-                        s.prefetch(line.wrapping_add(16 * per_k).cast());
-                    }
+                    s.prefetch(line.wrapping_add(PREFETCH_K * per_k).cast());
                 }
                 for (m, acc) in acc.iter_mut().enumerate() {
                     let x = s.splat(*x.add(m * d_in + k));
@@ -226,7 +227,5 @@ impl Tile<'_> {
 #[inline(always)]
 unsafe fn load_weights<S: Simd, const BF16: bool>(s: S, line: *const Line) -> [S::V; 2] {
     // SAFETY: the caller vouches for the lines.
-    unsafe {
-        if BF16 { s.load_pair(line) } else { [s.load(line.cast()), s.load(line.add(1).cast())] }
-    }
+    unsafe { if BF16 { s.load_pair(line) } else { [s.load(line.cast()), s.load(line.add(1).cast())] } }
 }

@@ -34,12 +34,7 @@ pub(crate) fn sites() -> [LoraSite; 4] {
         });
         LoraSite { slices, cols: cols.collect(), d_in: extents(slices[0]).0 }
     };
-    [
-        site(&[Slice::Q, Slice::K, Slice::V]),
-        site(&[Slice::O]),
-        site(&[Slice::Gate, Slice::Up]),
-        site(&[Slice::Down]),
-    ]
+    [site(&[Slice::Q, Slice::K, Slice::V]), site(&[Slice::O]), site(&[Slice::Gate, Slice::Up]), site(&[Slice::Down])]
 }
 
 /// A and B of one matrix in [`LAYER`], rounded to the storage type.
@@ -124,16 +119,19 @@ pub(crate) fn image(dtype: Dtype, pairs: &[Pair]) -> Result<AdapterImage, OpErro
     AdapterImage::pack(dtype, PAGE_BYTES, LAYERS, &parts)
 }
 
+/// Numbers of adapters and the scales they run at.
+type Used = Vec<(usize, f32)>;
+
 /// Which rows use which adapters.
 pub(crate) struct Mix {
     pub(crate) name: &'static str,
     pub(crate) rows: usize,
-    pub(crate) segments: Vec<(Range<usize>, Vec<(usize, f32)>)>,
+    pub(crate) segments: Vec<(Range<usize>, Used)>,
 }
 
 impl Mix {
     /// `runs`: rows and `(adapter, scale)` of each segment, in order.
-    fn new(name: &'static str, runs: impl IntoIterator<Item = (usize, Vec<(usize, f32)>)>) -> Self {
+    fn new(name: &'static str, runs: impl IntoIterator<Item = (usize, Used)>) -> Self {
         let mut rows = 0;
         let segments = runs.into_iter().map(|(count, used)| {
             rows += count;
@@ -160,7 +158,10 @@ pub(crate) fn mixes() -> Vec<Mix> {
         Mix::new("skewed", [(21, one(4)), (1, one(2)), (1, one(1))]),
         Mix::new("with base rows", [(2, vec![]), (5, one(2)), (1, vec![]), (1, one(3)), (3, vec![])]),
         Mix::new("empty segments", [(0, one(1)), (4, one(5)), (0, vec![]), (0, one(2)), (2, one(0)), (0, one(3))]),
-        Mix::new("several a row", [(3, vec![(0, 0.5), (3, -1.5), (0, 2.0)]), (1, one(1)), (7, vec![(6, 0.25), (1, 1.0)])]),
+        Mix::new(
+            "several a row",
+            [(3, vec![(0, 0.5), (3, -1.5), (0, 2.0)]), (1, one(1)), (7, vec![(6, 0.25), (1, 1.0)])],
+        ),
         Mix::new("base only", [(4, vec![])]),
     ]
 }

@@ -13,8 +13,8 @@ mod table;
 mod tests;
 mod work;
 
-pub(crate) use image::{b_elements, b_index};
 pub use image::{AdapterImage, LoraPart};
+pub(crate) use image::{b_elements, b_index};
 pub use scratch::LoraScratch;
 pub use table::AdapterTable;
 pub(crate) use work::Run;

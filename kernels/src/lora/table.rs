@@ -89,13 +89,8 @@ impl AdapterTable {
         slot.descs.clear();
         slot.descs.resize(image.rank_blocks * image.layers * SLICES, ABSENT);
         for &Entry { rank_block, layer, slice, a, b, d_in, d_out, scale } in &image.entries {
-            slot.descs[(rank_block * image.layers + layer) * SLICES + slice as usize] = Desc {
-                a_unit: to_unit(a),
-                b_unit: to_unit(b),
-                scale,
-                d_in: d_in as u32,
-                d_out: d_out as u32,
-            };
+            slot.descs[(rank_block * image.layers + layer) * SLICES + slice as usize] =
+                Desc { a_unit: to_unit(a), b_unit: to_unit(b), scale, d_in: d_in as u32, d_out: d_out as u32 };
         }
         Ok(())
     }

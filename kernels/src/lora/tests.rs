@@ -45,7 +45,9 @@ fn pages_are_filled() {
     let extents = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)];
     let slices = [Slice::Q, Slice::K, Slice::V, Slice::O, Slice::Gate, Slice::Up, Slice::Down];
     let parts: Vec<LoraPart> = (0..32)
-        .flat_map(|layer| std::iter::zip(slices, extents).map(move |(slice, (d_in, d_out))| (layer, slice, d_in, d_out)))
+        .flat_map(|layer| {
+            std::iter::zip(slices, extents).map(move |(slice, (d_in, d_out))| (layer, slice, d_in, d_out))
+        })
         .map(|(layer, slice, d_in, d_out)| {
             let (a, b) = (&zeros[..16 * d_in], &zeros[..16 * d_out]);
             LoraPart { layer, slice, rank: 16, a, b, d_in, d_out, scale: 1.0 }

@@ -62,10 +62,10 @@ impl WorkList {
     pub fn build<'a>(
         &mut self,
         table: &AdapterTable,
-        segments: impl Iterator<Item = Segment<'a>>,
+        mut segments: impl Iterator<Item = Segment<'a>>,
     ) -> Result<(), OpError> {
         self.clear();
-        let outcome = segments.map(|segment| self.push(table, &segment)).collect();
+        let outcome = segments.try_for_each(|segment| self.push(table, &segment));
         if outcome != Ok(()) {
             self.clear();
         }

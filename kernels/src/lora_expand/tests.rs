@@ -55,7 +55,8 @@ fn both_halves_add_the_scaled_product_of_a_and_b() {
                 for &(adapter, scale) in mix.adapters_of(row) {
                     for pair in &world.adapters[adapter].1 {
                         let Some(s) = site.slices.iter().position(|slice| *slice == pair.slice) else { continue };
-                        let dot = |a: &[f32]| a.iter().zip(x.row(row)).map(|(&a, &x)| f64::from(a) * f64::from(x)).sum();
+                        let dot =
+                            |a: &[f32]| a.iter().zip(x.row(row)).map(|(&a, &x)| f64::from(a) * f64::from(x)).sum();
                         let v: Vec<f64> = pair.a.chunks(site.d_in).map(dot).collect();
                         let (first, d_out) = site.cols[s];
                         for (want, b) in want[first..first + d_out].iter_mut().zip(pair.b.chunks(pair.rank)) {

@@ -11,8 +11,14 @@ fn every_instruction_set_equals_the_definition() {
             let work = world.work(&mix);
             for site in sites() {
                 let (x, _) = activations(2, &mix, &site);
-                let shrink =
-                    cpu::Shrink { x: &x, arena: &world.arena, table: &world.table, layer: LAYER, site: &site, work: &work };
+                let shrink = cpu::Shrink {
+                    x: &x,
+                    arena: &world.arena,
+                    table: &world.table,
+                    layer: LAYER,
+                    site: &site,
+                    work: &work,
+                };
                 // What an adapter leaves alone must stay as it was: both begin with the same pattern.
                 let mut want = vec![-7.0; work.planes * site.slices.len() * 16];
                 cpu::reference(&mut want, &shrink);
@@ -79,7 +85,8 @@ fn shapes_that_disagree_are_refused() {
     let (work, site) = (world.work(mix), &sites()[0]);
     let (x, _) = activations(8, mix, site);
     let mut v = LoraScratch::default();
-    let mut run = |x: &Rows, layer, site: &LoraSite| lora_shrink(&mut v, x, &world.arena, &world.table, layer, site, &work);
+    let mut run =
+        |x: &Rows, layer, site: &LoraSite| lora_shrink(&mut v, x, &world.arena, &world.table, layer, site, &work);
     assert!(matches!(run(&x, 2, site), Err(OpError::Limit { .. })));
     assert!(matches!(run(&x, 0, &sites()[1]), Err(OpError::Shape { .. })));
     assert!(matches!(run(&Rows::zeros(3, site.d_in), 0, site), Err(OpError::Limit { .. })));

@@ -28,13 +28,7 @@ pub fn rms_norm(out: &mut Rows, x: &Rows, weight: &[f32], eps: f32) -> Result<()
 ///
 /// # Errors
 /// [`OpError::Shape`] if the widths, or the rows of `residual` and `x`, differ; [`OpError::Limit`] if `out` has no room.
-pub fn add_rms_norm(
-    out: &mut Rows,
-    residual: &mut Rows,
-    x: &Rows,
-    weight: &[f32],
-    eps: f32,
-) -> Result<(), OpError> {
+pub fn add_rms_norm(out: &mut Rows, residual: &mut Rows, x: &Rows, weight: &[f32], eps: f32) -> Result<(), OpError> {
     add(residual, x)?;
     rms_norm(out, residual, weight, eps)
 }

@@ -40,9 +40,10 @@ pub(super) fn rope_store(
             let k = &row[(heads + head) * layout.head_dim..][..layout.head_dim];
             let v = &row[rotated + head * layout.head_dim..][..layout.head_dim];
             let place = Place { cache, layout, layer, head, slot };
-            // SAFETY: `rope_store` checked slot and layer, so the places are in the arena; only this unit has this head.
             match layout.dtype {
+                // SAFETY: `rope_store` checked slot and layer, so the places are in the arena; only this unit has this head.
                 Dtype::F32 => unsafe { place.store(k, v, |value| value) },
+                // SAFETY: as above.
                 Dtype::Bf16 => unsafe { place.store(k, v, |value| bf16::from_f32(value).to_bits()) },
             }
         }

@@ -13,15 +13,11 @@ fn inv_freq(rotary_dim: usize) -> Vec<f32> {
     (0..rotary_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary_dim as f32)).collect()
 }
 
-/// Element `d` of a stored key or value.
-fn stored(arena: &Arena, layout: &KvLayout, layer: usize, head: usize, slot: KvSlot, d: usize, v: bool) -> f32 {
-    let (block, offset) = (layout.block_offset(slot.block), slot.offset as usize);
-    let at = match v {
-        false => block + layout.k_offset(layer, head) + d * layout.k_stride() + offset,
-        true => block + layout.v_offset(layer, head) + offset * layout.v_stride() + d,
-    };
+/// One element of the cache, counted from the start of the block.
+fn stored(arena: &Arena, layout: &KvLayout, block: u32, in_block: usize) -> f32 {
     let bytes = layout.dtype.bytes();
-    crate::test_support::decode(layout.dtype, &arena.bytes()[at * bytes..][..bytes])[0]
+    let at = (layout.block_offset(block) + in_block) * bytes;
+    crate::test_support::decode(layout.dtype, &arena.bytes()[at..][..bytes])[0]
 }
 
 #[test]
@@ -52,8 +48,11 @@ fn heads_turn_by_their_positions_and_keys_and_values_are_stored() {
             for (head, d) in (0..KV_HEADS).flat_map(|head| (0..head_dim).map(move |d| (head, d))) {
                 let k = qkv.row(t)[(HEADS + head) * head_dim + d];
                 let v = before.row(t)[(HEADS + KV_HEADS + head) * head_dim + d];
-                assert_eq!(stored(&arena, &layout, 1, head, slots[t], d, false), dtype.round(k));
-                assert_eq!(stored(&arena, &layout, 1, head, slots[t], d, true), dtype.round(v));
+                let KvSlot { block, offset } = slots[t];
+                let k_at = layout.k_offset(1, head) + d * layout.k_stride() + offset as usize;
+                let v_at = layout.v_offset(1, head) + offset as usize * layout.v_stride() + d;
+                assert_eq!(stored(&arena, &layout, block, k_at), dtype.round(k));
+                assert_eq!(stored(&arena, &layout, block, v_at), dtype.round(v));
             }
         }
         let written = arena.bytes().chunks(dtype.bytes()).filter(|b| b.iter().any(|&b| b != 0xff)).count();

@@ -191,7 +191,12 @@ fn penalties_are_the_formulas() {
     }
     let mut got = logits.clone();
     let history = History { prompt: &prompt, generated: &generated };
-    penalties::apply(&mut got, &SampleParams { presence_penalty: 0.5, ..SampleParams::default() }, &history, &mut scratch);
+    penalties::apply(
+        &mut got,
+        &SampleParams { presence_penalty: 0.5, ..SampleParams::default() },
+        &history,
+        &mut scratch,
+    );
     assert_eq!(got, [1.0, 1.0, -1.5, 1.5, 0.5]);
 }
 

@@ -75,7 +75,7 @@ impl Scheduler {
         draft: &mut Draft,
     ) -> bool {
         loop {
-            let (shared, missing) = self.blocks_to_write(key, start, end);
+            let (shared, missing) = self.blocks_to_write(key, start, end, draft);
             let wanted = shared.len() + missing;
             if self.blocks_obtainable() >= wanted as u64 {
                 self.write_blocks(key, start, &shared, missing, draft);
@@ -101,12 +101,19 @@ impl Scheduler {
     }
 
     /// (indices of blocks in the table that others read too, number of blocks that are missing).
-    fn blocks_to_write(&self, key: SeqKey, start: usize, end: usize) -> (Vec<usize>, usize) {
+    fn blocks_to_write(&self, key: SeqKey, start: usize, end: usize, draft: &Draft) -> (Vec<usize>, usize) {
         let Some(holding) = self.seq(key).holding() else { return (Vec::new(), 0) };
         let (first, after) = (start / self.limits.block_tokens as usize, self.limits.blocks_for(end));
         let held = holding.blocks.len();
-        let shared = (first..after.min(held)).filter(|at| self.pool.is_shared(holding.blocks[*at])).collect();
+        let shared = (first..after.min(held)).filter(|at| self.is_shared(holding.blocks[*at], draft)).collect();
         (shared, after.saturating_sub(held))
+    }
+
+    /// Writing into it would change what another sequence reads. A copy of this step is made before anything is written,
+    /// so its source is not in the way.
+    fn is_shared(&self, block: BlockId, draft: &Draft) -> bool {
+        let copies = draft.copy_sources.iter().filter(|source| **source == block).count();
+        self.pool.holders(block) - copies > 1
     }
 
     fn write_blocks(&mut self, key: SeqKey, start: usize, shared: &[usize], missing: usize, draft: &mut Draft) {
@@ -114,7 +121,7 @@ impl Scheduler {
         let holding = self.seq(key).holding().expect("only a running sequence writes");
         // A sibling that computes the last prompt position again may be the last holder of a published block.
         if let Some(block) = holding.blocks.get(start / block_tokens).copied()
-            && !self.pool.is_shared(block)
+            && !self.is_shared(block, draft)
         {
             self.pool.unpublish(block);
         }

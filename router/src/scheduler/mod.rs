@@ -19,7 +19,7 @@
 //! | `replay` | death of the shard, and whose fault it was |
 //!
 //! Every admitted request ends: the sequence that runs longest can take the memory of all others, it fits the arena alone
-//! (checked at submit), so it ends; and a waiting one that was passed over [`limits::STARVING_PLANS`] times is admitted
+//! (checked at submit), so it ends; and a waiting one that was passed over `STARVING_PLANS` times is admitted
 //! before anybody else.
 
 mod adapters;

@@ -285,9 +285,9 @@ impl PagePool {
         self.pages_adapters -= pages.len() as u32;
     }
 
-    /// Writing into it would change what a second holder reads.
-    pub(super) fn is_shared(&self, block: BlockId) -> bool {
-        self.blocks[block.0 as usize].refs > 1
+    /// How many hold the block.
+    pub(super) fn holders(&self, block: BlockId) -> usize {
+        self.blocks[block.0 as usize].refs as usize
     }
 
     /// Its only holder is about to write into it: nobody finds it any more.

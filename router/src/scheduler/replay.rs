@@ -2,7 +2,7 @@
 //!
 //! The sequences of the step in flight become *suspects*. Each runs alone, one at a time, until it is past the place where
 //! the shard died; all others go on in their own steps, turn by turn. A death in a suspect's own step adds to its strikes,
-//! and at [`STRIKES_MAX`] of all siblings its request fails alone. So one poisoned request costs at most three restarts.
+//! and at `STRIKES_MAX` of all siblings its request fails alone. So one poisoned request costs at most three restarts.
 
 use super::ids::{RequestId, SeqKey};
 use super::limits::STRIKES_MAX;
@@ -69,8 +69,7 @@ impl Scheduler {
         for key in request.sequences.iter().flatten().copied().collect::<Vec<_>>() {
             let seq = self.seq_mut(key);
             if let Some(suspect) = &mut seq.suspect {
-                let own = if key == member.key { until } else { 0 };
-                suspect.until = suspect.until.max(own);
+                suspect.until = suspect.until.max(until);
             } else if !seq.waits_for_leader() {
                 seq.suspect = Some(Suspect { until, strikes: 0 });
                 let (fair, turn) = (seq.key, seq.turn(key));

@@ -131,6 +131,11 @@ async fn fields_of_completions_are_checked() {
             assert!(param.starts_with(field), "{param} for {field} = {value}");
         }
     }
+}
+
+#[tokio::test]
+async fn fields_of_completions_are_accepted_up_to_their_limits() {
+    let stops = |n: usize| json!(vec!["x"; n]);
     let good = [
         ("logprobs", json!(0)),
         ("best_of", json!(8)),
@@ -367,58 +372,59 @@ impl Dice {
     }
 }
 
+const FIELDS: [&str; 48] = [
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "best_of",
+    "stop",
+    "logprobs",
+    "top_logprobs",
+    "echo",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "seed",
+    "stream",
+    "stream_options",
+    "suffix",
+    "stop_token_ids",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "add_special_tokens",
+    "truncate_prompt_tokens",
+    "prompt_logprobs",
+    "allowed_token_ids",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "cache_salt",
+    "priority",
+    "adapter_scale",
+    "compose",
+    "adapters",
+    "adapter_id",
+    "adapter_source",
+    "adapter_wait",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+];
+
 #[tokio::test]
 async fn no_body_makes_the_server_fail() {
-    const FIELDS: [&str; 48] = [
-        "model",
-        "prompt",
-        "messages",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "n",
-        "best_of",
-        "stop",
-        "logprobs",
-        "top_logprobs",
-        "echo",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "logit_bias",
-        "seed",
-        "stream",
-        "stream_options",
-        "suffix",
-        "stop_token_ids",
-        "ignore_eos",
-        "min_tokens",
-        "skip_special_tokens",
-        "include_stop_str_in_output",
-        "add_special_tokens",
-        "truncate_prompt_tokens",
-        "prompt_logprobs",
-        "allowed_token_ids",
-        "return_token_ids",
-        "return_tokens_as_token_ids",
-        "cache_salt",
-        "priority",
-        "adapter_scale",
-        "compose",
-        "adapters",
-        "adapter_id",
-        "adapter_source",
-        "adapter_wait",
-        "tools",
-        "tool_choice",
-        "response_format",
-        "chat_template_kwargs",
-        "add_generation_prompt",
-        "continue_final_message",
-    ];
     let dir = adapter_dir(&["a"]);
     let config = RouterConfig { adapter_dirs: vec![dir.path().to_owned()], ..RouterConfig::default() };
     let app = app_with(&Script::new().load("a", Load::Ready(1)), config);

@@ -1,6 +1,7 @@
 //! A seeded simulation with a shard that keeps real page contents, and plans of small traces written out.
 
 mod audit;
+mod client;
 mod fairness;
 mod marker;
 mod oracle;
@@ -8,4 +9,5 @@ mod plans;
 mod shard;
 mod sim;
 mod units;
+mod weather;
 mod world;

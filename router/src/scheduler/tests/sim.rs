@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use super::world::{Totals, World};
+use super::weather::Totals;
+use super::world::World;
 
 /// Steps of weather per seed of the run in CI. `LORAMUX_SIM_STEPS` overrides it.
 const CI_STEPS: u64 = 2_500;

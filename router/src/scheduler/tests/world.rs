@@ -6,110 +6,18 @@ use std::sync::Arc;
 use loramux_proto::{Sampling, SeqFault, Step, StepResult};
 
 use super::super::{NewRequest, RequestId, Scheduler, SchedulerEvent, SchedulerLimits};
+use super::client::Client;
 use super::marker::{Rng, VOCAB, owner_mark};
-use super::oracle::{Expected, Oracle};
+use super::oracle::Oracle;
 use super::shard::FakeShard;
-use crate::engine::{AdapterUse, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest};
+use super::weather::{Totals, Weather};
+use crate::engine::{AdapterUse, ContentId, Failure, GenerateEvent, GenerateRequest};
 
 /// Steps in which everything must have ended once arrivals and faults stopped.
 const DRAIN_STEPS_MAX: u64 = 20_000;
 
 /// All is recounted after each commit; after each plan, where the step itself is checked, only so often.
 const AUDIT_PLAN_EVERY: u64 = 8;
-
-/// Counts over a run.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Totals {
-    pub(super) steps: u64,
-    pub(super) requests: u64,
-    pub(super) tokens: u64,
-    pub(super) switches: u64,
-    pub(super) deaths: u64,
-    pub(super) cancels: u64,
-    pub(super) deadlines: u64,
-    pub(super) numerics: u64,
-    pub(super) shard_faults: u64,
-    pub(super) refused: u64,
-    pub(super) forks: u64,
-    pub(super) preemptions: u64,
-    pub(super) uploads: u64,
-    pub(super) evictions: u64,
-    pub(super) prefix_hit_tokens: u64,
-}
-
-impl Totals {
-    pub(super) fn add(&mut self, o: &Totals) {
-        self.steps += o.steps;
-        self.requests += o.requests;
-        self.tokens += o.tokens;
-        self.switches += o.switches;
-        self.deaths += o.deaths;
-        self.cancels += o.cancels;
-        self.deadlines += o.deadlines;
-        self.numerics += o.numerics;
-        self.shard_faults += o.shard_faults;
-        self.refused += o.refused;
-        self.forks += o.forks;
-        self.preemptions += o.preemptions;
-        self.uploads += o.uploads;
-        self.evictions += o.evictions;
-        self.prefix_hit_tokens += o.prefix_hit_tokens;
-    }
-}
-
-/// How rough this world is; per mille per step.
-struct Weather {
-    submit: u32,
-    cancel: u32,
-    stop: u32,
-    deadline: u32,
-    kill: u32,
-    crash: u32,
-    poison: u32,
-    numerics: u32,
-    forget: u32,
-    gone: u32,
-    upload_delay_max: u32,
-    ready_delay_max: u32,
-}
-
-impl Weather {
-    fn random(rng: &mut Rng) -> Self {
-        let mut rough = |often: u32, max: u32| if rng.chance(often) { rng.range(1, max) } else { 0 };
-        Self {
-            submit: 20 + rough(1000, 400),
-            cancel: rough(600, 60),
-            stop: rough(500, 60),
-            deadline: rough(300, 300),
-            kill: rough(300, 20),
-            crash: rough(300, 20),
-            poison: rough(150, 30),
-            numerics: rough(300, 20),
-            forget: rough(500, 60),
-            gone: rough(300, 200),
-            upload_delay_max: rough(400, 4),
-            ready_delay_max: rough(500, 30),
-        }
-    }
-}
-
-/// A client's view of its request.
-struct Client {
-    request: GenerateRequest,
-    oracles: Vec<Oracle>,
-    /// By sibling: no event may come any more.
-    ended: Vec<bool>,
-    admitted: bool,
-    any_token: bool,
-    logprobs_seen: usize,
-    deadline_at_ms: Option<u64>,
-    /// A step that covers this position kills the shard.
-    poison_at: Option<u32>,
-    deaths_caused: u32,
-    /// Points of deaths in steps it had for itself.
-    blame: u32,
-    numerics_due: bool,
-}
 
 pub(super) struct World {
     rng: Rng,
@@ -318,19 +226,7 @@ impl World {
                 self.totals.requests += 1;
                 let pages = |content: &ContentId| pages_of(&self.contents, content);
                 let oracles = (0..request.n).map(|index| Oracle::new(&request, index, pages)).collect();
-                let client = Client {
-                    oracles,
-                    ended: vec![false; request.n as usize],
-                    request,
-                    admitted: false,
-                    any_token: false,
-                    logprobs_seen: 0,
-                    deadline_at_ms,
-                    poison_at,
-                    deaths_caused: 0,
-                    blame: 0,
-                    numerics_due: false,
-                };
+                let client = Client::new(request, oracles, deadline_at_ms, poison_at);
                 self.clients.insert(id, client);
             }
             Err(failure) => {
@@ -521,59 +417,6 @@ impl World {
                 self.clients.remove(&request);
             }
         }
-    }
-}
-
-impl Client {
-    fn check_failure(&self, failure: &Failure, now_ms: u64) {
-        match failure {
-            Failure::DeadlineExceeded => assert!(self.deadline_at_ms.is_some_and(|at| at <= now_ms)),
-            Failure::Numerics(_) => assert!(self.numerics_due),
-            Failure::ShardFault => assert!(self.blame >= 4, "a bystander was blamed"),
-            other => panic!("unexpected {other:?}"),
-        }
-    }
-
-    /// True if it was the last event.
-    fn check_event(&mut self, event: GenerateEvent) -> bool {
-        match event {
-            GenerateEvent::Admitted { cached_tokens } => {
-                assert!(!self.admitted, "admitted twice");
-                assert!((cached_tokens as usize) < self.request.prompt.len());
-                self.admitted = true;
-            }
-            GenerateEvent::PromptLogprobs { positions } => {
-                assert!(self.admitted && !self.any_token && self.request.sampling.prompt_logprobs.is_some());
-                for reported in positions {
-                    assert_eq!(reported.position as usize, self.logprobs_seen + 1, "each position once, in order");
-                    assert_eq!(reported.logprob, self.oracles[0].prompt_logprobs[self.logprobs_seen]);
-                    self.logprobs_seen += 1;
-                }
-            }
-            GenerateEvent::Token { index, token, logprob, .. } => {
-                assert!(self.admitted && !self.ended[index as usize], "a token of an ended sequence");
-                self.check_logprobs_complete();
-                self.any_token = true;
-                let Expected { token: want, logprob: want_logprob, then } = self.oracles[index as usize].next();
-                assert_eq!((token, logprob), (want, want_logprob), "another token than alone");
-                self.oracles[index as usize].pending = then;
-            }
-            GenerateEvent::Finished { index, reason } => {
-                assert!(!self.ended[index as usize], "finished twice");
-                self.check_logprobs_complete();
-                let scored = self.request.max_tokens == 0 && reason == FinishReason::Length;
-                assert!(scored || self.oracles[index as usize].pending == Some(reason), "finished for another reason");
-                self.ended[index as usize] = true;
-                return self.ended.iter().all(|ended| *ended);
-            }
-            GenerateEvent::Failed(_) => unreachable!("checked by the caller"),
-        }
-        false
-    }
-
-    fn check_logprobs_complete(&self) {
-        let due = if self.request.sampling.prompt_logprobs.is_some() { self.request.prompt.len() - 1 } else { 0 };
-        assert_eq!(self.logprobs_seen, due, "all prompt logprobs come first");
     }
 }
 
