@@ -2,9 +2,9 @@
 //! Llama-3.2-1B. `cargo run --release -p loramux-kernels --example bench_ops`; a few seconds.
 
 use loramux_kernels::{
-    AdapterImage, AdapterTable, Arena, AttnChunk, AttnSpec, Dtype, HostData, KvLayout, KvSlot, LoraPart, LoraScratch,
-    LoraSite, PackedWeight, RopeAngles, Rows, Segment, Slice, SlotScale, WeightPart, WorkList, in_pool, isa_name,
-    linear, lora_expand, lora_shrink, paged_attention, rms_norm, rope_store, sampler, silu_mul,
+    AdapterImage, AdapterTable, Arena, ArenaDtype, AttnChunk, AttnSpec, Dtype, HostData, KvLayout, KvSlot, LoraPart,
+    LoraScratch, LoraSite, PackedWeight, RopeAngles, Rows, Segment, Slice, SlotScale, WeightPart, WorkList, in_pool,
+    isa_name, linear, lora_expand, lora_shrink, paged_attention, rms_norm, rope_store, sampler, silu_mul,
 };
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -91,7 +91,7 @@ fn bench_linear(model: Model) -> Result<(), Failure> {
 fn bench_attention(model: Model) -> Result<(), Failure> {
     let Model { heads, kv_heads, .. } = model;
     let mut layout =
-        KvLayout { layers: 1, kv_heads, head_dim: HEAD_DIM, block_tokens: 16, dtype: Dtype::Bf16, page_bytes: 0 };
+        KvLayout { layers: 1, kv_heads, head_dim: HEAD_DIM, block_tokens: 16, dtype: ArenaDtype::F16, page_bytes: 0 };
     layout.page_bytes = layout.block_bytes();
     let context = 2048;
     let mut arena = Arena::new(layout.page_bytes, context / 16)?;
@@ -138,7 +138,7 @@ fn bench_lora(model: Model) -> Result<(), Failure> {
             scale: 0.1,
         };
         let parts: Vec<LoraPart> = site.slices.iter().zip(&site.cols).map(part).collect();
-        let image = AdapterImage::pack(Dtype::Bf16, page_bytes, 1, &parts)?;
+        let image = AdapterImage::pack(ArenaDtype::F16, page_bytes, 1, &parts)?;
         let pages = image.pages_needed();
         let mut arena = Arena::new(page_bytes, adapters * pages)?;
         let mut table = AdapterTable::new(adapters);

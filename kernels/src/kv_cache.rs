@@ -1,7 +1,7 @@
 //! Where keys and values lie in the arena.
 
 use crate::arena::Arena;
-use crate::dtype::Dtype;
+use crate::dtype::ArenaDtype;
 use crate::error::{OpError, at_most};
 use crate::simd::LANES;
 
@@ -20,7 +20,7 @@ pub struct KvLayout {
     /// Positions of a block; multiples of 16 waste nothing.
     pub block_tokens: usize,
     /// Storage type.
-    pub dtype: Dtype,
+    pub dtype: ArenaDtype,
     /// Bytes of an arena page.
     pub page_bytes: usize,
 }
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     fn layout(head_dim: usize, block_tokens: usize) -> KvLayout {
-        KvLayout { layers: 2, kv_heads: 3, head_dim, block_tokens, dtype: Dtype::Bf16, page_bytes: 64 << 10 }
+        KvLayout { layers: 2, kv_heads: 3, head_dim, block_tokens, dtype: ArenaDtype::F16, page_bytes: 64 << 10 }
     }
 
     #[test]

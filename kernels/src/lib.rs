@@ -28,7 +28,7 @@ mod test_support;
 pub use activation::silu_mul;
 pub use arena::Arena;
 pub use attention::{AttnChunk, AttnSpec, paged_attention};
-pub use dtype::{Dtype, HostData};
+pub use dtype::{ArenaDtype, Dtype, HostData};
 pub use embedding::embedding;
 pub use error::OpError;
 pub use gather_rows::gather_rows;

@@ -2,7 +2,7 @@
 
 mod support;
 
-use loramux_kernels::Dtype;
+use loramux_kernels::{ArenaDtype, Dtype};
 use loramux_models::{LoadFormat, LoadOptions, Model, load, text_files};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -114,7 +114,7 @@ fn a_batch_that_disagrees_with_itself_is_an_error() {
     write_model(dir.path(), &config, &tiny_weights(&config, SEED), Stored::F32);
     let limits = DecoderLimits { step_tokens_max: 4, logits_rows_max: 2 };
     let mut decoder = Decoder::new(model(dir.path()), limits);
-    let layout = decoder.kv_layout(4, 64 << 10, Dtype::F32);
+    let layout = decoder.kv_layout(4, 64 << 10, ArenaDtype::F32);
     let (mut arena, table) = (Arena::new(64 << 10, 2).expect("memory"), AdapterTable::new(1));
     let good = || {
         let mut batch = Batch::default();

@@ -14,9 +14,13 @@ const NAME_SEGMENT_BYTES_MAX: usize = 128;
 /// A mistake of the operator: what was found, what is accepted, what to change.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
-    #[error("--model-id: no such file or directory: {0}\n  give the folder that holds config.json and *.safetensors, or a .gguf file")]
+    #[error(
+        "--model-id: no such file or directory: {0}\n  give the folder that holds config.json and *.safetensors, or a .gguf file"
+    )]
     ModelMissing(String),
-    #[error("--model-id: {0} has no config.json\n  give the folder that holds config.json and *.safetensors, or a .gguf file")]
+    #[error(
+        "--model-id: {0} has no config.json\n  give the folder that holds config.json and *.safetensors, or a .gguf file"
+    )]
     ModelWithoutConfig(String),
     #[error("--adapter {0}: must be NAME=PATH, such as --adapter sql=./loras/sql")]
     AdapterForm(String),
@@ -160,8 +164,8 @@ type Named = Vec<(String, PathBuf)>;
 
 fn unpack_demo(args: &ServeArgs) -> Result<(PathBuf, Named), ConfigError> {
     let data_dir = args.engine.data_dir.clone().unwrap_or_else(default_data_dir);
-    let unpacked = demo::unpack(&data_dir)
-        .map_err(|error| ConfigError::Demo { path: data_dir.display().to_string(), error })?;
+    let unpacked =
+        demo::unpack(&data_dir).map_err(|error| ConfigError::Demo { path: data_dir.display().to_string(), error })?;
     Ok((unpacked.model, unpacked.adapters))
 }
 
@@ -172,8 +176,13 @@ fn default_data_dir() -> PathBuf {
 }
 
 fn served_names(args: &ServeArgs, model: &Path, is_demo: bool) -> Vec<String> {
-    let typed: Vec<String> =
-        args.model.served_model_name.iter().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
+    let typed: Vec<String> = args
+        .model
+        .served_model_name
+        .iter()
+        .map(|name| name.trim().to_owned())
+        .filter(|name| !name.is_empty())
+        .collect();
     if !typed.is_empty() {
         return typed;
     }

@@ -141,7 +141,11 @@ fn router_config(config: &Config) -> RouterConfig {
 }
 
 fn shown_address(host: &str, address: SocketAddr) -> String {
-    if address.ip().is_unspecified() { format!("localhost:{}", address.port()) } else { format!("{host}:{}", address.port()) }
+    if address.ip().is_unspecified() {
+        format!("localhost:{}", address.port())
+    } else {
+        format!("{host}:{}", address.port())
+    }
 }
 
 /// A page for a terminal, one structured line for a log.

@@ -89,7 +89,8 @@ impl Summary<'_> {
         let blocks = u64::from(info.pages_total) * u64::from(info.blocks_per_page);
         let kv_tokens = blocks * u64::from(info.block_tokens);
         let arena = info.page_bytes * u64::from(info.pages_total);
-        let mut adapters = if self.adapters.is_empty() { "none registered".to_owned() } else { self.adapters.join(", ") };
+        let mut adapters =
+            if self.adapters.is_empty() { "none registered".to_owned() } else { self.adapters.join(", ") };
         for dir in self.adapter_dirs {
             adapters.push_str(&format!("; any folder of {dir}"));
         }

@@ -2,11 +2,12 @@
 //! for several rows and no sum is ever rescaled.
 
 use super::{AttnChunk, AttnSpec};
-use crate::dtype::Dtype;
+use crate::dtype::{ArenaDtype, Element};
 use crate::kv_cache::KvLayout;
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, LANES, Simd, exp};
+use half::f16;
 use std::cell::RefCell;
 
 /// Query rows (positions times heads of the group) that share one pass over K and V.
@@ -47,8 +48,8 @@ impl Attention<'_> {
 pub(super) fn reference(out: &mut [f32], a: &Attention) {
     let (layout, head_dim, width) = (a.layout, a.layout.head_dim, a.qkv.width());
     let element = |offset: usize| match layout.dtype {
-        Dtype::F32 => f32::from_ne_bytes(a.arena[4 * offset..][..4].try_into().unwrap()),
-        Dtype::Bf16 => half::bf16::from_ne_bytes(a.arena[2 * offset..][..2].try_into().unwrap()).to_f32(),
+        ArenaDtype::F32 => f32::from_ne_bytes(a.arena[4 * offset..][..4].try_into().unwrap()),
+        ArenaDtype::F16 => half::f16::from_ne_bytes(a.arena[2 * offset..][..2].try_into().unwrap()).to_f32(),
     };
     for chunk in a.chunks {
         let blocks = &a.block_table[chunk.blocks.clone()];
@@ -139,8 +140,8 @@ impl Kernel for Pass<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         match self.tile.unit.attention.layout.dtype {
-            Dtype::F32 => self.tile.all::<S, false>(s, self.scores),
-            Dtype::Bf16 => self.tile.all::<S, true>(s, self.scores),
+            ArenaDtype::F32 => self.tile.all::<S, f32>(s, self.scores),
+            ArenaDtype::F16 => self.tile.all::<S, f16>(s, self.scores),
         }
     }
 }
@@ -182,17 +183,17 @@ impl<'a> Tile<'a> {
     }
 
     #[inline(always)]
-    fn all<S: Simd, const BF16: bool>(&self, s: S, scores: &mut [f32]) {
+    fn all<S: Simd, E: Element>(&self, s: S, scores: &mut [f32]) {
         /// Calls a method with its extents as constants: rows at a time (by the registers there are), then vectors.
         macro_rules! by_rows {
             ($method:ident, $vectors:literal, $rows:expr $(, $arg:expr)*) => {
                 match $rows {
-                    1 => self.$method::<S, 1, $vectors, BF16>(s $(, $arg)*),
-                    2 => self.$method::<S, 2, $vectors, BF16>(s $(, $arg)*),
-                    3 => self.$method::<S, 3, $vectors, BF16>(s $(, $arg)*),
-                    4 => self.$method::<S, 4, $vectors, BF16>(s $(, $arg)*),
-                    5 => self.$method::<S, 5, $vectors, BF16>(s $(, $arg)*),
-                    _ => self.$method::<S, 6, $vectors, BF16>(s $(, $arg)*),
+                    1 => self.$method::<S, E, 1, $vectors>(s $(, $arg)*),
+                    2 => self.$method::<S, E, 2, $vectors>(s $(, $arg)*),
+                    3 => self.$method::<S, E, 3, $vectors>(s $(, $arg)*),
+                    4 => self.$method::<S, E, 4, $vectors>(s $(, $arg)*),
+                    5 => self.$method::<S, E, 5, $vectors>(s $(, $arg)*),
+                    _ => self.$method::<S, E, 6, $vectors>(s $(, $arg)*),
                 }
             };
         }
@@ -236,7 +237,7 @@ impl<'a> Tile<'a> {
 
     /// Scores of `M` rows against `N` vectors of keys (fewer at the end).
     #[inline(always)]
-    fn scores<S: Simd, const M: usize, const N: usize, const BF16: bool>(
+    fn scores<S: Simd, E: Element, const M: usize, const N: usize>(
         &self,
         s: S,
         scores: &mut [f32],
@@ -264,7 +265,7 @@ impl<'a> Tile<'a> {
             let mut k = [s.splat(0.0); N];
             for (k, at) in k.iter_mut().zip(&keys) {
                 // SAFETY: the block is in the arena (`paged_attention` checked), and d < head_dim rows of k_stride are in it.
-                *k = unsafe { load::<S, BF16>(s, arena, at + d * k_stride) };
+                *k = unsafe { load::<S, E>(s, arena, at + d * k_stride) };
             }
             for (acc, q) in acc.iter_mut().zip(&q) {
                 // SAFETY: `q` has head_dim elements.
@@ -305,7 +306,7 @@ impl<'a> Tile<'a> {
 
     /// `M` rows of weighted sums of V over `N` vectors of dimensions from `d` on, divided by the rows' totals.
     #[inline(always)]
-    fn values<S: Simd, const M: usize, const N: usize, const BF16: bool>(
+    fn values<S: Simd, E: Element, const M: usize, const N: usize>(
         &self,
         s: S,
         scores: &[f32],
@@ -329,7 +330,7 @@ impl<'a> Tile<'a> {
                 let mut v = [s.splat(0.0); N];
                 for (n, v) in v.iter_mut().enumerate() {
                     // SAFETY: the block is in the arena; `d + 16 n + 16 <= v_stride`, the padded length of a row of V.
-                    *v = unsafe { load::<S, BF16>(s, arena, at + token * v_stride + n * LANES) };
+                    *v = unsafe { load::<S, E>(s, arena, at + token * v_stride + n * LANES) };
                 }
                 for (acc, weights) in acc.iter_mut().zip(&weights) {
                     // SAFETY: a row of scores has k_stride elements for each block.
@@ -388,14 +389,8 @@ fn softmax<S: Simd>(s: S, scores: &mut [f32]) -> f32 {
 /// # Safety
 /// They must lie in the arena.
 #[inline(always)]
-unsafe fn load<S: Simd, const BF16: bool>(s: S, arena: &[u8], element: usize) -> S::V {
-    debug_assert!((element + LANES) * if BF16 { 2 } else { 4 } <= arena.len());
+unsafe fn load<S: Simd, E: Element>(s: S, arena: &[u8], element: usize) -> S::V {
+    debug_assert!((element + LANES) * E::BYTES <= arena.len());
     // SAFETY: the caller vouches for the elements; the arena starts on a 256-byte boundary.
-    unsafe {
-        if BF16 {
-            s.load_bf16(arena.as_ptr().cast::<u16>().add(element))
-        } else {
-            s.load(arena.as_ptr().cast::<f32>().add(element))
-        }
-    }
+    unsafe { E::load(s, arena.as_ptr().add(element * E::BYTES)) }
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::dtype::Dtype;
+use crate::dtype::ArenaDtype;
 use crate::kv_cache::KvSlot;
 use crate::rope::{RopeAngles, rope_store};
 use crate::test_support::{Random, assert_close, bits};
@@ -19,18 +19,18 @@ struct Shape {
     kv_heads: usize,
     head_dim: usize,
     block_tokens: usize,
-    dtype: Dtype,
+    dtype: ArenaDtype,
     window: Option<usize>,
 }
 
 const SHAPES: [Shape; 7] = [
-    shape(9, 3, 64, 16, Dtype::Bf16, None),
-    shape(4, 4, 32, 16, Dtype::F32, None),
-    shape(8, 1, 80, 32, Dtype::Bf16, None),
-    shape(6, 2, 8, 4, Dtype::F32, None),
-    shape(32, 8, 64, 16, Dtype::Bf16, Some(40)),
-    shape(3, 1, 20, 24, Dtype::Bf16, Some(1)),
-    shape(64, 2, 16, 16, Dtype::F32, Some(17)),
+    shape(9, 3, 64, 16, ArenaDtype::F16, None),
+    shape(4, 4, 32, 16, ArenaDtype::F32, None),
+    shape(8, 1, 80, 32, ArenaDtype::F16, None),
+    shape(6, 2, 8, 4, ArenaDtype::F32, None),
+    shape(32, 8, 64, 16, ArenaDtype::F16, Some(40)),
+    shape(3, 1, 20, 24, ArenaDtype::F16, Some(1)),
+    shape(64, 2, 16, 16, ArenaDtype::F32, Some(17)),
 ];
 
 const fn shape(
@@ -38,7 +38,7 @@ const fn shape(
     kv_heads: usize,
     head_dim: usize,
     block_tokens: usize,
-    dtype: Dtype,
+    dtype: ArenaDtype,
     window: Option<usize>,
 ) -> Shape {
     Shape { heads, kv_heads, head_dim, block_tokens, dtype, window }

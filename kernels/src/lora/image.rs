@@ -2,10 +2,9 @@
 
 use super::{RANK_BLOCK, SLICES, Slice};
 use crate::arena::UNIT_BYTES;
-use crate::dtype::Dtype;
+use crate::dtype::{ArenaDtype, to_f16};
 use crate::error::{OpError, at_most, same};
 use crate::simd::LANES;
-use half::bf16;
 
 /// A and B of one matrix of one layer.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +30,7 @@ pub struct LoraPart<'a> {
 /// An adapter packed into whole pages, in host memory, and where each of its blocks lies. No block crosses a page.
 #[derive(Clone, Debug)]
 pub struct AdapterImage {
-    pub(super) dtype: Dtype,
+    pub(super) dtype: ArenaDtype,
     pub(super) page_bytes: usize,
     pub(super) layers: usize,
     pub(super) rank_blocks: usize,
@@ -70,7 +69,7 @@ impl AdapterImage {
     /// # Errors
     /// [`OpError::Shape`] if a part's data disagree with its extents, a pair comes twice or `page_bytes` is no multiple of
     /// 256; [`OpError::Limit`] for a layer that is not there; [`OpError::BlockOverPage`]; [`OpError::OutOfMemory`].
-    pub fn pack(dtype: Dtype, page_bytes: usize, layers: usize, parts: &[LoraPart]) -> Result<Self, OpError> {
+    pub fn pack(dtype: ArenaDtype, page_bytes: usize, layers: usize, parts: &[LoraPart]) -> Result<Self, OpError> {
         let op = "adapter image";
         same(op, "page bytes modulo 256", page_bytes % UNIT_BYTES, 0)?;
         let mut seen = vec![false; layers.saturating_mul(SLICES)];
@@ -160,12 +159,12 @@ fn place(
 }
 
 /// Writes the A and B block of one entry.
-fn write_blocks(bytes: &mut [u8], dtype: Dtype, part: &LoraPart, entry: &Entry) {
+fn write_blocks(bytes: &mut [u8], dtype: ArenaDtype, part: &LoraPart, entry: &Entry) {
     let first = entry.rank_block * RANK_BLOCK;
     let ranks = (part.rank - first).min(RANK_BLOCK);
     let mut put = |start: usize, index: usize, value: f32| match dtype {
-        Dtype::F32 => bytes[start + 4 * index..][..4].copy_from_slice(&value.to_ne_bytes()),
-        Dtype::Bf16 => bytes[start + 2 * index..][..2].copy_from_slice(&bf16::from_f32(value).to_ne_bytes()),
+        ArenaDtype::F32 => bytes[start + 4 * index..][..4].copy_from_slice(&value.to_ne_bytes()),
+        ArenaDtype::F16 => bytes[start + 2 * index..][..2].copy_from_slice(&to_f16(value).to_ne_bytes()),
     };
     for r in 0..ranks {
         for (k, &value) in part.a[(first + r) * part.d_in..][..part.d_in].iter().enumerate() {

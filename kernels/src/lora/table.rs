@@ -3,7 +3,7 @@
 use super::image::{AdapterImage, Entry};
 use super::{SLICES, Slice};
 use crate::arena::{Arena, UNIT_BYTES};
-use crate::dtype::Dtype;
+use crate::dtype::ArenaDtype;
 use crate::error::{OpError, at_most, same};
 
 /// One rank block of one matrix on the device.
@@ -26,7 +26,7 @@ const ABSENT: Desc = Desc { a_unit: u32::MAX, b_unit: u32::MAX, scale: 0.0, d_in
 struct Slot {
     /// `None`: empty.
     generation: Option<u64>,
-    dtype: Dtype,
+    dtype: ArenaDtype,
     layers: usize,
     rank_blocks: usize,
     /// `[rank block][layer][slice]`
@@ -43,7 +43,7 @@ impl AdapterTable {
     /// A table of empty slots.
     #[must_use]
     pub fn new(slots_max: usize) -> Self {
-        let empty = Slot { generation: None, dtype: Dtype::F32, layers: 0, rank_blocks: 0, descs: Vec::new() };
+        let empty = Slot { generation: None, dtype: ArenaDtype::F32, layers: 0, rank_blocks: 0, descs: Vec::new() };
         Self { slots: vec![empty; slots_max] }
     }
 
@@ -121,7 +121,7 @@ impl AdapterTable {
         item: &super::work::Item,
         layer: usize,
         slice: Slice,
-    ) -> Result<Option<(Dtype, Desc)>, OpError> {
+    ) -> Result<Option<(ArenaDtype, Desc)>, OpError> {
         let slot = self.held(item.slot, item.generation)?;
         at_most("lora", "layer + 1", layer + 1, slot.layers)?;
         let index = (item.rank_block as usize * slot.layers + layer) * SLICES + slice as usize;

@@ -1,11 +1,12 @@
 //! The definition and the vector form: lanes are outputs.
 
 use crate::arena::Arena;
-use crate::dtype::Dtype;
+use crate::dtype::{ArenaDtype, Element};
 use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, Run, WorkList, b_elements, b_index};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, LANES, Simd};
+use half::f16;
 use std::ops::Range;
 
 /// Columns of a slice that one unit of work takes.
@@ -26,7 +27,7 @@ pub(super) struct Expand<'a> {
 
 impl Expand<'_> {
     /// Type, B block and scale of one item and slice; `None` if the adapter leaves the matrix alone.
-    fn b_block(&self, item: usize, slice: usize) -> Option<(Dtype, &[u8], f32)> {
+    fn b_block(&self, item: usize, slice: usize) -> Option<(ArenaDtype, &[u8], f32)> {
         let item = &self.work.items[item];
         let (dtype, desc) = self.table.desc(item, self.layer, self.site.slices[slice]).ok().flatten()?;
         let bytes = b_elements(self.site.cols[slice].1) * dtype.bytes();
@@ -93,8 +94,8 @@ impl Kernel for Unit<'_> {
             let Some((dtype, b, scale)) = self.expand.b_block(item, self.slice) else { continue };
             let delta = Delta { unit: &self, item, b, scale };
             match dtype {
-                Dtype::F32 => delta.columns::<S, false>(s),
-                Dtype::Bf16 => delta.columns::<S, true>(s),
+                ArenaDtype::F32 => delta.columns::<S, f32>(s),
+                ArenaDtype::F16 => delta.columns::<S, f16>(s),
             }
         }
     }
@@ -110,17 +111,17 @@ struct Delta<'a> {
 
 impl Delta<'_> {
     #[inline(always)]
-    fn columns<S: Simd, const BF16: bool>(&self, s: S) {
+    fn columns<S: Simd, E: Element>(&self, s: S) {
         macro_rules! rows {
             ($vectors:literal, $column:expr) => {{
                 let mut row = 0;
                 while row < self.unit.run.rows.len() {
                     let rows = (self.unit.run.rows.len() - row).min(S::TILE_ROWS).min(4);
                     match rows {
-                        1 => self.tile::<S, 1, $vectors, BF16>(s, row, $column),
-                        2 => self.tile::<S, 2, $vectors, BF16>(s, row, $column),
-                        3 => self.tile::<S, 3, $vectors, BF16>(s, row, $column),
-                        _ => self.tile::<S, 4, $vectors, BF16>(s, row, $column),
+                        1 => self.tile::<S, E, 1, $vectors>(s, row, $column),
+                        2 => self.tile::<S, E, 2, $vectors>(s, row, $column),
+                        3 => self.tile::<S, E, 3, $vectors>(s, row, $column),
+                        _ => self.tile::<S, E, 4, $vectors>(s, row, $column),
                     }
                     row += rows;
                 }
@@ -143,14 +144,14 @@ impl Delta<'_> {
 
     /// `M` rows, `N` vectors of columns.
     #[inline(always)]
-    fn tile<S: Simd, const M: usize, const N: usize, const BF16: bool>(&self, s: S, row: usize, column: usize) {
+    fn tile<S: Simd, E: Element, const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) {
         if const { M > S::TILE_ROWS } {
             return; // never asked for; spares the compiler the code
         }
         let Unit { expand, y, width, run, slice, ref columns } = *self.unit;
         let item = &expand.work.items[self.item];
         let (first, d_out) = expand.site.cols[slice];
-        let element_bytes = if BF16 { 2 } else { 4 };
+        let element_bytes = E::BYTES;
         assert!(self.b.len() >= b_elements(d_out) * element_bytes && column + (N - 1) * LANES < d_out);
         let slices = expand.site.slices.len();
         let v: [&[f32]; M] = std::array::from_fn(|m| {
@@ -166,7 +167,7 @@ impl Delta<'_> {
                     if M == 1 {
                         s.prefetch(at.wrapping_add(PREFETCH_BYTES));
                     }
-                    *weights = if BF16 { s.load_bf16(at.cast()) } else { s.load(at.cast()) };
+                    *weights = E::load(s, at);
                 }
             }
             for (acc, v) in acc.iter_mut().zip(&v) {

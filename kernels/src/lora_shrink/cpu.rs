@@ -1,11 +1,12 @@
 //! The definition and the vector form: lanes are ranks, and the matrices of a site share each read of x.
 
 use crate::arena::Arena;
-use crate::dtype::Dtype;
+use crate::dtype::{ArenaDtype, Element};
 use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, WorkList};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, Simd};
+use half::f16;
 
 /// Rows of an item that one unit of work takes.
 const ROWS_PER_UNIT: usize = 48;
@@ -27,7 +28,7 @@ pub(super) struct Shrink<'a> {
 
 impl Shrink<'_> {
     /// The A block of one item and slice, `[d_in][16]`, and its type; `None` if the adapter leaves the matrix alone.
-    fn a_block(&self, item: usize, slice: usize) -> Option<(Dtype, &[u8])> {
+    fn a_block(&self, item: usize, slice: usize) -> Option<(ArenaDtype, &[u8])> {
         let found = self.table.desc(&self.work.items[item], self.layer, self.site.slices[slice]);
         let (dtype, desc) = found.ok().flatten()?;
         Some((dtype, self.arena.at_unit(desc.a_unit, RANK_BLOCK * self.site.d_in * dtype.bytes())))
@@ -83,7 +84,7 @@ impl Kernel for Unit<'_> {
     fn run<S: Simd>(self, s: S) {
         let slices = self.shrink.site.slices.len();
         let mut found: [(usize, &[u8]); SLICES_PER_PASS] = [(0, &[]); SLICES_PER_PASS];
-        let (mut count, mut dtype) = (0, Dtype::F32);
+        let (mut count, mut dtype) = (0, ArenaDtype::F32);
         for slice in 0..slices {
             if let Some((stored, a)) = self.shrink.a_block(self.item, slice) {
                 dtype = stored;
@@ -100,16 +101,16 @@ impl Kernel for Unit<'_> {
 
 impl Unit<'_> {
     #[inline(always)]
-    fn rows<S: Simd>(&self, s: S, dtype: Dtype, blocks: &[(usize, &[u8])]) {
+    fn rows<S: Simd>(&self, s: S, dtype: ArenaDtype, blocks: &[(usize, &[u8])]) {
         macro_rules! with {
             ($rows:literal, $row:expr) => {
                 match (dtype, blocks.len()) {
-                    (Dtype::Bf16, 3) => self.tile::<S, $rows, 3, true>(s, $row, blocks),
-                    (Dtype::Bf16, 2) => self.tile::<S, $rows, 2, true>(s, $row, blocks),
-                    (Dtype::Bf16, _) => self.tile::<S, $rows, 1, true>(s, $row, blocks),
-                    (Dtype::F32, 3) => self.tile::<S, $rows, 3, false>(s, $row, blocks),
-                    (Dtype::F32, 2) => self.tile::<S, $rows, 2, false>(s, $row, blocks),
-                    (Dtype::F32, _) => self.tile::<S, $rows, 1, false>(s, $row, blocks),
+                    (ArenaDtype::F16, 3) => self.tile::<S, f16, $rows, 3>(s, $row, blocks),
+                    (ArenaDtype::F16, 2) => self.tile::<S, f16, $rows, 2>(s, $row, blocks),
+                    (ArenaDtype::F16, _) => self.tile::<S, f16, $rows, 1>(s, $row, blocks),
+                    (ArenaDtype::F32, 3) => self.tile::<S, f32, $rows, 3>(s, $row, blocks),
+                    (ArenaDtype::F32, 2) => self.tile::<S, f32, $rows, 2>(s, $row, blocks),
+                    (ArenaDtype::F32, _) => self.tile::<S, f32, $rows, 1>(s, $row, blocks),
                 }
             };
         }
@@ -130,18 +131,13 @@ impl Unit<'_> {
 
     /// `M` rows against `N` A blocks.
     #[inline(always)]
-    fn tile<S: Simd, const M: usize, const N: usize, const BF16: bool>(
-        &self,
-        s: S,
-        row: usize,
-        blocks: &[(usize, &[u8])],
-    ) {
+    fn tile<S: Simd, E: Element, const M: usize, const N: usize>(&self, s: S, row: usize, blocks: &[(usize, &[u8])]) {
         if const { M > S::TILE_ROWS } {
             return; // never asked for; spares the compiler the code
         }
         let Shrink { x, site, work, .. } = *self.shrink;
         let item = &work.items[self.item];
-        let element_bytes = if BF16 { 2 } else { 4 };
+        let element_bytes = E::BYTES;
         let a: [*const u8; N] = std::array::from_fn(|n| {
             assert!(blocks[n].1.len() >= RANK_BLOCK * site.d_in * element_bytes);
             blocks[n].1.as_ptr()
@@ -157,7 +153,7 @@ impl Unit<'_> {
                     if M <= 2 {
                         s.prefetch(at.wrapping_add(PREFETCH_BYTES));
                     }
-                    *weights = if BF16 { s.load_bf16(at.cast()) } else { s.load(at.cast()) };
+                    *weights = E::load(s, at);
                 }
             }
             for (acc, x) in acc.iter_mut().zip(&x) {

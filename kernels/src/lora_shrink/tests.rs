@@ -1,11 +1,11 @@
 use super::*;
-use crate::dtype::Dtype;
+use crate::dtype::ArenaDtype;
 use crate::lora::fixture::{LAYER, RANKS, World, activations, mixes, sites};
 use crate::test_support::{assert_close, bits};
 
 #[test]
 fn every_instruction_set_equals_the_definition() {
-    for dtype in [Dtype::F32, Dtype::Bf16] {
+    for dtype in [ArenaDtype::F32, ArenaDtype::F16] {
         let world = World::new(1, dtype, &RANKS);
         for mix in mixes() {
             let work = world.work(&mix);
@@ -34,7 +34,7 @@ fn every_instruction_set_equals_the_definition() {
 
 #[test]
 fn the_definition_is_the_formula() {
-    let world = World::new(3, Dtype::Bf16, &RANKS);
+    let world = World::new(3, ArenaDtype::F16, &RANKS);
     for mix in mixes() {
         let work = world.work(&mix);
         let site = &sites()[0];
@@ -67,7 +67,7 @@ fn the_definition_is_the_formula() {
 
 #[test]
 fn a_slot_that_changed_since_the_list_was_built_is_an_error() {
-    let mut world = World::new(5, Dtype::F32, &RANKS);
+    let mut world = World::new(5, ArenaDtype::F32, &RANKS);
     let mix = &mixes()[0];
     let (work, site) = (world.work(mix), &sites()[0]);
     let (x, _) = activations(6, mix, site);
@@ -80,7 +80,7 @@ fn a_slot_that_changed_since_the_list_was_built_is_an_error() {
 
 #[test]
 fn shapes_that_disagree_are_refused() {
-    let world = World::new(7, Dtype::F32, &RANKS);
+    let world = World::new(7, ArenaDtype::F32, &RANKS);
     let mix = &mixes()[0];
     let (work, site) = (world.work(mix), &sites()[0]);
     let (x, _) = activations(8, mix, site);

@@ -2,11 +2,10 @@
 
 use super::RopeAngles;
 use crate::arena::Arena;
-use crate::dtype::Dtype;
+use crate::dtype::{ArenaDtype, to_f16};
 use crate::kv_cache::{KvLayout, KvSlot};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
-use half::bf16;
 
 /// Rows that one unit of work rotates.
 const ROWS_PER_UNIT: usize = 32;
@@ -42,9 +41,9 @@ pub(super) fn rope_store(
             let place = Place { cache, layout, layer, head, slot };
             match layout.dtype {
                 // SAFETY: `rope_store` checked slot and layer, so the places are in the arena; only this unit has this head.
-                Dtype::F32 => unsafe { place.store(k, v, |value| value) },
+                ArenaDtype::F32 => unsafe { place.store(k, v, |value| value) },
                 // SAFETY: as above.
-                Dtype::Bf16 => unsafe { place.store(k, v, |value| bf16::from_f32(value).to_bits()) },
+                ArenaDtype::F16 => unsafe { place.store(k, v, |value| to_f16(value).to_bits()) },
             }
         }
     });

@@ -1,11 +1,11 @@
 use super::*;
-use crate::dtype::Dtype;
+use crate::dtype::ArenaDtype;
 use crate::test_support::{Random, assert_close};
 
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 
-fn layout(head_dim: usize, dtype: Dtype) -> KvLayout {
+fn layout(head_dim: usize, dtype: ArenaDtype) -> KvLayout {
     KvLayout { layers: 3, kv_heads: KV_HEADS, head_dim, block_tokens: 16, dtype, page_bytes: 64 << 10 }
 }
 
@@ -22,7 +22,9 @@ fn stored(arena: &Arena, layout: &KvLayout, block: u32, in_block: usize) -> f32 
 
 #[test]
 fn heads_turn_by_their_positions_and_keys_and_values_are_stored() {
-    for (dtype, head_dim, rotary_dim) in [(Dtype::F32, 32, 32), (Dtype::Bf16, 20, 20), (Dtype::Bf16, 64, 16)] {
+    for (dtype, head_dim, rotary_dim) in
+        [(ArenaDtype::F32, 32, 32), (ArenaDtype::F16, 20, 20), (ArenaDtype::F16, 64, 16)]
+    {
         let layout = layout(head_dim, dtype);
         let mut arena = Arena::new(layout.page_bytes, 4).unwrap();
         arena.bytes_mut().fill(0xff); // NaN in either type
@@ -71,7 +73,7 @@ fn angles_are_scaled_and_equal_positions_share_them() {
 
 #[test]
 fn slots_outside_the_cache_are_refused_and_nothing_is_written() {
-    let layout = layout(16, Dtype::F32);
+    let layout = layout(16, ArenaDtype::F32);
     let mut arena = Arena::new(layout.page_bytes, 1).unwrap();
     let mut qkv = Random::new(6).rows(1, (HEADS + 2 * KV_HEADS) * 16);
     let before = qkv.clone();

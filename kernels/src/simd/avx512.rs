@@ -87,12 +87,9 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(p, a) }
     }
     #[inline(always)]
-    unsafe fn load_bf16(self, p: *const u16) -> __m512 {
+    unsafe fn load_f16(self, p: *const u16) -> __m512 {
         // SAFETY: the caller vouches for 32 bytes.
-        unsafe {
-            let halves = _mm256_loadu_si256(p.cast());
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
-        }
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_pair(self, p: *const Line) -> [__m512; 2] {

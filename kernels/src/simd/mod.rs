@@ -29,7 +29,7 @@ pub(crate) struct Line(pub(crate) [u32; LANES]);
 pub(crate) enum Isa {
     /// What the compiler makes of plain loops.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
@@ -47,7 +47,9 @@ impl Isa {
         let mut found = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            if avx2 {
                 found.push(Self::Avx2);
             }
             let all = is_x86_feature_detected!("avx512f")
@@ -125,10 +127,10 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// 16 f32 must be writable at `p`.
     unsafe fn store(self, p: *mut f32, a: Self::V);
-    /// 16 bf16 in order.
+    /// 16 IEEE half-precision values in order.
     /// # Safety
     /// 16 u16 must be readable at `p`.
-    unsafe fn load_bf16(self, p: *const u16) -> Self::V;
+    unsafe fn load_f16(self, p: *const u16) -> Self::V;
     /// 32 bf16 of a [`Line`]: the low halves, then the high halves.
     /// # Safety
     /// 64 bytes must be readable at `p`.

@@ -70,10 +70,10 @@ impl Simd for Portable {
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(a) }
     }
     #[inline(always)]
-    unsafe fn load_bf16(self, p: *const u16) -> Self::V {
+    unsafe fn load_f16(self, p: *const u16) -> Self::V {
         // SAFETY: the caller vouches for 16 u16.
         let halves = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
-        std::array::from_fn(|i| f32::from_bits(u32::from(halves[i]) << 16))
+        std::array::from_fn(|i| half::f16::from_bits(halves[i]).to_f32_const())
     }
     #[inline(always)]
     unsafe fn load_pair(self, p: *const Line) -> [Self::V; 2] {

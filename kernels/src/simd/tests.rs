@@ -43,7 +43,7 @@ fn exp_is_zero_far_below_and_held_far_above() {
     }
 }
 
-/// Loads parts, pairs and bf16 and adds them up in one array.
+/// Loads parts, pairs of bf16 and f16 and adds them up in one array.
 struct Loads<'a>(&'a mut Vec<f32>, &'a [f32], &'a [u16], &'a Line);
 
 impl Kernel for Loads<'_> {
@@ -60,7 +60,7 @@ impl Kernel for Loads<'_> {
         }
         // SAFETY: as above.
         unsafe {
-            self.0.extend(s.to_array(s.load_bf16(self.2.as_ptr())));
+            self.0.extend(s.to_array(s.load_f16(self.2.as_ptr())));
             for half in s.load_pair(self.3) {
                 self.0.extend(s.to_array(half));
             }
@@ -72,13 +72,16 @@ impl Kernel for Loads<'_> {
 #[test]
 fn loads_and_stores_agree_on_every_instruction_set() {
     let values = Random::new(3).values(LANES);
-    let halves: Vec<u16> = values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect();
-    let line = Line(std::array::from_fn(|i| u32::from(halves[i]) | u32::from(halves[LANES - 1 - i]) << 16));
+    let mut halves: Vec<u16> = values.iter().map(|v| half::f16::from_f32(*v).to_bits()).collect();
+    halves[0] = half::f16::from_f32(1e-6).to_bits(); // subnormal
+    let uppers: Vec<u16> = values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect();
+    let line = Line(std::array::from_fn(|i| u32::from(uppers[i]) | u32::from(uppers[LANES - 1 - i]) << 16));
     let mut first = Vec::new();
     Isa::Portable.run(Loads(&mut first, &values, &halves, &line));
     let n = first.len();
     let rounded: Vec<f32> = values.iter().map(|v| crate::Dtype::Bf16.round(*v)).collect();
-    assert_eq!(first[n - 49..n - 33], rounded);
+    let widened: Vec<f32> = halves.iter().map(|bits| half::f16::from_bits(*bits).to_f32()).collect();
+    assert_eq!(first[n - 49..n - 33], widened);
     assert_eq!(first[n - 33..n - 17], rounded);
     assert_eq!(first[n - 17..n - 1], rounded.iter().rev().copied().collect::<Vec<_>>());
     for isa in Isa::available() {

@@ -15,8 +15,8 @@ use crate::files::{self, FileFault};
 use crate::spec::DecoderSpec;
 use config::LoraConfig;
 use error::{CONFIG_FILE, WEIGHTS_FILE};
-use half::bf16;
-use loramux_kernels::{AdapterImage, Dtype, LoraPart, Slice};
+use half::f16;
+use loramux_kernels::{AdapterImage, ArenaDtype, LoraPart, Slice};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
@@ -119,9 +119,9 @@ impl PeftAdapter {
     ///
     /// # Errors
     /// `adapter_invalid` if a value has no finite `dtype` form; `adapter_too_large` if a rank block does not fit a page.
-    pub fn pack(&self, dtype: Dtype, page_bytes: usize) -> Result<AdapterImage, AdapterError> {
-        if dtype == Dtype::Bf16 {
-            self.check_fits_bf16()?;
+    pub fn pack(&self, dtype: ArenaDtype, page_bytes: usize) -> Result<AdapterImage, AdapterError> {
+        if dtype == ArenaDtype::F16 {
+            self.check_fits_f16()?;
         }
         let parts: Vec<LoraPart> = self
             .modules
@@ -140,13 +140,15 @@ impl PeftAdapter {
         AdapterImage::pack(dtype, page_bytes, self.layers, &parts).map_err(AdapterError::Pack)
     }
 
-    /// A finite f32 just above the largest bfloat16 would round to infinity.
-    fn check_fits_bf16(&self) -> Result<(), AdapterError> {
+    /// What lies beyond 65504 would be stored as something else.
+    fn check_fits_f16(&self) -> Result<(), AdapterError> {
         for module in &self.modules {
             let mut values = module.a.iter().chain(&module.b);
-            if let Some(value) = values.find(|&&value| !bf16::from_f32(value).is_finite()) {
+            if let Some(value) = values.find(|&&value| !f16::from_f32(value).is_finite()) {
                 let at = format!("layer {} {:?}", module.layer, module.slice);
-                return Err(AdapterError::weights(format!("{at} has the value {value}, which bfloat16 cannot hold")));
+                return Err(AdapterError::weights(format!(
+                    "{at} has the value {value}, which half precision cannot hold; use --dtype float32"
+                )));
             }
         }
         Ok(())

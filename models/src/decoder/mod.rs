@@ -12,8 +12,8 @@ use crate::spec::DecoderSpec;
 use crate::weights::{Model, Weights};
 use layer::{Sites, StepInputs};
 use loramux_kernels::{
-    AdapterTable, Arena, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, embedding, gather_rows,
-    linear, rms_norm,
+    AdapterTable, Arena, ArenaDtype, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, embedding,
+    gather_rows, linear, rms_norm,
 };
 
 /// Sizes of the decoder's workspaces, which are allocated once.
@@ -90,13 +90,13 @@ impl Decoder {
         &self.spec
     }
 
-    /// Storage type of the weights, and the natural one for adapters and the KV cache.
+    /// Storage type of the weights; [`Dtype::arena`] gives that of adapters and the KV cache.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
     /// How this model's KV cache lies in pages.
-    pub fn kv_layout(&self, block_tokens: usize, page_bytes: usize, dtype: Dtype) -> KvLayout {
+    pub fn kv_layout(&self, block_tokens: usize, page_bytes: usize, dtype: ArenaDtype) -> KvLayout {
         let DecoderSpec { layers, kv_heads, head_dim, .. } = self.spec;
         KvLayout { layers, kv_heads, head_dim, block_tokens, dtype, page_bytes }
     }

@@ -1,7 +1,7 @@
 //! Greedy generation against tokens and log-probabilities that transformers + PEFT gave.
 
 use super::runner::{Runner, Sequence};
-use loramux_kernels::{Dtype, SlotScale};
+use loramux_kernels::{ArenaDtype, Dtype, SlotScale};
 use loramux_models::adapter::{self, AdapterLimits};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -35,7 +35,7 @@ fn argmax(logits: &[f32]) -> u32 {
 /// What a storage type may change: the golden run is float32.
 pub(crate) struct Tolerance {
     pub(crate) dtype: Dtype,
-    pub(crate) kv: Dtype,
+    pub(crate) kv: ArenaDtype,
     /// Steps with a smaller gap between the two best logits may go either way.
     pub(crate) margin: f64,
     pub(crate) logprob: f32,

@@ -1,6 +1,6 @@
 //! A shard in miniature: an arena, an adapter table, and steps made of chunks of sequences.
 
-use loramux_kernels::{AdapterTable, Arena, AttnChunk, Dtype, KvLayout, KvSlot, Segment, SlotScale};
+use loramux_kernels::{AdapterTable, Arena, ArenaDtype, AttnChunk, Dtype, KvLayout, KvSlot, Segment, SlotScale};
 use loramux_models::adapter::PeftAdapter;
 use loramux_models::{Batch, Decoder, DecoderLimits, LoadFormat, LoadOptions, Model, load};
 use std::path::Path;
@@ -46,7 +46,7 @@ impl Runner {
     }
 
     /// The same with the KV cache in another type than the weights.
-    pub(crate) fn with_kv(mut self, dtype: Dtype) -> Self {
+    pub(crate) fn with_kv(mut self, dtype: ArenaDtype) -> Self {
         self.layout = self.decoder.kv_layout(BLOCK_TOKENS, self.arena.page_bytes(), dtype);
         self
     }
@@ -55,7 +55,7 @@ impl Runner {
     pub(crate) fn from_model(model: Model, page_bytes: usize, pages: usize) -> Self {
         let limits = DecoderLimits { step_tokens_max: STEP_TOKENS_MAX, logits_rows_max: LOGITS_ROWS_MAX };
         let decoder = Decoder::new(model, limits);
-        let layout = decoder.kv_layout(BLOCK_TOKENS, page_bytes, decoder.dtype());
+        let layout = decoder.kv_layout(BLOCK_TOKENS, page_bytes, decoder.dtype().arena());
         let arena = Arena::new(page_bytes, pages).expect("memory for the arena");
         let (batch, table) = (Batch::default(), AdapterTable::new(64));
         Self { decoder, arena, table, layout, batch, next_block: 0, pages_left: pages, next_slot: 0 }
@@ -67,7 +67,7 @@ impl Runner {
 
     /// Publishes an adapter and returns how a sequence names it.
     pub(crate) fn publish(&mut self, adapter: &PeftAdapter) -> SlotScale {
-        let image = adapter.pack(self.decoder.dtype(), self.arena.page_bytes()).expect("the adapter fits");
+        let image = adapter.pack(self.layout.dtype, self.arena.page_bytes()).expect("the adapter fits");
         self.pages_left -= image.pages_needed();
         let pages: Vec<u32> = (self.pages_left..).map(|page| page as u32).take(image.pages_needed()).collect();
         let (slot, generation) = (self.next_slot, 7 + u64::from(self.next_slot));

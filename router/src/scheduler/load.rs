@@ -2,7 +2,8 @@
 //!
 //! A *claim* keeps a waiting sequence's adapters on the device until it starts, and promises it the KV it needs to. Claims
 //! are given in order of fairness, only if both fit beside everything promised before, so a load never preempts and two
-//! waiting sequences never evict each other's adapters in turns.
+//! waiting sequences never evict each other's adapters in turns. Growth of running sequences may eat what was promised;
+//! once they ended it is all there again, so every claim is redeemed.
 
 use super::adapters::Residency;
 use super::ids::SeqKey;

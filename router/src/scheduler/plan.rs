@@ -54,30 +54,12 @@ impl Scheduler {
             if draft.is_empty() && !solo_first {
                 self.plan_solo(&mut draft);
             }
-            if draft.is_empty() && self.running.is_empty() && !self.adapters.is_uploading() {
-                self.leave_one_claim(&mut draft);
-            }
         }
         self.last_was_solo = draft.solo.is_some();
         if draft.is_empty() && !self.adapters.is_uploading() {
             return None;
         }
         Some(self.seal(draft))
-    }
-
-    /// Nothing runs and nothing loads, yet nobody could start: promises stand in each other's way. One remains, and
-    /// with the whole arena to itself it starts.
-    fn leave_one_claim(&mut self, draft: &mut Draft) {
-        let suspect = self.suspects.iter().copied().find(|key| self.claims.contains(key));
-        let first = suspect.or(self.claims.first().copied());
-        for key in self.claims.clone() {
-            if first != Some(key) || (suspect.is_none() && !self.suspects.is_empty()) {
-                self.drop_claim(key);
-            }
-        }
-        if !self.plan_solo(draft) {
-            self.plan_batch(draft);
-        }
     }
 
     /// A step with nobody but the suspect whose turn it is, and the upload of its adapters.

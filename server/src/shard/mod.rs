@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Instant;
 
-use loramux_proto::{Fatal, FromShard, Loading, PrepareAdapter, Pong, Step, ToShard, from_shard, to_shard};
+use loramux_proto::{Fatal, FromShard, Loading, Pong, PrepareAdapter, Step, ToShard, from_shard, to_shard};
 
 pub(crate) use options::{DtypeChoice, LoadFormatChoice, ShardOptions};
 use run::Executor;

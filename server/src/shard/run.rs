@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use loramux_kernels::{AdapterTable, Arena, Dtype, KvLayout, OpError, copy_block, in_pool, isa_name};
+use loramux_kernels::{AdapterTable, Arena, ArenaDtype, Dtype, KvLayout, OpError, copy_block, in_pool, isa_name};
 use loramux_models::{Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelError};
 use loramux_proto::{Info, SlotGeneration, Step, StepResult};
 
@@ -45,7 +45,9 @@ pub(super) enum StartError {
     Model(#[from] ModelError),
     #[error("cannot reserve {bytes} bytes for the arena: {error}; set --arena-bytes lower")]
     Arena { bytes: u64, error: OpError },
-    #[error("--arena-bytes {bytes} is less than one sequence of {context} tokens needs ({needed}); set it higher or --max-model-len lower")]
+    #[error(
+        "--arena-bytes {bytes} is less than one sequence of {context} tokens needs ({needed}); set it higher or --max-model-len lower"
+    )]
     ArenaTooSmall { bytes: u64, context: usize, needed: u64 },
 }
 
@@ -69,10 +71,7 @@ pub(crate) struct Executor {
 
 impl Executor {
     /// Reads the weights and reserves the arena.
-    pub(super) fn load(
-        options: &ShardOptions,
-        mut progress: impl FnMut(&str, u64, u64),
-    ) -> Result<Self, StartError> {
+    pub(super) fn load(options: &ShardOptions, mut progress: impl FnMut(&str, u64, u64)) -> Result<Self, StartError> {
         let load = LoadOptions { dtype: dtype(options.dtype), format: format(options.load_format), seed: options.seed };
         let model = loramux_models::load(&options.model, &load, &mut |p| {
             progress(&p.what, p.done_bytes, p.total_bytes);
@@ -83,12 +82,12 @@ impl Executor {
         let context = model.spec.context.min(asked);
         let step_tokens_max = options.step_tokens_max as usize;
         let decoder = Decoder::new(model, DecoderLimits { step_tokens_max, logits_rows_max: LOGIT_ROWS_MAX });
-        let layout = kv_layout(&decoder, Dtype::F32);
+        let layout = kv_layout(&decoder, dtype.arena());
         let pages = arena_pages(options, &layout, context)?;
         let arena = Arena::new(layout.page_bytes, pages)
             .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
         let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
-        let slab = Arc::new(Slab::new(decoder.spec().clone(), Dtype::F32, layout.page_bytes));
+        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes));
         let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
         Ok(Self {
             decoder,
@@ -191,7 +190,7 @@ impl Executor {
 }
 
 /// Pages of as many blocks as fit in [`PAGE_BYTES_NEAR`], and at least one.
-fn kv_layout(decoder: &Decoder, dtype: Dtype) -> KvLayout {
+fn kv_layout(decoder: &Decoder, dtype: ArenaDtype) -> KvLayout {
     let block_bytes = decoder.kv_layout(BLOCK_TOKENS, PAGE_BYTES_NEAR, dtype).block_bytes();
     let page_bytes = (PAGE_BYTES_NEAR / block_bytes).max(1) * block_bytes;
     decoder.kv_layout(BLOCK_TOKENS, page_bytes, dtype)
@@ -227,4 +226,3 @@ fn arena_pages(options: &ShardOptions, layout: &KvLayout, context: usize) -> Res
     }
     Ok(usize::try_from(bytes / page).unwrap_or(usize::MAX).min(u32::MAX as usize / layout.blocks_per_page()))
 }
-

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use loramux_kernels::sampler::{History, SampleParams, SampleScratch, logprob_of, sample, top_logprobs};
 use loramux_kernels::Rows;
+use loramux_kernels::sampler::{History, SampleParams, SampleScratch, logprob_of, sample, top_logprobs};
 use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, SeqFault, StepResult, TokenLogprob};
 use rayon::prelude::*;
 

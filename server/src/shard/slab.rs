@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use loramux_kernels::{AdapterImage, Dtype};
+use loramux_kernels::{AdapterImage, ArenaDtype};
 use loramux_models::DecoderSpec;
 use loramux_models::adapter::{self, AdapterLimits};
 use loramux_proto::{AdapterError, AdapterReport, PrepareAdapter, Prepared, prepared};
@@ -13,13 +13,13 @@ use loramux_proto::{AdapterError, AdapterReport, PrepareAdapter, Prepared, prepa
 /// Page images by content.
 pub(crate) struct Slab {
     spec: DecoderSpec,
-    dtype: Dtype,
+    dtype: ArenaDtype,
     page_bytes: usize,
     images: RwLock<HashMap<[u8; 32], Arc<AdapterImage>>>,
 }
 
 impl Slab {
-    pub(crate) fn new(spec: DecoderSpec, dtype: Dtype, page_bytes: usize) -> Self {
+    pub(crate) fn new(spec: DecoderSpec, dtype: ArenaDtype, page_bytes: usize) -> Self {
         Self { spec, dtype, page_bytes, images: RwLock::default() }
     }
 

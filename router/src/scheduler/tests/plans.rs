@@ -348,3 +348,29 @@ fn a_cancel_under_a_step_gives_memory_back_with_its_result() {
     assert_eq!(bench.events.len(), 1, "nothing after Admitted: {:?}", bench.events);
     assert!(bench.scheduler.is_idle());
 }
+
+#[test]
+fn siblings_answer_together_for_the_deaths_they_cause() {
+    let mut bench = Bench::new(limits());
+    bench.submit(GenerateRequest { n: 2, ..request(2, 8) });
+    bench.step();
+    assert_eq!(bench.die(2), "copy b0>b1 +s2(2) s1[2..3]! s2[1..2]!");
+    assert_eq!(bench.die(2), "+s3(3) s3[0..3]!");
+    assert_eq!(bench.die(2), "+s4(2) s4[0..2]!");
+    assert!(matches!(bench.events.last(), Some((1, GenerateEvent::Failed(Failure::ShardFault)))), "three restarts");
+    assert!(bench.scheduler.is_idle());
+}
+
+#[test]
+fn the_last_holder_of_a_published_block_writes_into_it_and_needs_no_copy() {
+    // Three blocks: exactly what one sequence of twelve positions takes.
+    let mut bench = Bench::new(SchedulerLimits { pages_total: 3, prefix_caching: true, ..limits() });
+    let id = bench.submit(GenerateRequest { n: 2, ..request(4, 9) });
+    bench.step();
+    bench.scheduler.finish_sequence(RequestId(id), 0);
+    assert_eq!(bench.step(), "-s1 +s2(4) s2[3..4]!");
+    for _ in 0..8 {
+        bench.step();
+    }
+    assert!(bench.scheduler.is_idle(), "{}", bench.scheduler.describe());
+}

@@ -11,7 +11,7 @@ use super::weather::Totals;
 use super::world::World;
 
 /// Steps of weather per seed of the run in CI. `LORAMUX_SIM_STEPS` overrides it.
-const CI_STEPS: u64 = 2_500;
+const CI_STEPS: u64 = 4_900;
 const CI_SEEDS: u64 = 2_048;
 
 fn number(name: &str, default: u64) -> u64 {
