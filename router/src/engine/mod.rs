@@ -1,6 +1,6 @@
 //! The one thread that ticks the scheduler and talks to the shard.
 //!
-//! [`EngineHandle`] is the HTTP side's end. The thread's loop is in [`run`]: take messages, watch the shard, plan and send
+//! [`EngineHandle`] is the HTTP side's end. The thread's loop is in `run`: take messages, watch the shard, plan and send
 //! one step, publish a snapshot. It alone touches the scheduler and the shard, so neither needs a lock.
 
 mod contents;
@@ -16,7 +16,7 @@ mod types;
 mod tests;
 
 pub use handle::{EngineHandle, Generation};
-pub use run::{EngineError, EngineOptions, Started, spawn};
+pub use run::{EngineError, EngineOptions, Spawned, Started, spawn};
 pub use shard::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
 pub use status::{EngineCounters, EngineStatus};
 pub use types::{

@@ -82,6 +82,9 @@ pub enum EngineError {
 /// Resolves once the first shard is ready, or cannot be.
 pub type Started = Receiver<Result<Info, EngineError>>;
 
+/// The engine's handle, what it says once, and its thread.
+pub type Spawned = (EngineHandle, Started, JoinHandle<Result<(), EngineError>>);
+
 /// One request's reader.
 pub(super) struct Client {
     events: UnboundedSender<GenerateEvent>,
@@ -116,10 +119,7 @@ pub(super) struct Engine {
 ///
 /// # Errors
 /// [`std::io::Error`] if no thread can be started.
-pub fn spawn(
-    launcher: Box<dyn ShardLauncher>,
-    options: EngineOptions,
-) -> std::io::Result<(EngineHandle, Started, JoinHandle<Result<(), EngineError>>)> {
+pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::io::Result<Spawned> {
     let (inbox_sender, inbox) = mpsc::channel();
     let (started_sender, started) = mpsc::channel();
     let shared = Arc::new(Shared {
@@ -258,6 +258,9 @@ impl Engine {
         let now_ms = self.now_ms();
         if let Some(scheduler) = &mut self.scheduler {
             let step = if self.link.can_step() { scheduler.plan(now_ms) } else { None };
+            if step.is_none() {
+                scheduler.expire(now_ms); // deadlines go on while no shard takes steps
+            }
             let events = scheduler.take_events();
             if let Some(step) = step {
                 self.link.send_step(step);

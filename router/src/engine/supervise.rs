@@ -175,13 +175,14 @@ impl Engine {
     }
 
     /// Heart-beat and step watchdog.
+    ///
+    /// A shard answers pings on a thread of its own, so silence means hung while it loads as well as later.
     pub(super) fn watch(&mut self) -> Result<(), EngineError> {
-        if !self.link.up {
-            return Ok(());
-        }
+        let Some(shard) = &mut self.link.shard else { return Ok(()) };
         if self.link.pinged.elapsed() >= PING_EVERY {
             self.link.pinged = Instant::now();
-            self.link.send(to_shard::Body::Ping(Ping { nonce: self.link.incarnation }));
+            let ping = to_shard::Body::Ping(Ping { nonce: self.link.incarnation });
+            let _ = shard.send(ToShard { body: Some(ping) });
         }
         let limit = self.options.step_watchdog;
         let hung = self.link.in_flight.as_ref().is_some_and(|step| step.sent.elapsed() > limit);

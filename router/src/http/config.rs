@@ -69,6 +69,8 @@ pub struct HttpLimits {
     pub connections_per_address_max: usize,
     /// `n` and `best_of`.
     pub n_max: u32,
+    /// Adapters of one `compose`: 1..=16.
+    pub composed_max: usize,
     /// prompts x adapters x n.
     pub sequences_max: usize,
     /// Events that may wait for a client that does not read ..
@@ -91,6 +93,7 @@ impl Default for HttpLimits {
             connections_max: 16_384,
             connections_per_address_max: 1024,
             n_max: 8,
+            composed_max: 4,
             sequences_max: 256,
             stalled_events: 64,
             stalled_timeout: Duration::from_secs(10),

@@ -12,6 +12,7 @@ use futures_util::FutureExt;
 
 use super::App;
 use super::error::{ApiError, Cause};
+use super::leftover::Leftover;
 
 /// The id of a request, in logs, headers and error bodies.
 #[derive(Clone, Debug)]
@@ -22,6 +23,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     let id = request_id(&request);
     let (started, what) = (Instant::now(), (request.method().clone(), request.uri().path().to_owned()));
     request.extensions_mut().insert(RequestId(id.clone()));
+    let (request, leftover) = Leftover::of(request);
     let mut response = match check_head(&app, &request) {
         Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
             Ok(response) => response,
@@ -42,6 +44,9 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     }
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert("x-request-id", value);
+    }
+    if let Some(leftover) = leftover {
+        leftover.settle(&mut response).await;
     }
     let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
     tracing::debug!(request_id = id, method = %what.0, path = what.1, status, ms, "answered");

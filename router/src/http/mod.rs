@@ -9,6 +9,7 @@ mod config;
 mod envelope;
 mod error;
 mod json;
+mod leftover;
 mod openai;
 mod server;
 mod service;

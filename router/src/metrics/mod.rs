@@ -16,6 +16,8 @@ pub use render::Snapshot;
 
 /// Adapters that get a label of their own; the rest share `other`.
 const ADAPTER_LABELS_MAX: usize = 64;
+/// Bytes of these labels together: each stands on several lines, and a composition's label names all its parts.
+const ADAPTER_LABEL_BYTES_MAX: usize = 1536;
 
 const LATENCY: &[f64] = &[
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
@@ -82,6 +84,7 @@ pub struct Metrics {
 #[derive(Debug, Default)]
 struct AdapterCounters {
     labels: HashMap<String, usize>,
+    label_bytes: usize,
     /// `[0]` is `other`.
     counts: Vec<AdapterCount>,
 }
@@ -161,9 +164,10 @@ impl Metrics {
             return index;
         }
         let index = adapters.counts.len();
-        if index > ADAPTER_LABELS_MAX {
+        if index > ADAPTER_LABELS_MAX || adapters.label_bytes + name.len() > ADAPTER_LABEL_BYTES_MAX {
             return 0;
         }
+        adapters.label_bytes += name.len();
         adapters.labels.insert(name.to_owned(), index);
         adapters.counts.push(AdapterCount { label: name.to_owned(), ..AdapterCount::default() });
         index

@@ -13,6 +13,8 @@ use crate::engine::EngineStatus;
 const RENDER_EVERY: Duration = Duration::from_millis(50);
 /// Names in each list of `vllm:lora_requests_info`.
 const LORA_NAMES_MAX: usize = 256;
+/// Bytes of each list.
+const LORA_BYTES_MAX: usize = 3072;
 
 /// What the text is made of besides the counters.
 pub struct Snapshot<'a> {
@@ -123,7 +125,7 @@ impl Metrics {
     fn lora_info(&self, snapshot: &Snapshot<'_>, page: &mut Page) {
         let status = snapshot.status;
         let names = |ids: &[crate::engine::ContentId]| {
-            snapshot.registry.names_of(ids.get(..LORA_NAMES_MAX).unwrap_or(ids)).join(",")
+            list(&snapshot.registry.names_of(ids.get(..LORA_NAMES_MAX).unwrap_or(ids)))
         };
         let (running, waiting) = (names(&status.resident), names(&status.waiting_for_load));
         let mut sets = self.lora.lock().unwrap_or_else(PoisonError::into_inner);
@@ -242,6 +244,21 @@ impl Page {
     fn bare(&mut self, name: &str, label: &str, value: &str, number: f64) {
         let _ = writeln!(self.out, "{name}{{{label}=\"{}\"}} {number}", escape(value));
     }
+}
+
+/// Names joined by commas, as many as fit.
+fn list(names: &[String]) -> String {
+    let mut text = String::new();
+    for name in names {
+        if text.len() + name.len() >= LORA_BYTES_MAX {
+            break;
+        }
+        if !text.is_empty() {
+            text.push(',');
+        }
+        text.push_str(name);
+    }
+    text
 }
 
 /// A label value: backslash, quote and line feed are escaped.

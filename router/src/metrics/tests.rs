@@ -1,5 +1,12 @@
-use super::*;
+use std::path::PathBuf;
 use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+
+use super::*;
+use crate::adapters::{AdapterSettings, Registry};
+use crate::engine::{AdapterFailure, ContentId, EngineStatus, Failure, GenerateRequest, PreparedAdapter};
+use crate::http::{Backend, Events};
 
 fn start(adapter: Option<&str>) -> RequestStart {
     RequestStart { n: 1, max_tokens: 4, prompt_tokens: 7, adapter: adapter.map(str::to_owned) }
@@ -35,4 +42,56 @@ fn a_request_that_is_dropped_counts_as_aborted() {
     assert!(page.contains("x_bucket{m=\"b\",le=\"2\"} 1\n"), "{page}");
     assert!(page.contains("x_bucket{m=\"b\",le=\"1\"} 0\n"), "{page}");
     assert!(page.ends_with("x_sum{m=\"b\"} 2\nx_count{m=\"b\"} 1\n"), "{page}");
+}
+
+/// An engine that is only there to be asked for nothing.
+struct NoEngine;
+
+impl Backend for NoEngine {
+    fn submit(&self, _: GenerateRequest) -> Result<Box<dyn Events>, Failure> {
+        Err(Failure::Draining)
+    }
+
+    fn prepare_adapter(&self, _: PathBuf) -> BoxFuture<'static, Result<PreparedAdapter, AdapterFailure>> {
+        Box::pin(async { Err(AdapterFailure { code: "adapter_invalid".into(), message: String::new() }) })
+    }
+
+    fn status(&self) -> Arc<EngineStatus> {
+        Arc::default()
+    }
+
+    fn begin_drain(&self) {}
+}
+
+#[test]
+fn the_page_stays_below_64_kib_whatever_the_adapters_are_called() {
+    let contents: Vec<_> = (0..1000u32)
+        .map(|i| {
+            let mut id = [0xAB; 32];
+            id[..4].copy_from_slice(&i.to_le_bytes());
+            ContentId(id)
+        })
+        .collect();
+    let status = EngineStatus { resident: contents.clone(), waiting_for_load: contents, ..EngineStatus::default() };
+    let registry = Registry::new(AdapterSettings::default(), Arc::new(NoEngine));
+    for name_bytes in [4, 24, 257, 4000] {
+        let metrics = Arc::new(Metrics::default());
+        for cause in crate::http::Cause::ALL {
+            metrics.rejected(cause.row().code);
+        }
+        for i in 0..200 {
+            for ended in [Finished::Stop, Finished::Abort] {
+                let long = RequestStart { prompt_tokens: u32::MAX, ..start(Some(&format!("{i:0>name_bytes$}"))) };
+                metrics.request(&long).finished(ended);
+            }
+        }
+        let page = metrics.render(&Snapshot { model: &"m".repeat(24), status: &status, registry: &registry });
+        assert!(page.len() < 64 * 1024, "{} bytes with names of {name_bytes}", page.len());
+        let requests: f64 = page
+            .lines()
+            .filter(|line| line.starts_with("loramux_adapter_requests_total{"))
+            .map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap())
+            .sum();
+        assert_eq!(requests, 400.0, "nothing is lost");
+    }
 }

@@ -1,8 +1,8 @@
 //! The shard: owns the weights and the arena, and executes steps. It decides nothing.
 //!
-//! [`Front`] takes every message: steps go to the one thread that owns the device ([`Executor`]), adapters are prepared on
-//! threads beside it, a ping is answered at once. Where the messages come from, a socket ([`process`]) or a channel
-//! ([`in_process`]), makes no difference here.
+//! [`serve`] runs on the one thread that owns the device ([`Executor`]). Adapters are prepared on threads beside it, and
+//! [`dispatch`] answers pings at once. Where the messages come from, a socket ([`process`]) or a channel ([`in_process`]),
+//! makes no difference here.
 
 mod batch;
 pub(crate) mod in_process;

@@ -32,10 +32,10 @@ pub(crate) struct ShardOptions {
 pub(crate) enum DtypeChoice {
     /// f32 for an f32 checkpoint, else bf16
     Auto,
-    /// 2 bytes a weight; sums in f32
+    /// 2 bytes a value: weights in bf16, KV cache and adapters in f16; sums in f32
     #[value(name = "bfloat16", alias = "bf16")]
     Bf16,
-    /// 4 bytes a weight
+    /// 4 bytes a value
     #[value(name = "float32", alias = "f32")]
     F32,
 }

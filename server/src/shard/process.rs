@@ -9,6 +9,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use loramux_proto::{FromShard, ToShard, frame};
 use loramux_router::engine::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
@@ -20,6 +21,9 @@ pub(crate) struct ProcessLauncher {
     /// This binary.
     pub(crate) program: PathBuf,
     pub(crate) options: ShardOptions,
+    /// A child that does not take a message for this long is stopped or stuck. Without it, a step larger than the socket's
+    /// buffer would hold up the engine, and with it the watchdog.
+    pub(crate) write_timeout: Duration,
 }
 
 impl ShardLauncher for ProcessLauncher {
@@ -33,6 +37,7 @@ impl ShardLauncher for ProcessLauncher {
             .spawn()
             .map_err(|e| format!("cannot start `{} shard`: {e}", self.program.display()))?;
         tracing::debug!(pid = child.id(), "shard started");
+        ours.set_write_timeout(Some(self.write_timeout)).map_err(|e| e.to_string())?;
         let reader = ours.try_clone().map_err(|e| e.to_string())?;
         let child = Arc::new(Mutex::new(child));
         let watched = Arc::clone(&child);
@@ -53,7 +58,12 @@ struct ChildShard {
 
 impl Shard for ChildShard {
     fn send(&mut self, message: ToShard) -> Result<(), ShardGone> {
-        frame::write(&mut self.socket, &mut self.scratch, &message).map_err(|_| ShardGone)
+        frame::write(&mut self.socket, &mut self.scratch, &message).map_err(|error| {
+            // Half a frame may be out: nothing more can be said to it. Its end is reported by the reader.
+            tracing::debug!(%error, "the shard does not take messages");
+            self.kill();
+            ShardGone
+        })
     }
 
     fn kill(&mut self) {
@@ -86,13 +96,13 @@ fn read_reports(socket: UnixStream, reports: &Reports) {
 
 /// The socket closes when the child ends, a moment before its status can be read.
 fn exit_of(child: &Mutex<Child>) -> ShardExit {
-    const PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
-    let since = std::time::Instant::now();
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let since = Instant::now();
     loop {
         let status = child.lock().unwrap_or_else(PoisonError::into_inner).try_wait();
         match status {
             Ok(Some(status)) => return describe(status),
-            Ok(None) if since.elapsed() < PATIENCE => std::thread::sleep(std::time::Duration::from_millis(1)),
+            Ok(None) if since.elapsed() < PATIENCE => std::thread::sleep(Duration::from_millis(1)),
             Ok(None) => {
                 let reason = "it closed its socket and did not exit".into();
                 return ShardExit { reason, killed_from_outside: false };

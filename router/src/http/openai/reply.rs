@@ -163,7 +163,7 @@ impl Shape {
 
     fn completion_choice(&self, run: &Run, index: usize, parts: ChoiceParts) -> CompletionChoice {
         let head = if self.echo { run.echo.as_deref().unwrap_or("") } else { "" };
-        let logprobs = self.logprobs.map(|_| self.completion_logprobs(run, true, &parts.entries));
+        let logprobs = self.logprobs.map(|_| self.completion_logprobs(run, true, &parts));
         CompletionChoice {
             index,
             text: format!("{head}{}", parts.text),
@@ -191,30 +191,26 @@ impl Shape {
         }
     }
 
-    /// Entries of one choice; `first`: with those of the echoed prompt in front.
-    pub(crate) fn completion_logprobs(&self, run: &Run, first: bool, entries: &[TokenEntry]) -> CompletionLogprobs {
+    /// Entries of one choice, without those of text that a stop string cut off; `first`: with those of the echoed prompt
+    /// in front.
+    pub(crate) fn completion_logprobs(&self, run: &Run, first: bool, parts: &ChoiceParts) -> CompletionLogprobs {
         let mut logprobs = CompletionLogprobs::default();
         let top_max = self.logprobs.unwrap_or(0) as usize;
-        let mut head_scalars = 0;
-        if self.echo {
+        let echo = run.echo.as_deref().filter(|_| self.echo).unwrap_or("");
+        let head_scalars = echo.chars().count();
+        if self.echo && first {
             let mut detokenizer = self.app.text.detokenizer(true);
-            let mut text = String::new();
+            let (mut piece, mut scalars) = (String::new(), 0);
             for (position, &token) in run.prompt.iter().enumerate() {
-                if first {
-                    let known = position_of(&run.prompt_logprobs, position);
-                    self.push_entry(
-                        &mut logprobs,
-                        token,
-                        known.map(|p| (p.logprob, p.top.as_slice())),
-                        text.chars().count(),
-                        top_max,
-                    );
-                }
-                detokenizer.push(token, &mut text);
+                let known = position_of(&run.prompt_logprobs, position).map(|p| (p.logprob, p.top.as_slice()));
+                self.push_entry(&mut logprobs, token, known, head_scalars.min(scalars), top_max);
+                detokenizer.push(token, &mut piece);
+                scalars += piece.chars().count();
+                piece.clear();
             }
-            head_scalars = run.echo.as_deref().unwrap_or("").chars().count();
         }
-        for entry in entries {
+        let cut = parts.end.as_ref().and_then(|end| end.cut).unwrap_or(usize::MAX);
+        for entry in parts.entries.iter().filter(|entry| entry.offset < cut) {
             let known = Some((entry.logprob, entry.top.as_slice()));
             self.push_entry(&mut logprobs, entry.token, known, head_scalars + entry.offset, top_max);
         }
@@ -249,7 +245,7 @@ impl Shape {
             token: self.token_logprob(entry.token, entry.logprob),
             top_logprobs: entry.top.iter().take(top_max).map(|t| self.token_logprob(t.token, t.logprob)).collect(),
         };
-        ChatLogprobs { content: entries.iter().map(one).collect() }
+        ChatLogprobs { content: entries.iter().map(one).collect(), refusal: None }
     }
 
     fn token_logprob(&self, token: u32, logprob: f32) -> TokenLogprobText {

@@ -4,14 +4,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::validate::Params;
+use super::validate::{Bounds, Params};
 use crate::adapters::{ResolvedAdapter, Wait};
 use crate::engine::AdapterUse;
 use crate::http::App;
 use crate::http::error::{ApiError, Cause, cut};
 use crate::http::json::{Fields, type_name};
 
-const COMPOSE_MAX: usize = 4;
 const SCALE_MAX: f64 = 8.0;
 
 /// What the request says about adapters besides `model`.
@@ -48,7 +47,8 @@ pub(crate) struct Variant {
 ///
 /// # Errors
 /// 400 that names the field.
-pub(crate) fn adapter_ask(fields: &Fields<'_>, load_timeout: Duration) -> Result<AdapterAsk, ApiError> {
+pub(crate) fn adapter_ask(fields: &Fields<'_>, bounds: &Bounds) -> Result<AdapterAsk, ApiError> {
+    let (load_timeout, composed_max) = (bounds.adapter_load_timeout, bounds.limits.composed_max);
     let limit_ms = i64::try_from(load_timeout.as_millis()).unwrap_or(i64::MAX);
     let timeout =
         fields.integer("adapter_load_timeout_ms", &format!("0..{limit_ms}"), |ms| (0..=limit_ms).contains(&ms))?;
@@ -61,13 +61,13 @@ pub(crate) fn adapter_ask(fields: &Fields<'_>, load_timeout: Duration) -> Result
         }
         Some(other) => return Err(ApiError::invalid("adapter_wait", "one of wait, fail", other)),
     };
-    let compose = fields.array("compose")?.map(|parts| compose("compose", parts)).transpose()?;
+    let compose = fields.array("compose")?.map(|parts| compose("compose", parts, composed_max)).transpose()?;
     Ok(AdapterAsk {
         adapter_id: fields.string("adapter_id")?.filter(|id| !id.is_empty()).map(str::to_owned),
         source: source(fields)?,
         scale: scale(fields, "adapter_scale")?.unwrap_or(1.0),
         compose,
-        fan_out: fields.array("adapters")?.map(|entries| fan_out(entries)).transpose()?,
+        fan_out: fields.array("adapters")?.map(|entries| fan_out(entries, composed_max)).transpose()?,
         wait,
     })
 }
@@ -87,12 +87,12 @@ fn scale(fields: &Fields<'_>, name: &str) -> Result<Option<f64>, ApiError> {
     fields.number(name, "a number in -8..8", |s| (-SCALE_MAX..=SCALE_MAX).contains(&s))
 }
 
-fn compose(param: &str, parts: &[Value]) -> Result<Vec<(String, f64)>, ApiError> {
+fn compose(param: &str, parts: &[Value], composed_max: usize) -> Result<Vec<(String, f64)>, ApiError> {
     if parts.is_empty() {
-        return Err(ApiError::invalid(param, "a list of 1..4 adapters", "an empty list"));
+        return Err(ApiError::invalid(param, &format!("a list of 1..{composed_max} adapters"), "an empty list"));
     }
-    if parts.len() > COMPOSE_MAX {
-        return Err(ApiError::limit(param, parts.len(), "adapters", COMPOSE_MAX, Some("max-composed-adapters")));
+    if parts.len() > composed_max {
+        return Err(ApiError::limit(param, parts.len(), "adapters", composed_max, Some("max-composed-adapters")));
     }
     let part = |(i, value): (usize, &Value)| {
         let path = format!("{param}[{i}]");
@@ -105,7 +105,7 @@ fn compose(param: &str, parts: &[Value]) -> Result<Vec<(String, f64)>, ApiError>
     parts.iter().enumerate().map(part).collect()
 }
 
-fn fan_out(entries: &[Value]) -> Result<Vec<FanOut>, ApiError> {
+fn fan_out(entries: &[Value], composed_max: usize) -> Result<Vec<FanOut>, ApiError> {
     if !(1..=256).contains(&entries.len()) {
         return Err(ApiError::invalid("adapters", "a list of 1..256 entries", &format!("{} entries", entries.len())));
     }
@@ -117,7 +117,7 @@ fn fan_out(entries: &[Value]) -> Result<Vec<FanOut>, ApiError> {
             Value::Object(map) => {
                 let fields = Fields::nested(map, path.clone());
                 if let Some(parts) = fields.array("compose")? {
-                    let parts = compose(&format!("{path}.compose"), parts)?;
+                    let parts = compose(&format!("{path}.compose"), parts, composed_max)?;
                     let label =
                         parts.iter().map(|(name, weight)| format!("{name}*{weight}")).collect::<Vec<_>>().join("+");
                     return Ok(FanOut { label, parts });

@@ -37,12 +37,16 @@ pub(crate) struct End {
     /// `stop` or `length`.
     pub(crate) reason: &'static str,
     pub(crate) stop_reason: Option<StopReason>,
+    /// Scalars of generated text in all, if a stop string cut some off.
+    pub(crate) cut: Option<usize>,
 }
 
 /// What one event adds to a choice.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Piece {
     pub(crate) text: String,
+    /// Scalars of generated text up to the end of `text`.
+    pub(crate) shown: usize,
     pub(crate) entry: Option<TokenEntry>,
     pub(crate) end: Option<End>,
 }
@@ -54,6 +58,8 @@ pub(crate) struct SequenceText {
     matcher: StopMatcher,
     /// Scalars decoded so far, held back or not.
     scalars: usize,
+    /// Of these, the ones given out.
+    shown: usize,
     pub(crate) tokens: u32,
     /// Sum over its tokens, for `best_of`.
     pub(crate) logprob_sum: f64,
@@ -66,7 +72,17 @@ impl SequenceText {
     pub(crate) fn new(rules: Arc<TextRules>, text: &TextModel) -> Self {
         let detokenizer = text.detokenizer(rules.skip_special);
         let matcher = StopMatcher::new(rules.stop.clone());
-        Self { rules, detokenizer, matcher, scalars: 0, tokens: 0, logprob_sum: 0.0, end_token: None, ended: false }
+        Self {
+            rules,
+            detokenizer,
+            matcher,
+            scalars: 0,
+            shown: 0,
+            tokens: 0,
+            logprob_sum: 0.0,
+            end_token: None,
+            ended: false,
+        }
     }
 
     /// Takes a token. If the piece has an end, a stop string was found and the engine has to be told.
@@ -78,42 +94,47 @@ impl SequenceText {
         if is_end {
             self.end_token = Some(token);
             if !self.rules.include_stop {
-                return Piece { entry, ..Piece::default() };
+                return Piece { entry, shown: self.shown, ..Piece::default() };
             }
         }
         let mut text = String::new();
         self.detokenizer.push(token, &mut text);
-        Piece { entry, ..self.shown(&text) }
+        Piece { entry, ..self.matched(&text) }
     }
 
     /// The engine ended the sequence: gives what was held back.
     pub(crate) fn finished(&mut self, reason: FinishReason) -> Piece {
         let mut text = String::new();
         self.detokenizer.finish(&mut text);
-        let mut piece = self.shown(&text);
+        let mut piece = self.matched(&text);
         if piece.end.is_none() {
-            piece.text.push_str(&self.matcher.finish());
+            let held = self.matcher.finish();
+            piece.shown += held.chars().count();
+            piece.text.push_str(&held);
             self.ended = true;
             let named = self.end_token.filter(|token| self.rules.stop_tokens.contains(token));
             let reason = if reason == FinishReason::Stop { "stop" } else { "length" };
-            piece.end = Some(End { reason, stop_reason: named.map(StopReason::Token) });
+            piece.end = Some(End { reason, stop_reason: named.map(StopReason::Token), cut: None });
         }
         piece
     }
 
-    fn shown(&mut self, text: &str) -> Piece {
+    /// What of `text`, and of what was held back before, can be given out.
+    fn matched(&mut self, text: &str) -> Piece {
         self.scalars += text.chars().count();
         match self.matcher.push(text, self.tokens >= self.rules.min_tokens.max(1)) {
-            StopOutcome::Clear(text) => Piece { text, ..Piece::default() },
+            StopOutcome::Clear(text) => {
+                self.shown += text.chars().count();
+                Piece { text, shown: self.shown, ..Piece::default() }
+            }
             StopOutcome::Found { which, before } => {
                 self.ended = true;
                 let stop = self.rules.stop.get(which).cloned().unwrap_or_default();
                 let text = if self.rules.include_stop { before + &stop } else { before };
-                Piece {
-                    text,
-                    entry: None,
-                    end: Some(End { reason: "stop", stop_reason: Some(StopReason::Text(stop)) }),
-                }
+                self.shown += text.chars().count();
+                let stop_reason = Some(StopReason::Text(stop));
+                let end = Some(End { reason: "stop", stop_reason, cut: Some(self.shown) });
+                Piece { text, shown: self.shown, entry: None, end }
             }
         }
     }

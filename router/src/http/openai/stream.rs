@@ -189,7 +189,12 @@ impl Producer {
         if pending.text.is_empty() && pending.end.is_none() {
             return Ok(());
         }
-        let parts = std::mem::take(pending);
+        let mut parts = std::mem::take(pending);
+        if parts.end.is_none() {
+            // Tokens of text that is held back wait with it: a stop string may yet cut them off.
+            let shown = parts.entries.partition_point(|entry| entry.offset < piece.shown);
+            pending.entries = parts.entries.split_off(shown);
+        }
         match self.shape.kind {
             Kind::Completion => self.completion(run, choice, parts).await,
             Kind::Chat => self.chat(run, choice, parts).await,
@@ -203,7 +208,7 @@ impl Producer {
         let choice = CompletionChoice {
             index,
             text: format!("{head}{}", parts.text),
-            logprobs: shape.logprobs.map(|_| shape.completion_logprobs(run, first, &parts.entries)),
+            logprobs: shape.logprobs.map(|_| shape.completion_logprobs(run, first, &parts)),
             finish_reason: parts.end.as_ref().map(|end| end.reason),
             prompt_token_ids: (first && shape.return_token_ids).then(|| run.prompt.to_vec()),
             extras: shape.extras(run, &parts, false),

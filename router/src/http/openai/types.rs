@@ -129,8 +129,9 @@ pub(crate) struct LogprobMap(pub(crate) Vec<(String, f32)>);
 
 impl LogprobMap {
     pub(crate) fn insert(&mut self, text: String, logprob: f32) {
-        if !self.0.iter().any(|(known, _)| *known == text) {
-            self.0.push((text, logprob));
+        match self.0.iter_mut().find(|(known, _)| *known == text) {
+            Some((_, known)) => *known = known.max(logprob),
+            None => self.0.push((text, logprob)),
         }
     }
 }
@@ -148,6 +149,7 @@ impl Serialize for LogprobMap {
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct ChatLogprobs {
     pub(crate) content: Vec<ChatLogprob>,
+    pub(crate) refusal: Option<Vec<ChatLogprob>>,
 }
 
 #[derive(Clone, Debug, Serialize)]

@@ -100,7 +100,7 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
         tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
         cache_salt: bounded_text(fields, "cache_salt", 1, 256)?,
         priority: fields.integer("priority", "-100..100", |p| (-100..=100).contains(&p))?.unwrap_or(0) as i32,
-        adapter: adapter_ask(fields, bounds.adapter_load_timeout)?,
+        adapter: adapter_ask(fields, bounds)?,
     })
 }
 

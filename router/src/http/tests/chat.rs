@@ -37,6 +37,7 @@ async fn chat_logprobs_carry_bytes() {
     let expected = json!({"token": "\u{FFFD}", "logprob": -0.25, "bytes": [0xC3],
                           "top_logprobs": [{"token": "\u{FFFD}", "logprob": -0.25, "bytes": [0xC3]}]});
     assert_eq!(*first, expected);
+    assert_eq!(reply["choices"][0]["logprobs"].get("refusal"), Some(&Value::Null));
     assert_eq!(reply["choices"][0]["token_ids"], json!(bytes_of("é")));
     assert_eq!(reply["prompt_token_ids"], json!(script.last().prompt.to_vec()));
 }

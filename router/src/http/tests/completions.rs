@@ -109,6 +109,51 @@ async fn logprobs_are_four_lists_of_one_length() {
 }
 
 #[tokio::test]
+async fn tokens_that_a_stop_string_cut_off_have_no_logprobs() {
+    // Of "aab" the second a is held back while the first one is shown.
+    for (reply, stop, include, text, tokens) in [
+        ("aaab", "ab", false, "aa", vec!["a", "a"]),
+        ("aaab", "ab", true, "aaab", vec!["a", "a", "a", "b"]),
+        ("xé!", "é", false, "x", vec!["x"]),
+        ("XYZ", "XYZ", false, "", vec![]),
+        ("xXYx", "XYZ", false, "xXYx", vec!["x", "X", "Y", "x"]),
+    ] {
+        let body = |stream: bool| {
+            let max = if text == reply { reply.len() } else { 64 };
+            json!({"prompt": "p", "max_tokens": max, "stop": stop, "include_stop_str_in_output": include, "logprobs": 1,
+                   "echo": true, "return_token_ids": true, "stream": stream})
+        };
+        let whole = complete(&app(&Script::new().reply(reply)), body(false)).await;
+        let choice = &whole["choices"][0];
+        let what = format!("{reply:?} until {stop:?}: {choice}");
+        assert_eq!(choice["text"], format!("p{text}"), "{what}");
+        let offsets: Vec<usize> = (0..=tokens.len()).collect();
+        assert_eq!(choice["logprobs"]["tokens"], json!([vec!["p"], tokens].concat()), "{what}");
+        assert_eq!(choice["logprobs"]["text_offset"], json!(offsets), "{what}");
+        let ids = choice["token_ids"].as_array().map_or(0, Vec::len);
+        assert_eq!(whole["usage"]["completion_tokens"], ids, "ids are of all tokens that were generated");
+        let events = events_of(&app(&Script::new().reply(reply)), "/v1/completions", body(true)).await;
+        let joined = |list: &str| -> Vec<Value> {
+            events.iter().filter_map(|c| c["choices"][0]["logprobs"][list].as_array()).flatten().cloned().collect()
+        };
+        for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+            assert_eq!(json!(joined(list)), choice["logprobs"][list], "{list}, streamed: {what}");
+        }
+    }
+}
+
+#[test]
+fn of_two_tokens_with_one_text_the_better_logprob_stays() {
+    use crate::http::openai::types::LogprobMap;
+    for logprobs in [[-1.0, -2.0], [-2.0, -1.0]] {
+        let mut map = LogprobMap::default();
+        logprobs.iter().for_each(|&logprob| map.insert("\u{FFFD}".into(), logprob));
+        map.insert("a".into(), -3.0);
+        assert_eq!(json!(map), json!({"\u{FFFD}": -1.0, "a": -3.0}));
+    }
+}
+
+#[tokio::test]
 async fn echo_with_logprobs_scores_the_prompt() {
     let script = Script::new();
     let body = json!({"prompt": "xyé", "max_tokens": 0, "echo": true, "logprobs": 1});

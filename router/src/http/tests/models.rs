@@ -112,6 +112,27 @@ async fn scale_and_composition_reach_the_engine() {
 }
 
 #[tokio::test]
+async fn the_server_sets_how_many_adapters_a_request_may_compose() {
+    let (script, dir) = three();
+    for max in [1, 16] {
+        let mut config = config(&dir, &[]);
+        config.limits.composed_max = max;
+        let app = app_with(&script, config);
+        let parts = |n: usize| vec![json!({"adapter": "sql", "weight": 0.25}); n];
+        for body in [
+            |parts| json!({"prompt": "a", "compose": parts}),
+            |parts| json!({"prompt": "a", "adapters": [{"compose": parts}]}),
+        ] {
+            complete(&app, body(parts(max))).await;
+            let (status, reply) = call(&app, "/v1/completions", body(parts(max + 1))).await;
+            assert_eq!((status.as_u16(), reply["error"]["code"].as_str()), (400, Some("invalid_value")));
+            let message = reply["error"]["message"].as_str().unwrap();
+            assert!(message.contains("--max-composed-adapters"), "{message}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_fan_out_gives_one_choice_per_entry() {
     let (script, dir) = three();
     let app = app_with(&script, config(&dir, &[]));

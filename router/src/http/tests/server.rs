@@ -87,6 +87,45 @@ async fn connections_without_a_request_are_closed() {
 }
 
 #[tokio::test]
+async fn an_answer_before_the_body_came_leaves_the_connection_usable_or_says_that_it_ends() {
+    let server = start(&app(&Script::new())).await;
+    let next = "GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let chunked = "transfer-encoding: chunked";
+    let (late, never, huge) = ("content-length: 2", "content-length: 3", "content-length: 99999999");
+    for (request, fields, body, goes_on) in [
+        ("POST /nope", late, "{}", true),
+        ("POST /nope", chunked, "2\r\n{}\r\n0\r\n\r\n", true),
+        ("DELETE /v1/models", late, "{}", true),
+        ("POST /ping", late, "{}", true),
+        ("POST /v1/completions", chunked, "2\r\n{}\r\n0\r\n\r\n", true),
+        ("POST /v1/completions", "content-type: text/plain\r\ncontent-length: 2", "{}", true),
+        ("POST /nope", never, "{}", false),
+        ("POST /v1/completions", huge, "", false),
+        ("POST /nope", "expect: 100-continue\r\ncontent-length: 2", "", false),
+    ] {
+        let what = format!("{request} {fields}");
+        let head = format!("{request} HTTP/1.1\r\nhost: x\r\n{fields}\r\n\r\n");
+        let mut client = connect(server.address, &head).await;
+        for _ in 0..50 {
+            tokio::task::yield_now().await; // the server, on this thread, sees the head alone
+        }
+        client.write_all(body.as_bytes()).await.unwrap();
+        if goes_on {
+            client.write_all(next.as_bytes()).await.unwrap();
+        }
+        let seen = rest_of(&mut client).await;
+        assert!(!seen.contains("100 Continue"), "{what}: {seen}");
+        let (first, second) = seen.split_once("HTTP/1.1 ").and_then(|(_, rest)| rest.split_once("HTTP/1.1 ")).unzip();
+        if goes_on {
+            assert!(first.is_some_and(|first| !first.contains("connection: close")), "{what}: {seen}");
+            assert!(second.is_some_and(|second| second.starts_with("200 OK")), "{what}: {seen}");
+        } else {
+            assert!(second.is_none() && seen.contains("connection: close\r\n"), "{what}: {seen}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_closes_its_connection_cancels_its_request() {
     for stream in [false, true] {
         let script = Script::new();

@@ -46,6 +46,8 @@ async fn the_last_chat_chunk_has_an_empty_delta_and_the_end_tokens_logprob() {
         let expected = if logprobs { (Some(2), Some(1)) } else { (None, None) };
         assert_eq!((tokens(&events[1]), tokens(&events[2])), expected);
         assert_eq!(events[2]["choices"][0]["finish_reason"], "stop");
+        let refusal = events[1]["choices"][0]["logprobs"].get("refusal");
+        assert_eq!(refusal, logprobs.then_some(&Value::Null));
     }
 }
 
