@@ -118,12 +118,12 @@ def test_leaving_at_any_moment_leaks_nothing(start_server):
     complete(server.http, model="sql", prompt="Hello!\n", max_tokens=4)
 
 
-def test_leaving_while_not_streaming_cancels_too(demo):
-    demo.wait_idle()
-    with httpx.Client(base_url=demo.base, timeout=httpx.Timeout(5, read=0.3), trust_env=False) as impatient:
+def test_leaving_while_not_streaming_cancels_too(start_server, slow_flags):
+    server = start_server(*slow_flags)
+    with httpx.Client(base_url=server.base, timeout=httpx.Timeout(5, read=0.3), trust_env=False) as impatient:
         with pytest.raises(httpx.ReadTimeout):
             impatient.post("/v1/completions", json={**LONG, "n": 4})
-    demo.wait_idle(2)
+    server.wait_idle(2)
 
 
 # ---- overload and deadlines
@@ -148,8 +148,8 @@ def test_a_full_queue_says_429_with_a_time_to_retry(start_server, slow_flags):
     complete(server.http, model="demo", prompt="x", max_tokens=1)
 
 
-def test_a_deadline_is_504_before_the_first_token_and_an_event_after(start_server):
-    server = start_server()
+def test_a_deadline_is_504_before_the_first_token_and_an_event_after(start_server, slow_flags):
+    server = start_server(*slow_flags)
     answer = server.http.post("/v1/completions", json=LONG, headers={"x-request-timeout": "0.25"})
     error = check_error(answer.json())
     assert answer.status_code == 504 and error["code"] == "deadline_exceeded" and error["retryable"]
@@ -157,7 +157,7 @@ def test_a_deadline_is_504_before_the_first_token_and_an_event_after(start_serve
         stream = Stream(sse_lines(answer))
     assert stream.error["code"] == "deadline_exceeded" and not stream.done and stream.chunks
     server.wait_idle(2)
-    capped = start_server("--request-timeout", "300ms")
+    capped = start_server(*slow_flags, "--request-timeout", "300ms")
     answer = capped.http.post("/v1/completions", json=LONG, headers={"x-request-timeout": "60"})
     assert answer.status_code in (400, 504), "the server's own limit stands"
 
@@ -180,9 +180,9 @@ def test_more_streams_than_fit_at_once_all_end(start_server):
 
 # ---- stop
 
-def test_sigterm_lets_running_streams_finish_and_takes_no_new_ones(start_server):
-    server = start_server()
-    background = Background(server, max_tokens=1200).wait_running()
+def test_sigterm_lets_running_streams_finish_and_takes_no_new_ones(start_server, slow_flags):
+    server = start_server(*slow_flags)
+    background = Background(server, max_tokens=600).wait_running()
     server.terminate()
     def refused():
         try:
@@ -221,8 +221,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_the_drain_timeout_ends_what_still_runs_with_an_error(start_server):
-    server = start_server("--drain-timeout", "500ms")
+def test_the_drain_timeout_ends_what_still_runs_with_an_error(start_server, slow_flags):
+    server = start_server(*slow_flags, "--drain-timeout", "500ms")
     background = [Background(server, n=4).wait_running() for _ in range(3)]
     started = time.monotonic()
     server.terminate()
@@ -235,8 +235,8 @@ def test_the_drain_timeout_ends_what_still_runs_with_an_error(start_server):
             assert one.stream.error["code"] == "draining" and not one.stream.done
 
 
-def test_a_second_sigterm_ends_now(start_server):
-    server = start_server("--drain-timeout", "60s")
+def test_a_second_sigterm_ends_now(start_server, slow_flags):
+    server = start_server(*slow_flags, "--drain-timeout", "60s")
     shard = server.shard_pid()
     Background(server, n=8).wait_running()
     server.terminate()
