@@ -80,7 +80,7 @@ pub(crate) struct ModelArgs {
     /// Base model: a Hugging Face directory or a .gguf file. Default: the built-in demo model
     #[arg(long, alias = "model", env = "LORAMUX_MODEL_ID", value_name = "PATH")]
     pub(crate) model_id: Option<PathBuf>,
-    /// Names that clients may use for the base model, comma-separated. Default: the last part of --model-id
+    /// Names that clients may use for the base model, comma-separated. Default: the last part of --model-id (without .gguf)
     #[arg(long, env = "LORAMUX_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]
     pub(crate) served_model_name: Vec<String>,
     /// Storage of weights, KV cache and adapters

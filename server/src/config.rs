@@ -138,6 +138,18 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     if !(1..=128).contains(&engine.max_n) {
         return range("max-n", "1..128", engine.max_n.to_string());
     }
+    if args.network.api_key.iter().any(|key| key.trim().is_empty()) {
+        return range("api-key", "a key that is not empty", "an empty one".into());
+    }
+    if args.adapters.max_loras == Some(0) {
+        return range("max-loras", "at least 1", "0".into());
+    }
+    if args.network.request_timeout.is_some_and(|limit| limit.is_zero()) {
+        return range("request-timeout", "more than 0", "0".into());
+    }
+    if args.network.max_body_bytes < 1024 {
+        return range("max-body-bytes", "at least 1KiB", args.network.max_body_bytes.to_string());
+    }
     if engine.max_queued_requests == 0 {
         return range("max-queued-requests", "at least 1", "0".into());
     }
@@ -249,6 +261,10 @@ mod tests {
             (&["--max-lora-rank", "513"], "--max-lora-rank: must be 1..512"),
             (&["--threads", "0"], "--threads"),
             (&["--max-composed-adapters", "17"], "--max-composed-adapters: must be 1..16; got 17"),
+            (&["--api-key", ""], "--api-key: must be a key that is not empty"),
+            (&["--max-loras", "0"], "--max-loras: must be at least 1"),
+            (&["--request-timeout", "0"], "--request-timeout: must be more than 0"),
+            (&["--max-body-bytes", "1"], "--max-body-bytes: must be at least 1KiB"),
             (&["--max-n", "0"], "--max-n: must be 1..128; got 0"),
             (&["--generation-config", "x"], "--generation-config"),
             (&["--chat-template", "/nonexistent"], "--chat-template"),

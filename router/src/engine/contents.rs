@@ -4,9 +4,12 @@
 //! the host budget, or lost with a shard): a request for a cold one parks until it is back.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::types::{ContentId, PreparedAdapter};
+
+/// Directories remembered for one content.
+const DIRS_MAX: usize = 16;
 
 /// Where a content's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +22,12 @@ pub(super) enum Residency {
 /// One content the engine has seen.
 #[derive(Debug)]
 pub(super) struct Content {
-    pub(super) dir: PathBuf,
+    /// Every directory that held it when it was read, the latest last. More than one, because two names may have one
+    /// content and later part.
+    pub(super) dirs: Vec<PathBuf>,
+    /// Preparations with ids up to this were asked for before the shard was last told to drop the content: their reports
+    /// may be older than the drop.
+    pub(super) dropped_after: u64,
     pub(super) host_bytes: u64,
     pub(super) residency: Residency,
     /// Tick of the last request that named it.
@@ -42,8 +50,20 @@ impl Contents {
     pub(super) fn packed(&mut self, prepared: &PreparedAdapter, dir: PathBuf) -> bool {
         self.tick += 1;
         let last_used = self.tick;
-        let new = Content { dir, host_bytes: prepared.host_bytes, residency: Residency::Host, last_used };
-        self.known.insert(prepared.content, new).is_none_or(|old| old.residency != Residency::Host)
+        let known = self.known.entry(prepared.content).or_insert_with(|| Content {
+            dirs: Vec::new(),
+            dropped_after: 0,
+            host_bytes: prepared.host_bytes,
+            residency: Residency::Cold,
+            last_used,
+        });
+        known.dirs.retain(|other| *other != dir);
+        if known.dirs.len() >= DIRS_MAX {
+            known.dirs.remove(0);
+        }
+        known.dirs.push(dir);
+        known.last_used = last_used;
+        std::mem::replace(&mut known.residency, Residency::Host) != Residency::Host
     }
 
     pub(super) fn touch(&mut self, content: &ContentId) {
@@ -56,6 +76,23 @@ impl Contents {
     pub(super) fn set(&mut self, content: &ContentId, residency: Residency) {
         if let Some(known) = self.known.get_mut(content) {
             known.residency = residency;
+        }
+    }
+
+    /// A directory does not hold the content any more. True if another one may.
+    pub(super) fn moved_away(&mut self, content: &ContentId, dir: &Path) -> bool {
+        self.known.get_mut(content).is_some_and(|known| {
+            known.dirs.retain(|other| other != dir);
+            known.residency = Residency::Cold;
+            !known.dirs.is_empty()
+        })
+    }
+
+    /// The shard was told to drop it, when preparations up to `prepare` had been asked for.
+    pub(super) fn dropped(&mut self, content: &ContentId, prepare: u64) {
+        if let Some(known) = self.known.get_mut(content) {
+            known.residency = Residency::Cold;
+            known.dropped_after = prepare;
         }
     }
 

@@ -50,8 +50,9 @@ impl Engine {
     /// Asks the shard to read a cold content again.
     pub(super) fn bring_back(&mut self, content: ContentId) {
         let Some(known) = self.contents.get(&content) else { return };
-        if known.residency == Residency::Cold {
-            let dir = known.dir.clone();
+        if known.residency == Residency::Cold
+            && let Some(dir) = known.dirs.last().cloned()
+        {
             self.contents.set(&content, Residency::Preparing);
             self.prepare(dir, None, Some(content));
         }
@@ -85,7 +86,12 @@ impl Engine {
             None => Err(malformed()),
         };
         if let Ok(prepared) = &outcome {
-            let new = self.contents.packed(prepared, preparing.dir);
+            let known = self.contents.get(&prepared.content);
+            if known.is_some_and(|known| message.request_id <= known.dropped_after) {
+                // Read before the shard was told to drop this content: it may be gone again. Ask once more.
+                return self.prepare(preparing.dir, preparing.reply, preparing.expected);
+            }
+            let new = self.contents.packed(prepared, preparing.dir.clone());
             if let Some(scheduler) = self.scheduler.as_mut().filter(|_| new) {
                 scheduler.adapter_ready(prepared.content, prepared.pages_needed);
             }
@@ -94,8 +100,12 @@ impl Engine {
         if let Some(expected) = preparing.expected
             && outcome.as_ref().map(|prepared| prepared.content) != Ok(expected)
         {
-            let reason = outcome.as_ref().err().map_or("its files changed on disk", |failure| &failure.message);
-            self.content_gone(expected, reason.to_owned());
+            if self.contents.moved_away(&expected, &preparing.dir) {
+                self.bring_back(expected);
+            } else {
+                let reason = outcome.as_ref().err().map_or("its files changed on disk", |failure| &failure.message);
+                self.content_gone(expected, reason.to_owned());
+            }
         }
         if let Some(reply) = preparing.reply {
             let _ = reply.send(outcome);
@@ -139,7 +149,8 @@ impl Engine {
         }
     }
 
-    /// Drops the least recently used contents that nobody needs until the host budget holds. `newest` stays.
+    /// Drops the least recently used contents that nobody needs until the host budget holds. `newest` stays, and so does
+    /// what a parked request waits for: two adapters of one request must not push each other out.
     fn keep_host_budget(&mut self, newest: ContentId) {
         let (_, mut bytes) = self.contents.host();
         if bytes <= self.options.host_adapter_bytes {
@@ -149,10 +160,14 @@ impl Engine {
             if bytes <= self.options.host_adapter_bytes {
                 break;
             }
+            let wanted = |parked: &Parked| parked.new.request.adapters.iter().any(|used| used.content == content);
+            if self.parked.iter().any(wanted) {
+                continue;
+            }
             let free = |scheduler: &mut crate::scheduler::Scheduler| scheduler.adapter_forget(content).is_ok();
             if content != newest && self.scheduler.as_mut().is_none_or(free) {
                 bytes -= self.contents.get(&content).map_or(0, |known| known.host_bytes);
-                self.contents.set(&content, Residency::Cold);
+                self.contents.dropped(&content, self.link.next_prepare);
                 self.link.send(to_shard::Body::DropAdapter(DropAdapter { content_id: content.0.to_vec() }));
             }
         }

@@ -13,6 +13,8 @@ const HEARTBEAT_MAX: Duration = Duration::from_secs(2);
 const PING_EVERY: Duration = Duration::from_millis(500);
 /// Restarts in a row without one finished step after which the process gives up.
 const RESTARTS_MAX: u32 = 5;
+/// A shard that was up for this long, even without work, was healthy: what ends it is a new story.
+const SETTLED_AFTER: Duration = Duration::from_secs(10);
 /// Blame of the sequences in flight (see `Scheduler::shard_lost`).
 const BLAME_CRASH: u32 = 2;
 const BLAME_KILLED: u32 = 1;
@@ -32,6 +34,8 @@ pub(super) struct Link {
     heard: Instant,
     pinged: Instant,
     restarts: u32,
+    /// When the current shard became ready.
+    up_since: Instant,
     pub(super) next_prepare: u64,
 }
 
@@ -46,6 +50,7 @@ impl Default for Link {
             heard: now,
             pinged: now,
             restarts: 0,
+            up_since: now,
             next_prepare: 0,
         }
     }
@@ -142,6 +147,7 @@ impl Engine {
         }
         self.info = info;
         self.link.up = true;
+        self.link.up_since = Instant::now();
         let mut again: Vec<u64> = self.preparing.keys().copied().collect();
         again.sort_unstable();
         for id in again {
@@ -200,6 +206,9 @@ impl Engine {
 
     /// The shard died. Running requests keep their tokens and go on on the next one.
     pub(super) fn lost(&mut self, exit: &ShardExit) -> Result<(), EngineError> {
+        if self.link.up && self.link.up_since.elapsed() > SETTLED_AFTER {
+            self.link.restarts = 0;
+        }
         self.link.up = false;
         self.link.in_flight = None;
         if let Some(mut shard) = self.link.shard.take() {

@@ -25,6 +25,8 @@ struct Script {
     broken: bool,
     dies_at_each_step: bool,
     dropped: Mutex<Vec<Vec<u8>>>,
+    /// Directories whose files were replaced by others.
+    replaced: Mutex<Vec<String>>,
 }
 
 struct FakeLauncher(Arc<Script>);
@@ -84,7 +86,7 @@ fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports
                 }
                 say(from_shard::Body::Step(fake_step(&step, &mut sequences)));
             }
-            to_shard::Body::Prepare(prepare) => say(from_shard::Body::Prepared(fake_prepare(&prepare))),
+            to_shard::Body::Prepare(prepare) => say(from_shard::Body::Prepared(fake_prepare(script, &prepare))),
             to_shard::Body::DropAdapter(dropped) => script.dropped.lock().unwrap().push(dropped.content_id),
             to_shard::Body::Ping(ping) => say(from_shard::Body::Pong(loramux_proto::Pong { nonce: ping.nonce })),
             to_shard::Body::Shutdown(_) => return "told to stop",
@@ -125,12 +127,13 @@ fn fake_step(step: &Step, sequences: &mut HashMap<u64, Vec<u32>>) -> StepResult 
     result
 }
 
-fn fake_prepare(prepare: &loramux_proto::PrepareAdapter) -> Prepared {
+fn fake_prepare(script: &Script, prepare: &loramux_proto::PrepareAdapter) -> Prepared {
     let outcome = if prepare.dir.contains("bad") {
         let message = "adapter_config.json: `r` must be 1..512; got 0".into();
         prepared::Outcome::Error(AdapterError { code: "adapter_invalid".into(), message })
     } else {
-        let id = prepare.dir.bytes().fold(0u8, u8::wrapping_add);
+        let replaced = u8::from(script.replaced.lock().unwrap().contains(&prepare.dir));
+        let id = prepare.dir.bytes().fold(replaced * 100, u8::wrapping_add);
         prepared::Outcome::Report(AdapterReport {
             content_id: vec![id; 32],
             pages_needed: 1,
@@ -322,4 +325,32 @@ fn draining_refuses_new_requests_and_lets_the_running_one_finish() {
     world.handle.begin_drain();
     assert!(matches!(world.handle.submit(request.clone()).err(), Some(Failure::Draining)));
     assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+}
+
+#[test]
+fn a_content_of_two_directories_survives_the_change_of_one_and_the_death_of_the_shard() {
+    let world = world(Script { die_at: Mutex::new(vec![4]), ..Script::default() }, |_| {});
+    let prepare = |dir: &str| world.runtime.block_on(world.handle.prepare_adapter(PathBuf::from(dir))).unwrap().content;
+    let content = prepare("/ab");
+    assert_eq!(prepare("/ba"), content, "the fake's contents are sums");
+    world.script.replaced.lock().unwrap().push("/ba".into());
+    let mut request = request(5, 20);
+    request.adapters = vec![AdapterUse { content, scale: 1.0 }];
+    let generation = world.handle.submit(request.clone()).unwrap();
+    assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+    assert_eq!(world.script.launches.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn adapters_of_one_request_do_not_push_each_other_out_of_a_small_host_budget() {
+    let world = world(Script::default(), |options| options.host_adapter_bytes = 1 << 20);
+    let prepare = |dir: &str| world.runtime.block_on(world.handle.prepare_adapter(PathBuf::from(dir))).unwrap().content;
+    let uses = ["/a", "/b", "/c"].map(|dir| AdapterUse { content: prepare(dir), scale: 0.5 });
+    let mut request = request(5, 6);
+    request.adapters = uses.to_vec();
+    for _ in 0..3 {
+        let generation = world.handle.submit(request.clone()).unwrap();
+        assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+        prepare("/d"); // pushes out whatever is free
+    }
 }

@@ -5,7 +5,7 @@
 use std::io::{self, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -34,6 +34,7 @@ impl ShardLauncher for ProcessLauncher {
             .args(["shard", "--options", &options])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
+            .process_group(0) // Ctrl-C in a terminal is for the server, which ends its child when it has drained
             .spawn()
             .map_err(|e| format!("cannot start `{} shard`: {e}", self.program.display()))?;
         tracing::debug!(pid = child.id(), "shard started");
@@ -123,6 +124,13 @@ fn describe(status: ExitStatus) -> ShardExit {
 
 /// The child's main: standard input is the socket.
 pub(crate) fn child_main(options: &ShardOptions) -> io::Result<()> {
+    // A service manager may signal the whole group or control group. The server drains first; this process ends when its
+    // socket closes.
+    // SAFETY: `signal` with SIG_IGN installs no handler, so nothing runs in signal context.
+    unsafe {
+        libc::signal(libc::SIGTERM, libc::SIG_IGN);
+        libc::signal(libc::SIGINT, libc::SIG_IGN);
+    }
     set_threads(options.threads);
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let writer = Mutex::new((socket.try_clone()?, Vec::new()));
