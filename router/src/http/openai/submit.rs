@@ -68,6 +68,18 @@ pub(crate) fn fit_prompt(
     Ok(EncodedPrompt { tokens, echo: None, max_tokens })
 }
 
+/// `min_tokens` forbids the end tokens at first; something else must be allowed then.
+fn check_something_may_come(sampling: &Sampling, end_tokens: &[u32]) -> Result<(), ApiError> {
+    let allowed = &sampling.allowed_tokens;
+    let contradiction =
+        sampling.min_tokens > 0 && !allowed.is_empty() && allowed.iter().all(|t| end_tokens.contains(t));
+    if contradiction {
+        let rule = "a list with a token that does not end the text, because `min_tokens` forbids the others";
+        return Err(ApiError::invalid("allowed_token_ids", rule, &format!("{allowed:?}")));
+    }
+    Ok(())
+}
+
 impl App {
     /// Hands prompts x variants to the engine, prompt-major. An error drops (and so cancels) what was handed over.
     ///
@@ -85,6 +97,7 @@ impl App {
         let mut end_tokens: Vec<u32> = model_ends.iter().chain(&params.stop_tokens).copied().collect();
         end_tokens.sort_unstable();
         end_tokens.dedup();
+        check_something_may_come(&params.sampling, &end_tokens)?;
         let rules = Arc::new(TextRules {
             stop: params.stop.clone(),
             end_tokens: end_tokens.clone(),
