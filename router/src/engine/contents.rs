@@ -79,12 +79,16 @@ impl Contents {
         }
     }
 
-    /// A directory does not hold the content any more. True if another one may.
+    /// A directory does not hold the content any more. True if another one may. The last one is kept: the next request tries
+    /// it again, and finds the content if its files are back.
     pub(super) fn moved_away(&mut self, content: &ContentId, dir: &Path) -> bool {
         self.known.get_mut(content).is_some_and(|known| {
-            known.dirs.retain(|other| other != dir);
             known.residency = Residency::Cold;
-            !known.dirs.is_empty()
+            let others = known.dirs.iter().any(|other| other != dir);
+            if others {
+                known.dirs.retain(|other| other != dir);
+            }
+            others
         })
     }
 

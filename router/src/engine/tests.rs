@@ -354,3 +354,19 @@ fn adapters_of_one_request_do_not_push_each_other_out_of_a_small_host_budget() {
         prepare("/d"); // pushes out whatever is free
     }
 }
+
+#[test]
+fn a_content_whose_files_changed_fails_each_request_and_none_hangs_until_they_are_back() {
+    let world = world(Script { die_at: Mutex::new(vec![2]), ..Script::default() }, |_| {});
+    let prepare = |dir: &str| world.runtime.block_on(world.handle.prepare_adapter(PathBuf::from(dir))).unwrap().content;
+    let mut request = request(5, 20);
+    request.adapters = vec![AdapterUse { content: prepare("/a"), scale: 1.0 }];
+    let run = || world.runtime.block_on(collect(world.handle.submit(request.clone()).unwrap()));
+    world.script.replaced.lock().unwrap().push("/a".into());
+    for attempt in 0..3 {
+        let failed = run().unwrap_err();
+        assert!(matches!(failed, Failure::AdapterGone(..)), "attempt {attempt}: {failed:?}");
+    }
+    world.script.replaced.lock().unwrap().clear();
+    assert_eq!(run().unwrap(), oracle(&request));
+}
