@@ -37,9 +37,9 @@ blackbox *args:
     cargo build --release
     {{python}} -m pytest -q tests/python {{args}}
 
-# A long run of the scheduler's simulator: `just sim 20000` seeds
+# A long run of the scheduler's simulator: `just sim 20000` runs seeds 0 to 19999
 sim seeds="20000":
-    LORAMUX_SIM_SEEDS={{seeds}} cargo test --release -p loramux-router sim -- --nocapture
+    LORAMUX_SIM_SEEDS=0..{{seeds}} cargo test --release -p loramux-router sim_long -- --nocapture
 
 # GB/s and GFLOP/s of each op
 bench-ops:
