@@ -7,6 +7,8 @@
 mod activation;
 mod arena;
 mod attention;
+pub mod cuda;
+pub mod device;
 mod dtype;
 mod embedding;
 mod error;

@@ -2,6 +2,9 @@
 //!
 //! `gate_up: [rows, 2 i]` f32, `out: [rows, i]` f32. Elementwise, with the one `exp` of this crate. Allocates nothing.
 
+pub(crate) mod check;
+pub(crate) mod cuda;
+
 use crate::error::{OpError, same};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
@@ -81,6 +84,11 @@ mod tests {
                 assert_eq!(bits(&got), bits(&first), "{isa:?} {rows} x {width}");
             }
         }
+    }
+
+    #[test]
+    fn the_kernel_agrees_on_the_emulator() {
+        crate::device::testing::on_every_schedule(check::check);
     }
 
     #[test]

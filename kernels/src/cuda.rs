@@ -1,0 +1,8 @@
+//! Every op as a launch on a [`Device`](crate::device::Device), and the checks of all of them.
+
+pub use crate::activation::cuda::SiluMulKernel;
+
+use crate::device::check::OpCheck;
+
+/// The checks, one for each op.
+pub const CHECKS: &[OpCheck] = &[OpCheck { name: "silu_mul", run: crate::activation::check::check }];

@@ -1,0 +1,28 @@
+//! Runs checks on the emulator.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use super::check::{CheckError, Checker, Effort, Summary};
+use super::{EmulatedDevice, EmulatedOptions, Schedule, SharedDevice};
+
+/// The emulator with threads in this order.
+pub(crate) fn emulator(schedule: Schedule, races: bool) -> SharedDevice {
+    let cache_dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/emulator"));
+    let sanitize = std::env::var_os("LORAMUX_EMULATOR_SANITIZE").is_some();
+    let options = EmulatedOptions { cache_dir, schedule, races, sanitize, seed: 7 };
+    Rc::new(EmulatedDevice::new(options).expect("the emulator starts (it needs g++)"))
+}
+
+/// Runs a check under every order of threads, and once with race detection.
+#[track_caller]
+pub(crate) fn on_every_schedule(check: fn(&Checker) -> Result<Summary, CheckError>) {
+    let runs = Schedule::ALL.map(|schedule| (schedule, false)).into_iter().chain([(Schedule::RoundRobin, true)]);
+    for (schedule, races) in runs {
+        let checker = Checker::new(emulator(schedule, races), Effort::Full).expect("the emulator makes streams");
+        match check(&checker) {
+            Ok(summary) => println!("{schedule:?} races {races}: {summary:?}"),
+            Err(error) => panic!("{schedule:?}, races {races}: {error}"),
+        }
+    }
+}
