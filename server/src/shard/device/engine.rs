@@ -3,7 +3,7 @@
 
 use loramux_kernels::cuda::{
     AttnDecodeKernel, AttnPrefillKernel, EmbeddingKernel, GatherRowsKernel, HeadShape, RmsNormKernel, RopeCacheKernel,
-    SamplerKernel, SiluMulKernel,
+    SampleOut, SamplerKernel, SiluMulKernel, TopLogprob,
 };
 use loramux_kernels::device::lora::SiteShape;
 use loramux_kernels::device::step::{DECODE_PARTS_MAX, KvShape};
@@ -13,10 +13,9 @@ use loramux_kernels::device::{
 use loramux_kernels::AttnSpec;
 use loramux_models::{DecoderSpec, Model, Site, inv_freq};
 
-use super::bundle::{Bundles, List};
 use super::lists::{DECODE_TILE_ROWS, PREFILL_TILE_ROWS};
 use super::lora::SiteKernels;
-use super::weights::DeviceStore;
+use super::weights::{DeviceStore, OUTPUTS_MULTIPLE};
 
 /// Rows of a step's products: graphs are captured for those up to 256, longer steps take the next multiple.
 pub(super) const DECODE_BUCKETS: [usize; 13] = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256];
@@ -77,7 +76,7 @@ impl Plans {
         let heads = buckets
             .iter()
             .filter(|&&rows| rows <= limits.logit_rows_max)
-            .map(|&rows| Ok((rows, plan(rows, spec.vocab, spec.hidden, GemmOut::F32)?)))
+            .map(|&rows| Ok((rows, plan(rows, logits_stride(spec), spec.hidden, GemmOut::F32)?)))
             .collect::<Result<_, DeviceError>>()?;
         Ok(Self { buckets, sites, heads })
     }
@@ -160,6 +159,11 @@ pub(super) fn heads(spec: &DecoderSpec) -> HeadShape {
     HeadShape { heads: spec.heads, kv_heads: spec.kv_heads, head_dim: spec.head_dim }
 }
 
+/// Elements from one row of logits to the next.
+pub(super) fn logits_stride(spec: &DecoderSpec) -> usize {
+    spec.vocab.next_multiple_of(OUTPUTS_MULTIPLE)
+}
+
 /// Columns of a site's matrices, and its inputs.
 pub(super) fn site_cols(spec: &DecoderSpec, site: Site) -> (Vec<(usize, usize)>, usize) {
     let (q, kv, wide) = (spec.q_width(), spec.kv_width(), spec.intermediate);
@@ -189,7 +193,7 @@ impl Kernels {
             prefill: AttnPrefillKernel::load(device, elem, shape, &attention)?,
             silu_mul: SiluMulKernel::load(device, elem, spec.intermediate)?,
             gather: GatherRowsKernel::load(device, elem, spec.hidden)?,
-            sampler: SamplerKernel::load(device, spec.vocab)?,
+            sampler: SamplerKernel::load(device, spec.vocab, logits_stride(spec))?,
             sites: [site(Site::Qkv)?, site(Site::Output)?, site(Site::GateUp)?, site(Site::Down)?],
         })
     }
@@ -224,13 +228,13 @@ impl Space {
             gate_up: rows(2 * spec.intermediate)?,
             activated: rows(spec.intermediate)?,
             picked: DeviceBuffer::new(device, limits.logit_rows_max * spec.hidden * 2)?,
-            logits: DeviceBuffer::new(device, limits.logit_rows_max * spec.vocab * 4)?,
+            logits: DeviceBuffer::new(device, limits.logit_rows_max * logits_stride(spec) * 4)?,
             partials: DeviceBuffer::new(device, kernels.decode.workspace_bytes(units_max))?,
             counters,
             cos_sin: DeviceBuffer::of(device, stream, &cos_sin(spec, limits.context))?,
             last_token,
-            sample_out: DeviceBuffer::new(device, limits.logit_rows_max * SamplerKernel::OUT_BYTES)?,
-            sample_top: DeviceBuffer::new(device, limits.logit_rows_max * SamplerKernel::TOP_BYTES)?,
+            sample_out: DeviceBuffer::new(device, limits.logit_rows_max * size_of::<SampleOut>())?,
+            sample_top: DeviceBuffer::new(device, limits.logit_rows_max * SamplerKernel::TOP_MAX * size_of::<TopLogprob>())?,
             v: DeviceBuffer::new(device, v_bytes.max().unwrap_or(0))?,
         })
     }
@@ -247,4 +251,27 @@ fn cos_sin(spec: &DecoderSpec, context: usize) -> Vec<f32> {
         }
     }
     table
+}
+
+/// What the engine is made for, beside the model.
+pub(super) struct EnginePlace {
+    pub(super) device: SharedDevice,
+    pub(super) stream: Stream,
+    pub(super) elem: Elem,
+    pub(super) arena: Address,
+    pub(super) kv: KvShape,
+    pub(super) descs: Address,
+}
+
+impl Engine {
+    /// Compiles the kernels, plans the products and takes the workspaces.
+    pub(super) fn new(model: Model<DeviceStore>, place: EnginePlace, limits: EngineLimits) -> Result<Self, DeviceError> {
+        let EnginePlace { device, stream, elem, arena, kv, descs } = place;
+        let spec = model.spec.clone();
+        let kernels = Kernels::load(&device, &spec, elem, &limits)?;
+        let plans = Plans::new(&device, &spec, elem, &limits)?;
+        let space = Space::new(&device, stream, &spec, &kernels, &limits)?;
+        let (side, fork, join) = (device.stream(Priority::High)?, device.event()?, device.event()?);
+        Ok(Self { device, stream, side, fork, join, spec, elem, model, kernels, plans, space, limits, arena, kv, descs })
+    }
 }

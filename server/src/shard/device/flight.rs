@@ -22,8 +22,8 @@ pub(super) struct Landing {
 pub(super) struct Flight {
     pub(super) id: u64,
     pub(super) rows: Vec<LogitRow>,
-    /// Sequences with a row of it.
-    pub(super) members: Vec<u64>,
+    /// Sequences whose penalties found no room.
+    pub(super) refused: Vec<u64>,
     pub(super) uploaded: Vec<SlotGeneration>,
     pub(super) landing: Landing,
     pub(super) started: Instant,

@@ -4,7 +4,7 @@
 use loramux_kernels::SLICES;
 use loramux_kernels::cuda::{
     AttnDecodeLaunch, AttnPrefillLaunch, EmbeddingBuffers, GatherBuffers, KvCache, RmsNormBuffers, RopeCacheLaunch,
-    SamplerBuffers,
+    SampleRow, SamplerBuffers,
 };
 use loramux_kernels::device::lora::SiteWork;
 use loramux_kernels::device::step::{DECODE_PARTS_MAX, LoraItem, RowTile, StepCounts};
@@ -64,7 +64,7 @@ impl StepOps<'_> {
         } else {
             space.normed.address()
         };
-        let row_bytes = loramux_kernels::cuda::SampleRow::BYTES as u64;
+        let row_bytes = size_of::<SampleRow>() as u64;
         let buffers = SamplerBuffers {
             logits: space.logits.address(),
             rows: self.bundles.place(List::SampleRows) + row_bytes * first as u64,

@@ -2,13 +2,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use loramux_kernels::cuda::{SampleOut, SampleRow, TOP_LOGPROBS_MAX, TokenEdit, TopLogprob};
-use loramux_kernels::sampler::NonFinite;
+use loramux_kernels::cuda::{SampleOut, SampleRow, SamplerKernel, TokenEdit, TopLogprob, push_mask};
+use loramux_kernels::sampler::{NonFinite, SampleParams};
 use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, SeqFault, StepResult, TokenLogprob};
 
 use super::super::batch::{LogitRow, Want};
 use super::super::run::ShardFault;
 use super::sequence::DeviceSequence;
+
+/// Entries that the edits of one step may have in all: a sequence under penalties has one for each distinct token of its
+/// prompt and output.
+pub(super) const EDITS_MAX: usize = 1 << 20;
 
 /// Sampling lists of one step; kept from step to step.
 #[derive(Debug, Default)]
@@ -16,6 +20,8 @@ pub(super) struct SampleLists {
     pub(super) rows: Vec<SampleRow>,
     pub(super) edits: Vec<TokenEdit>,
     pub(super) masks: Vec<u32>,
+    /// Sequences whose edits found no room in the step.
+    pub(super) refused: Vec<u64>,
     scratch: BTreeMap<u32, TokenEdit>,
 }
 
@@ -32,19 +38,27 @@ impl SampleLists {
         self.rows.clear();
         self.edits.clear();
         self.masks.clear();
+        self.refused.clear();
         for (index, row) in logit_rows.iter().enumerate() {
             let seq = sequences.get(&row.seq).ok_or(ShardFault::UnknownSequence(row.seq))?;
             let logits_row = (index % group_rows) as u32;
             let filled = match row.want {
                 Want::Sample => self.sample_row(seq, vocab, logits_row),
                 Want::PromptLogprob { position } => SampleRow {
-                    logits_row,
+                    kind: SampleRow::TARGET,
                     target: seq.tokens.get(position as usize).copied().unwrap_or_default(),
-                    logprobs: seq.sampling.prompt_logprobs.unwrap_or(0).min(TOP_LOGPROBS_MAX as u32),
-                    ..SampleRow::TARGET
+                    logprobs: seq.sampling.prompt_logprobs.unwrap_or(0).min(SamplerKernel::TOP_MAX as u32),
+                    ..SampleRow::new(&SampleParams::default(), 0, logits_row, seq.slot)
                 },
             };
             self.rows.push(filled);
+            if self.edits.len() > EDITS_MAX {
+                self.edits.truncate(filled.edits as usize);
+                self.refused.push(row.seq);
+                if let Some(row) = self.rows.last_mut() {
+                    row.edit_count = 0;
+                }
+            }
         }
         Ok(())
     }
@@ -52,25 +66,24 @@ impl SampleLists {
     fn sample_row(&mut self, seq: &DeviceSequence, vocab: usize, logits_row: u32) -> SampleRow {
         let sampling = &seq.sampling;
         let (first, count) = self.push_edits(seq);
-        SampleRow {
-            seed: sampling.seed,
-            position: seq.next_position(),
-            logits_row,
-            slot: seq.slot,
+        let params = SampleParams {
             temperature: sampling.temperature,
-            inv_temperature: 1.0 / sampling.temperature,
+            top_k: sampling.top_k,
             top_p: sampling.top_p,
             min_p: sampling.min_p,
             repetition_penalty: sampling.repetition_penalty,
             presence_penalty: sampling.presence_penalty,
             frequency_penalty: sampling.frequency_penalty,
-            top_k: sampling.top_k,
+            seed: sampling.seed,
+            ..SampleParams::default()
+        };
+        SampleRow {
             edits: first,
             edit_count: count,
             mask: self.push_mask(&sampling.allowed_tokens, vocab),
-            logprobs: sampling.logprobs.map_or(SampleRow::NONE, |n| n.min(TOP_LOGPROBS_MAX as u32)),
+            logprobs: sampling.logprobs.map_or(SampleRow::NONE, |n| n.min(SamplerKernel::TOP_MAX as u32)),
             pending: u32::from(seq.pending > 0 && seq.seen.is_some()),
-            ..SampleRow::default()
+            ..SampleRow::new(&params, seq.next_position(), logits_row, seq.slot)
         }
     }
 
@@ -80,7 +93,7 @@ impl SampleLists {
         edits.clear();
         let entry = |token: u32| TokenEdit { token, ..TokenEdit::default() };
         for (&token, &count) in seq.seen.iter().flatten() {
-            edits.entry(token).or_insert_with(|| entry(token)).flags |= TokenEdit::SEEN | count.min(TokenEdit::COUNT_MAX);
+            edits.entry(token).or_insert_with(|| entry(token)).flags |= TokenEdit::SEEN | count.min(TokenEdit::SEEN - 1);
         }
         for bias in &seq.sampling.logit_bias {
             edits.entry(bias.token).or_insert_with(|| entry(bias.token)).bias += bias.bias;
@@ -100,12 +113,9 @@ impl SampleLists {
         if allowed.is_empty() {
             return SampleRow::NONE;
         }
-        let first = self.masks.len();
-        self.masks.resize(first + vocab.div_ceil(32), 0);
-        for &token in allowed.iter().filter(|&&token| (token as usize) < vocab) {
-            self.masks[first + token as usize / 32] |= 1 << (token % 32);
-        }
-        first as u32
+        let first = self.masks.len() as u32;
+        push_mask(&mut self.masks, allowed, vocab);
+        first
     }
 }
 
@@ -118,9 +128,9 @@ pub(super) fn read(
     result: &mut StepResult,
 ) {
     for (index, (row, out)) in rows.iter().zip(out).enumerate() {
-        let first = index * TOP_LOGPROBS_MAX;
+        let first = index * SamplerKernel::TOP_MAX;
         let alternatives = || {
-            let count = (out.top_count as usize).min(TOP_LOGPROBS_MAX);
+            let count = (out.top_count as usize).min(SamplerKernel::TOP_MAX);
             let top = top.get(first..first + count).unwrap_or_default();
             top.iter().map(|t| TokenLogprob { token: t.token, logprob: t.logprob }).collect::<Vec<_>>()
         };
@@ -144,9 +154,19 @@ pub(super) fn read(
     }
 }
 
+/// Fails the sequences whose edits were left out; what was drawn for them means nothing.
+pub(super) fn refuse(refused: &[u64], result: &mut StepResult) {
+    for &seq in refused {
+        result.samples.retain(|sample| sample.seq != seq);
+        result.faults.retain(|fault| fault.seq != seq);
+        let reason = "penalties over too many distinct tokens at once; use fewer such requests, or shorter ones".into();
+        result.faults.push(SeqFault { seq, reason });
+    }
+}
+
 fn fault(out: &SampleOut) -> Option<NonFinite> {
     match out.fault {
-        SampleOut::FAULT_NONE => None,
+        0 => None,
         SampleOut::FAULT_LOGIT => Some(NonFinite::Logit { token: out.token }),
         _ => Some(NonFinite::NothingLeft),
     }

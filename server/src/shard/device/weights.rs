@@ -7,6 +7,9 @@ use loramux_models::{ModelError, WeightStore};
 /// Values converted and sent at a time.
 const STAGE_VALUES: usize = 8 << 20;
 
+/// Outputs of a weight matrix are rounded up to this in memory.
+pub(super) const OUTPUTS_MULTIPLE: usize = 16;
+
 /// Sends weights to a device, converting one half of a staging buffer while the other is copied.
 pub(super) struct DeviceStore {
     device: SharedDevice,
@@ -69,7 +72,10 @@ impl WeightStore for DeviceStore {
         if values == 0 {
             return shape("elements", 0, 1);
         }
-        let buffer = DeviceBuffer::new(&self.device, values * size_of::<u16>())?;
+        // Rows of zeros behind the last: products may have more outputs than the model, for their rows' alignment.
+        let padding = values.next_multiple_of(parts[0].d_in * OUTPUTS_MULTIPLE) - values;
+        let buffer = DeviceBuffer::new(&self.device, (values + padding) * size_of::<u16>())?;
+        buffer.write(self.stream, values * size_of::<u16>(), &vec![0u16; padding])?;
         let mut at = 0;
         for part in parts {
             self.send(&buffer, at, part.data)?;
