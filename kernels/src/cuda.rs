@@ -1,8 +1,16 @@
 //! Every op as a launch on a [`Device`](crate::device::Device), and the checks of all of them.
 
 pub use crate::activation::cuda::SiluMulKernel;
+pub use crate::embedding::cuda::{EmbeddingBuffers, EmbeddingKernel};
+pub use crate::gather_rows::cuda::{GatherBuffers, GatherRowsKernel};
+pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
 
 use crate::device::check::OpCheck;
 
 /// The checks, one for each op.
-pub const CHECKS: &[OpCheck] = &[OpCheck { name: "silu_mul", run: crate::activation::check::check }];
+pub const CHECKS: &[OpCheck] = &[
+    OpCheck { name: "silu_mul", run: crate::activation::check::check },
+    OpCheck { name: "embedding", run: crate::embedding::check::check },
+    OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
+    OpCheck { name: "rms_norm", run: crate::norm::check::check },
+];
