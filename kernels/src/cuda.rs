@@ -4,6 +4,7 @@ pub use crate::activation::cuda::SiluMulKernel;
 pub use crate::embedding::cuda::{EmbeddingBuffers, EmbeddingKernel};
 pub use crate::gather_rows::cuda::{GatherBuffers, GatherRowsKernel};
 pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
+pub use crate::sampler::cuda::{SampleOut, SampleRow, SamplerBuffers, SamplerKernel, TokenEdit, TopLogprob};
 
 use crate::device::check::OpCheck;
 
@@ -13,4 +14,5 @@ pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "embedding", run: crate::embedding::check::check },
     OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
     OpCheck { name: "rms_norm", run: crate::norm::check::check },
+    OpCheck { name: "sampler", run: crate::sampler::check::check },
 ];

@@ -1,9 +1,9 @@
 //! The kernel against the gather that it is.
 
 use super::cuda::{EmbeddingBuffers, EmbeddingKernel};
+use crate::device::Elem;
 use crate::device::check::{CheckError, Checker, Effort, Random, Summary, expect};
 use crate::device::step::FROM_DEVICE;
-use crate::device::Elem;
 
 /// Rows, width, tokens of the table, most blocks (0: as the kernel has it).
 const SHAPES: &[(usize, usize, usize, usize)] =
@@ -65,7 +65,9 @@ fn one(
         };
         let token = if (token as usize) < vocab { token as usize } else { 0 };
         expect(got[row * width..][..width] == table[token * width..][..width], || {
-            format!("embedding {elem:?}, width {width}: row {row} with entry {entry:#x} is not row {token} of the table")
+            format!(
+                "embedding {elem:?}, width {width}: row {row} with entry {entry:#x} is not row {token} of the table"
+            )
         })?;
     }
     Ok(())

@@ -1,9 +1,9 @@
 //! The kernel against the gather that it is.
 
 use super::cuda::{GatherBuffers, GatherRowsKernel};
+use crate::device::Elem;
 use crate::device::check::{CheckError, Checker, Effort, Random, Summary, expect};
 use crate::device::step::StepCounts;
-use crate::device::Elem;
 
 /// Places, rows that are wanted, rows there are, width, most blocks (0: as the kernel has it).
 const SHAPES: &[(usize, usize, usize, usize, usize)] =

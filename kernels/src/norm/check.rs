@@ -1,8 +1,8 @@
 //! The kernel against the formula, and a row in a batch against the same row alone.
 
 use super::cuda::{RmsNormBuffers, RmsNormKernel};
-use crate::device::check::{CheckError, Checker, Effort, Random, Summary, expect};
 use crate::device::Elem;
+use crate::device::check::{CheckError, Checker, Effort, Random, Summary, expect};
 
 /// Rows, width, most blocks (0: as the kernel has it).
 const SHAPES: &[(usize, usize, usize)] =
