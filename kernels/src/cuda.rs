@@ -4,7 +4,10 @@ pub use crate::activation::cuda::SiluMulKernel;
 pub use crate::embedding::cuda::{EmbeddingBuffers, EmbeddingKernel};
 pub use crate::gather_rows::cuda::{GatherBuffers, GatherRowsKernel};
 pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
-pub use crate::sampler::cuda::{SampleOut, SampleRow, SamplerBuffers, SamplerKernel, TokenEdit, TopLogprob};
+pub use crate::sampler::cuda::{
+    NONE, SampleOut, SampleRow, SamplerBuffers, SamplerKernel, TOP_MAX, TokenEdit, TopLogprob, VOCAB_MAX,
+};
+pub use crate::unpack::cuda::{BundleSection, UNPACK_SECTIONS_MAX, UnpackKernel};
 
 use crate::device::check::OpCheck;
 
@@ -15,4 +18,5 @@ pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
     OpCheck { name: "rms_norm", run: crate::norm::check::check },
     OpCheck { name: "sampler", run: crate::sampler::check::check },
+    OpCheck { name: "unpack", run: crate::unpack::check::check },
 ];
