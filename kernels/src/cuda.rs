@@ -1,6 +1,12 @@
 //! Every op as a launch on a [`Device`](crate::device::Device), and the checks of all of them.
 
 pub use crate::activation::cuda::SiluMulKernel;
+pub use crate::embedding::cuda::{EmbeddingBuffers, EmbeddingKernel};
+pub use crate::gather_rows::cuda::{GatherBuffers, GatherRowsKernel};
+pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
+pub use crate::sampler::cuda::{
+    NONE, SampleOut, SampleRow, SamplerBuffers, SamplerKernel, TOP_MAX, TokenEdit, TopLogprob, VOCAB_MAX,
+};
 pub use crate::unpack::cuda::{BundleSection, UNPACK_SECTIONS_MAX, UnpackKernel};
 
 use crate::device::check::OpCheck;
@@ -8,5 +14,9 @@ use crate::device::check::OpCheck;
 /// The checks, one for each op.
 pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "silu_mul", run: crate::activation::check::check },
+    OpCheck { name: "embedding", run: crate::embedding::check::check },
+    OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
+    OpCheck { name: "rms_norm", run: crate::norm::check::check },
+    OpCheck { name: "sampler", run: crate::sampler::check::check },
     OpCheck { name: "unpack", run: crate::unpack::check::check },
 ];
