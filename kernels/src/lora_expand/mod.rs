@@ -5,6 +5,7 @@
 //! of which only the site's columns of rows in a work item are touched. Source: Punica (arXiv:2310.18547), SGMV.
 
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 
