@@ -10,4 +10,5 @@ use crate::device::check::OpCheck;
 pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "silu_mul", run: crate::activation::check::check },
     OpCheck { name: "lora_shrink", run: crate::lora_shrink::check::check },
+    OpCheck { name: "lora_expand", run: crate::lora_expand::check::check },
 ];

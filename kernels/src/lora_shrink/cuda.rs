@@ -4,7 +4,8 @@ use crate::device::lora::{SiteShape, SiteWork, splits};
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source.
-pub(crate) static LORA_SHRINK: KernelSource = KernelSource { file: "lora_shrink.cu", text: include_str!("lora_shrink.cu") };
+pub(crate) static LORA_SHRINK: KernelSource =
+    KernelSource { file: "lora_shrink.cu", text: include_str!("lora_shrink.cu") };
 
 const THREADS: u32 = 128;
 
