@@ -87,14 +87,15 @@ DEVICE void Run<8>::store(elem* to) const { store16(to, {words[0], words[1], wor
 template <u32 MT, u32 NT>
 struct DeltaTile {
     float value[NT][MT][4];
-    bool touched;  // false: no item targets this slice, and y keeps its bits
+    bool touched;  // false: no item targets this slice, and y is to keep its bits
 
     /// The delta of the lane's `half` (0: outputs g * MT .., 1: (g + 8) * MT ..), batch row 8 n + 2 t + `odd`.
     DEVICE float at(u32 n, u32 j, u32 half, u32 odd) const { return value[n][j][half * 2 + odd]; }
 };
 
 /// Adds the items of `tile` in order. `first_n` is the first group of 8 rows, `column` the first output of the slice and
-/// `d_out` its number of outputs, a multiple of MT: those behind it are left zero. All lanes of a warp call it together.
+/// `d_out` its number of outputs, a multiple of MT; what lies behind it is not read. All lanes of a warp call it together.
+/// Without items the delta is -0, which changes no number that it is added to, not even -0.
 ///
 /// The kernels that use it are bound by reading B once (32 bytes an output and item). A lane reads ranks 4 t .. 4 t + 3
 /// of one output with 8 bytes, so four lanes read one output's 32-byte sector. mma wants ranks 2 t, 2 t + 1 and 2 t + 8,
@@ -109,7 +110,7 @@ DEVICE DeltaTile<MT, NT> expand_tile(const SiteWork& site, const RowTile& tile, 
         UNROLL
         for (u32 j = 0; j < MT; ++j) {
             UNROLL
-            for (u32 i = 0; i < 4; ++i) delta.value[n][j][i] = 0.0f;
+            for (u32 i = 0; i < 4; ++i) delta.value[n][j][i] = -0.0f;
         }
     }
     delta.touched = false;

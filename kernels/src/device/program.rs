@@ -72,5 +72,6 @@ impl Program {
         ("portable.cuh", include_str!("portable.cuh")),
         ("step.cuh", include_str!("step.cuh")),
         ("lora.cuh", include_str!("lora.cuh")),
+        ("silu.cuh", include_str!("../activation/silu.cuh")),
     ];
 }
