@@ -3,6 +3,8 @@
 pub use crate::activation::cuda::SiluMulKernel;
 pub use crate::embedding::cuda::{EmbeddingBuffers, EmbeddingKernel};
 pub use crate::gather_rows::cuda::{GatherBuffers, GatherRowsKernel};
+pub use crate::lora_expand::cuda::ExpandAddKernel;
+pub use crate::lora_shrink::cuda::ShrinkKernel;
 pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
 pub use crate::sampler::cuda::{
     NONE, SampleOut, SampleRow, SamplerBuffers, SamplerKernel, TOP_MAX, TokenEdit, TopLogprob, VOCAB_MAX,
@@ -14,6 +16,8 @@ use crate::device::check::OpCheck;
 /// The checks, one for each op.
 pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "silu_mul", run: crate::activation::check::check },
+    OpCheck { name: "lora_shrink", run: crate::lora_shrink::check::check },
+    OpCheck { name: "lora_expand", run: crate::lora_expand::check::check },
     OpCheck { name: "embedding", run: crate::embedding::check::check },
     OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
     OpCheck { name: "rms_norm", run: crate::norm::check::check },

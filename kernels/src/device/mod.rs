@@ -8,6 +8,7 @@ mod buffer;
 pub mod check;
 mod emulated;
 mod error;
+pub mod lora;
 mod program;
 pub mod step;
 #[cfg(test)]
