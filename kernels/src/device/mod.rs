@@ -5,9 +5,12 @@
 //! step only launches, copies and records, so nothing on its path allocates or waits.
 
 mod buffer;
+mod cache;
 pub mod check;
 mod emulated;
 mod error;
+mod libraries;
+mod nvrtc;
 mod program;
 pub mod step;
 #[cfg(test)]
@@ -17,8 +20,11 @@ use std::fmt::Debug;
 use std::rc::Rc;
 
 pub use buffer::{DeviceBuffer, HostBuffer};
+pub use cache::CodeCache;
 pub use emulated::{EmulatedDevice, EmulatedOptions, Schedule};
 pub use error::DeviceError;
+pub use libraries::{FoundLibrary, LibraryPaths};
+pub use nvrtc::{Compiled, Nvrtc, TESTED_ARCHS, Target, compile_all};
 pub use program::{KernelSource, Program};
 
 /// A place in device memory.
