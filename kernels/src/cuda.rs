@@ -1,8 +1,24 @@
-//! Every op as a launch on a [`Device`](crate::device::Device), and the checks of all of them.
+//! Every op as a launch on a [`Device`](crate::device::Device), the programs of all of them, and their checks.
 
 pub use crate::activation::cuda::SiluMulKernel;
 
 use crate::device::check::OpCheck;
+use crate::device::{ModelShape, Program};
 
 /// The checks, one for each op.
 pub const CHECKS: &[OpCheck] = &[OpCheck { name: "silu_mul", run: crate::activation::check::check }];
+
+/// The programs of each op for a model: one line for each op.
+const PROGRAMS: &[fn(&ModelShape) -> Vec<Program>] = &[|shape| vec![SiluMulKernel::program(shape.elem)]];
+
+/// Every program that models of these shapes need, each once.
+#[must_use]
+pub fn programs(shapes: &[ModelShape]) -> Vec<Program> {
+    let mut programs: Vec<Program> = Vec::new();
+    for program in shapes.iter().flat_map(|shape| PROGRAMS.iter().flat_map(|of| of(shape))) {
+        if !programs.contains(&program) {
+            programs.push(program);
+        }
+    }
+    programs
+}

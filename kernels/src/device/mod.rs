@@ -12,6 +12,7 @@ mod error;
 mod libraries;
 mod nvrtc;
 mod program;
+mod shape;
 pub mod step;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -26,6 +27,7 @@ pub use error::DeviceError;
 pub use libraries::{FoundLibrary, LibraryPaths};
 pub use nvrtc::{Compiled, Nvrtc, TESTED_ARCHS, Target, compile_all};
 pub use program::{KernelSource, Program};
+pub use shape::ModelShape;
 
 /// A place in device memory.
 pub type Address = u64;
