@@ -22,7 +22,7 @@ use std::rc::Rc;
 
 pub use buffer::{DeviceBuffer, HostBuffer};
 pub use cache::CodeCache;
-pub use emulated::{EmulatedDevice, EmulatedOptions, Schedule};
+pub use emulated::{Asynchrony, EmulatedDevice, EmulatedOptions, Schedule};
 pub use error::DeviceError;
 pub use libraries::{FoundLibrary, LibraryPaths};
 pub use nvrtc::{Compiled, Nvrtc, TESTED_ARCHS, Target, compile_all};
@@ -193,6 +193,18 @@ pub trait Device: Debug {
     /// # Errors
     /// [`DeviceError`] of the driver.
     fn event(&self) -> Result<Event, DeviceError>;
+
+    /// Makes an event that also keeps the time at which it came; for benchmarks.
+    ///
+    /// # Errors
+    /// [`DeviceError`] of the driver.
+    fn timed_event(&self) -> Result<Event, DeviceError>;
+
+    /// Milliseconds between two events of [`Device::timed_event`] that have come.
+    ///
+    /// # Errors
+    /// [`DeviceError`] of the driver, also for events that keep no time or have not come.
+    fn elapsed_ms(&self, start: Event, end: Event) -> Result<f32, DeviceError>;
 
     /// Sets the event to what the stream has been given so far.
     ///

@@ -4,13 +4,15 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use super::check::{CheckError, Checker, Effort, Summary};
-use super::{EmulatedDevice, EmulatedOptions, LibraryPaths, Nvrtc, Schedule, SharedDevice};
+use super::{Asynchrony, EmulatedDevice, EmulatedOptions, LibraryPaths, Nvrtc, Schedule, SharedDevice};
 
 /// The emulator with threads in this order.
 pub(crate) fn emulator(schedule: Schedule, races: bool) -> SharedDevice {
     let cache_dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/emulator"));
     let sanitize = std::env::var_os("LORAMUX_EMULATOR_SANITIZE").is_some();
-    let options = EmulatedOptions { cache_dir, schedule, races, sanitize, seed: 7 };
+    // A check that forgets to wait fails under one of the orders.
+    let asynchrony = if schedule == Schedule::Random { Asynchrony::Lazy(7) } else { Asynchrony::Eager };
+    let options = EmulatedOptions { cache_dir, schedule, asynchrony, races, sanitize, seed: 7 };
     Rc::new(EmulatedDevice::new(options).expect("the emulator starts (it needs g++)"))
 }
 

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sha2::{Digest, Sha256};
-
+use super::super::cache::{Key, publish};
 use super::super::{DeviceError, Program};
 use super::EmulatedOptions;
 
@@ -29,12 +28,8 @@ impl Compiler {
         if options.sanitize {
             flags.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=all"].map(str::to_owned));
         }
-        let mut hash = Sha256::new();
-        for (name, text) in EMULATOR.iter().chain(Program::HEADERS) {
-            hash.update(name);
-            hash.update(text);
-        }
-        let key = hex(&hash.finalize());
+        let headers = EMULATOR.iter().chain(Program::HEADERS);
+        let key = headers.fold(Key::default(), |key, (name, text)| key.part(name).part(text)).hex();
         let dir = options.cache_dir.join(format!("emulated-{}", &key[..16]));
         let compiler = Self { dir, flags, version };
         std::fs::create_dir_all(&compiler.dir).map_err(|error| compiler.failed("emulator", &error.to_string()))?;
@@ -51,16 +46,8 @@ impl Compiler {
     /// The shared object of a program.
     pub(super) fn compile(&self, program: &Program) -> Result<PathBuf, DeviceError> {
         let defines: Vec<String> = program.defines.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-        let mut hash = Sha256::new();
-        for part in [program.source.text, program.entry, &self.version].into_iter().map(str::to_owned) {
-            hash.update(part);
-            hash.update([0]);
-        }
-        for part in self.flags.iter().chain(&defines) {
-            hash.update(part);
-            hash.update([0]);
-        }
-        let key = hex(&hash.finalize());
+        let key = Key::default().part(program.source.text).part(program.entry).part(&self.version);
+        let key = self.flags.iter().chain(&defines).fold(key, Key::part).hex();
         let target = self.dir.join(format!("{}-{}.so", program.entry, &key[..24]));
         if target.exists() {
             return Ok(target);
@@ -85,18 +72,11 @@ impl Compiler {
         Ok(target)
     }
 
-    /// Writes a file that others see whole or not at all.
     fn publish(&self, path: &Path, bytes: &[u8]) -> Result<(), DeviceError> {
-        let part = path.with_extension(format!("{}.part", std::process::id()));
-        let written = std::fs::write(&part, bytes).and_then(|()| std::fs::rename(&part, path));
-        written.map_err(|error| self.failed(&path.display().to_string(), &error.to_string()))
+        publish(path, bytes).map_err(|error| self.failed(&path.display().to_string(), &error.to_string()))
     }
 
     fn failed(&self, kernel: &str, log: &str) -> DeviceError {
         DeviceError::Compile { kernel: kernel.to_owned(), arch: "emulated".into(), log: log.to_owned() }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
