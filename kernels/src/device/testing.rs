@@ -6,14 +6,18 @@ use std::rc::Rc;
 use super::check::{CheckError, Checker, Effort, Summary};
 use super::{Asynchrony, EmulatedDevice, EmulatedOptions, LibraryPaths, Nvrtc, Schedule, SharedDevice};
 
-/// The emulator with threads in this order.
+/// The emulator with threads in this order. A check that forgets to wait fails under one of the orders.
 pub(crate) fn emulator(schedule: Schedule, races: bool) -> SharedDevice {
+    let asynchrony = if schedule == Schedule::Random { Asynchrony::Lazy(7) } else { Asynchrony::Eager };
+    Rc::new(emulator_with(schedule, races, asynchrony))
+}
+
+/// The emulator with threads and streams in these orders.
+pub(crate) fn emulator_with(schedule: Schedule, races: bool, asynchrony: Asynchrony) -> EmulatedDevice {
     let cache_dir = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/emulator"));
     let sanitize = std::env::var_os("LORAMUX_EMULATOR_SANITIZE").is_some();
-    // A check that forgets to wait fails under one of the orders.
-    let asynchrony = if schedule == Schedule::Random { Asynchrony::Lazy(7) } else { Asynchrony::Eager };
     let options = EmulatedOptions { cache_dir, schedule, asynchrony, races, sanitize, seed: 7 };
-    Rc::new(EmulatedDevice::new(options).expect("the emulator starts (it needs g++)"))
+    EmulatedDevice::new(options).expect("the emulator starts (it needs g++)")
 }
 
 /// Runs a check under every order of threads, and once with race detection.
