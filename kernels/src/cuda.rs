@@ -1,15 +1,20 @@
 //! Every op as a launch on a [`Device`](crate::device::Device), the programs of all of them, and their checks.
 
 pub use crate::activation::cuda::SiluMulKernel;
+pub use crate::unpack::cuda::{BundleSection, UNPACK_SECTIONS_MAX, UnpackKernel};
 
 use crate::device::check::OpCheck;
 use crate::device::{ModelShape, Program};
 
 /// The checks, one for each op.
-pub const CHECKS: &[OpCheck] = &[OpCheck { name: "silu_mul", run: crate::activation::check::check }];
+pub const CHECKS: &[OpCheck] = &[
+    OpCheck { name: "silu_mul", run: crate::activation::check::check },
+    OpCheck { name: "unpack", run: crate::unpack::check::check },
+];
 
 /// The programs of each op for a model: one line for each op.
-const PROGRAMS: &[fn(&ModelShape) -> Vec<Program>] = &[|shape| vec![SiluMulKernel::program(shape.elem)]];
+const PROGRAMS: &[fn(&ModelShape) -> Vec<Program>] =
+    &[|shape| vec![SiluMulKernel::program(shape.elem)], |shape| vec![UnpackKernel::program(shape.elem)]];
 
 /// Every program that models of these shapes need, each once.
 #[must_use]

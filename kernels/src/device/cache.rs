@@ -38,14 +38,19 @@ impl Key {
     }
 }
 
+/// A name beside `path` that no other thread or process uses.
+pub(super) fn part_of(path: &Path) -> PathBuf {
+    static SERIAL: AtomicU64 = AtomicU64::new(0);
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    path.with_extension(format!("{}-{serial}.part", std::process::id()))
+}
+
 /// Writes a file that others see whole or not at all, also after a power cut.
 ///
 /// # Errors
 /// Those of the file system; no part of the file is left then.
-pub(super) fn publish(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    static SERIAL: AtomicU64 = AtomicU64::new(0);
-    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-    let part = path.with_extension(format!("{}-{serial}.part", std::process::id()));
+fn publish(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let part = part_of(path);
     let write = || {
         let mut file = File::create(&part)?;
         file.write_all(bytes)?;

@@ -87,7 +87,7 @@ impl Executor {
         let arena = Arena::new(layout.page_bytes, pages)
             .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
         let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
-        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes));
+        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes, None));
         let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
         Ok(Self {
             decoder,
@@ -182,7 +182,7 @@ impl Executor {
         for upload in &step.uploads {
             let unknown = || ShardFault::UnknownContent(upload.content_id.iter().map(|b| format!("{b:02x}")).collect());
             let image = self.slab.get(&upload.content_id).ok_or_else(unknown)?;
-            self.table.publish(&mut self.arena, upload.slot, upload.generation, &image, &upload.pages)?;
+            self.table.publish(&mut self.arena, upload.slot, upload.generation, image.image(), &upload.pages)?;
             uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
         }
         Ok(uploaded)
