@@ -1,4 +1,4 @@
-//! Every op as a launch on a [`Device`](crate::device::Device), and the checks of all of them.
+//! Every op as a launch on a [`Device`](crate::device::Device), the programs of all of them, and their checks.
 
 pub use crate::activation::cuda::SiluMulKernel;
 pub use crate::embedding::cuda::{EmbeddingBuffers, EmbeddingKernel};
@@ -12,6 +12,7 @@ pub use crate::sampler::cuda::{
 pub use crate::unpack::cuda::{BundleSection, UNPACK_SECTIONS_MAX, UnpackKernel};
 
 use crate::device::check::OpCheck;
+use crate::device::{ModelShape, Program};
 
 /// The checks, one for each op.
 pub const CHECKS: &[OpCheck] = &[
@@ -24,3 +25,19 @@ pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "sampler", run: crate::sampler::check::check },
     OpCheck { name: "unpack", run: crate::unpack::check::check },
 ];
+
+/// The programs of each op for a model: one line for each op.
+const PROGRAMS: &[fn(&ModelShape) -> Vec<Program>] =
+    &[|shape| vec![SiluMulKernel::program(shape.elem)], |shape| vec![UnpackKernel::program(shape.elem)]];
+
+/// Every program that models of these shapes need, each once.
+#[must_use]
+pub fn programs(shapes: &[ModelShape]) -> Vec<Program> {
+    let mut programs: Vec<Program> = Vec::new();
+    for program in shapes.iter().flat_map(|shape| PROGRAMS.iter().flat_map(|of| of(shape))) {
+        if !programs.contains(&program) {
+            programs.push(program);
+        }
+    }
+    programs
+}
