@@ -37,7 +37,7 @@ impl Scheduler {
     }
 
     fn can_admit(&self, draft: &Draft) -> bool {
-        draft.budget > 0 && self.running.len() < self.limits.seats() && !draft.preempted
+        draft.budget > 0 && self.running.len() < self.limits.seats() && !draft.no_starts
     }
 
     /// Admits and plans the first chunk.

@@ -136,6 +136,7 @@ impl Executor {
             load_ms: 0,
             base_content_id: self.content_id.to_vec(),
             kernel_path: isa_name().to_owned(),
+            pipeline_depth: 1,
         }
     }
 

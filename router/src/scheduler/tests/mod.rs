@@ -3,6 +3,7 @@
 mod audit;
 mod client;
 mod fairness;
+mod flight;
 mod marker;
 mod oracle;
 mod plans;

@@ -20,6 +20,7 @@ pub(super) fn limits() -> SchedulerLimits {
         queued_requests_max: 100,
         queued_tokens_max: u64::MAX,
         context_tokens: 64,
+        pipeline_depth: 1,
         prefix_caching: false,
         prefix_key: [7; 32],
     }
