@@ -6,6 +6,7 @@ mod fairness;
 mod flight;
 mod marker;
 mod oracle;
+mod pipeline;
 mod plans;
 mod shard;
 mod sim;

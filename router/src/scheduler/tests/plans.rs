@@ -116,7 +116,7 @@ impl Bench {
 }
 
 /// What a shard that draws token 1 each time reports.
-fn result_of(step: &Step) -> StepResult {
+pub(super) fn result_of(step: &Step) -> StepResult {
     let sample = |seq| Sample { seq, token: 1, logprob: 0.0, top: Vec::new() };
     let uploaded = step.uploads.iter().map(|u| SlotGeneration { slot: u.slot, generation: u.generation });
     StepResult {
@@ -128,7 +128,7 @@ fn result_of(step: &Step) -> StepResult {
 }
 
 /// `s1[0..8]@2!` = positions 0..8 of run 1 under slot 2, sampled; blocks are listed where a test looks at them.
-fn show(step: &Step) -> String {
+pub(super) fn show(step: &Step) -> String {
     let mut text = String::new();
     for seq in &step.finishes {
         let _ = write!(text, "-s{seq} ");

@@ -102,6 +102,21 @@ fn sim_ci_pipelined() {
     check_ci(2);
 }
 
+#[test]
+fn a_request_gets_the_same_tokens_with_one_step_in_flight_and_with_two() {
+    let (mut sequences, mut wasted) = (0, 0);
+    for seed in 0..400 {
+        let (mut one, mut two) = (World::random(seed, 1), World::random(seed, 2));
+        let (alone, pipelined) = (one.run_calmly(24), two.run_calmly(24));
+        assert_eq!(alone, pipelined, "seed {seed}");
+        sequences += alone.len();
+        assert_eq!(one.totals.wasted_positions, 0, "seed {seed}: nothing was cancelled");
+        wasted += two.totals.wasted_positions;
+    }
+    // End tokens cannot be foreseen, `max_tokens` can.
+    assert!(sequences > 1_000 && wasted > 100, "{sequences} sequences, {wasted} positions for nothing");
+}
+
 /// The long run of `just sim`; without its variables it runs a few seeds that `sim_ci` does not.
 #[test]
 fn sim_long() {

@@ -39,6 +39,8 @@ pub(super) struct World {
     pub(super) totals: Totals,
     pub(super) calm: bool,
     drained_for: u64,
+    /// Tokens of each sequence that came in calm weather.
+    delivered: BTreeMap<(RequestId, u32), Vec<u32>>,
 }
 
 impl World {
@@ -81,11 +83,25 @@ impl World {
             totals: Totals::default(),
             calm: false,
             drained_for: 0,
+            delivered: BTreeMap::new(),
         };
         for (content, _) in world.contents.clone() {
             world.prepare(content);
         }
         world
+    }
+
+    /// Submits `requests` requests at once, lets them end without weather, and returns the tokens of each sequence.
+    pub(super) fn run_calmly(&mut self, requests: usize) -> BTreeMap<(RequestId, u32), Vec<u32>> {
+        while !self.preparing.is_empty() {
+            self.bring_contents();
+        }
+        (self.weather.deadline, self.weather.poison, self.calm) = (0, 0, true);
+        for _ in 0..requests {
+            self.submit();
+        }
+        self.run(0);
+        std::mem::take(&mut self.delivered)
     }
 
     /// Runs `steps` steps of weather, then lets everything end.
@@ -132,6 +148,9 @@ impl World {
         let step = self.scheduler.plan(self.now_ms);
         let events = self.scheduler.take_events();
         self.check_events(events);
+        if self.totals.steps.is_multiple_of(AUDIT_PLAN_EVERY) {
+            self.audit_all();
+        }
         match step {
             None if self.sent.is_empty() => return self.check_may_rest(),
             None => {}
@@ -147,9 +166,6 @@ impl World {
                     return; // the next one is planned before a result is read
                 }
             }
-        }
-        if self.totals.steps.is_multiple_of(AUDIT_PLAN_EVERY) {
-            self.audit_all();
         }
         self.answer();
     }
@@ -207,7 +223,8 @@ impl World {
                         self.prepare(content);
                     }
                 }
-                Err(_) => assert!(used || self.totals.cancels + self.totals.deadlines > 0),
+                // What ended may be in flight still.
+                Err(_) => assert!(used || self.totals.cancels + self.totals.deadlines + self.totals.ahead > 0),
             }
         }
     }
@@ -343,7 +360,12 @@ impl World {
                     true
                 }
                 event => {
-                    self.totals.tokens += u64::from(matches!(event, GenerateEvent::Token { .. }));
+                    if let GenerateEvent::Token { index, token, .. } = event {
+                        self.totals.tokens += 1;
+                        if self.calm {
+                            self.delivered.entry((request, index)).or_default().push(token);
+                        }
+                    }
                     self.totals.forks += u64::from(matches!(event, GenerateEvent::Finished { index: 1.., .. }));
                     client.check_event(event)
                 }
