@@ -79,7 +79,7 @@ impl Scheduler {
         }
     }
 
-    /// The leader of a request left as a suspect: the sibling that leads now is one, too.
+    /// Its leader is a suspect, or left as one: the sibling that need not wait for it any more is one, too.
     pub(super) fn inherit_suspicion(&mut self, key: SeqKey, until: usize) {
         let seq = self.seq_mut(key);
         seq.may_take_turn();

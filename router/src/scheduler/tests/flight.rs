@@ -8,12 +8,21 @@ use super::super::{RequestId, SchedulerLimits};
 use super::marker::owner_mark;
 use super::shard::FakeShard;
 use super::world::World;
+use crate::engine::ContentId;
 
 /// A step in flight.
 pub(super) struct Sent {
     pub(super) step: Step,
     /// Set once it was executed; the host does not know it yet.
     pub(super) result: Option<StepResult>,
+    /// Contents that the shard was told to drop after this step.
+    pub(super) drops: Vec<ContentId>,
+}
+
+impl Sent {
+    pub(super) fn new(step: Step) -> Self {
+        Self { step, result: None, drops: Vec::new() }
+    }
 }
 
 impl World {
@@ -94,8 +103,25 @@ impl World {
                 client.numerics_due = true;
             }
         }
-        self.sent[at].result = Some(result);
+        let sent = &mut self.sent[at];
+        sent.result = Some(result);
+        for content in sent.drops.drain(..) {
+            self.shard.host.remove(&content);
+        }
         Ok(())
+    }
+
+    /// The shard takes messages in order: what it has not executed yet still finds the content.
+    pub(super) fn drop_content(&mut self, content: ContentId) {
+        match self.sent.iter_mut().rfind(|sent| sent.result.is_none()) {
+            Some(sent) => sent.drops.push(content),
+            None => drop(self.shard.host.remove(&content)),
+        }
+    }
+
+    /// It will be told, but has not got there.
+    pub(super) fn is_to_be_dropped(&self, content: &ContentId) -> bool {
+        self.sent.iter().any(|sent| sent.drops.contains(content))
     }
 
     fn lose_shard(&mut self, weight: u32) {

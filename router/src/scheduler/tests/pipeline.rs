@@ -172,6 +172,23 @@ fn nobody_gives_way_while_a_step_in_flight_names_it() {
 }
 
 #[test]
+fn who_could_go_on_waits_for_an_older_one_that_lacks_memory() {
+    let mut bench = Bench::new(SchedulerLimits { pages_total: 5, block_tokens: 8, ..two_deep() });
+    bench.submit(request(20, 12));
+    bench.submit(request(7, 20));
+    let mut steps = vec![bench.plan().expect("two prompts")];
+    while let Some(step) = bench.plan() {
+        steps.push(step);
+        let oldest = steps.remove(0);
+        bench.commit(&oldest);
+    }
+    // The first one needs a fourth block. The second one has room in its own, but would never be there to give way.
+    assert_eq!(steps.iter().map(show).collect::<Vec<_>>(), ["s1[23..24]! s2[10..11]!"]);
+    bench.commit(&steps[0]);
+    assert_eq!(bench.step(), "-s2 s1[24..25]!");
+}
+
+#[test]
 fn an_adapter_stays_until_the_step_that_runs_under_it_for_nothing_is_done() {
     let mut bench = Bench::new(SchedulerLimits { slots_max: 1, ..two_deep() });
     bench.scheduler.adapter_ready(content(1), 1);
@@ -242,6 +259,25 @@ fn a_death_makes_suspects_of_both_steps_and_they_are_tried_one_step_at_a_time() 
     assert_eq!(bench.step(), "+s4(2) s4[0..2]!");
     let (one, two) = (bench.plan().expect("all are cleared"), bench.plan().expect("two deep again"));
     assert_eq!((one.chunks.len(), two.chunks.len()), (2, 2));
+}
+
+#[test]
+fn siblings_of_a_leader_whose_decode_was_in_flight_are_tried_alone_too() {
+    let mut bench = Bench::new(two_deep());
+    bench.submit(GenerateRequest { n: 2, ..request(2, 8) });
+    bench.submit(GenerateRequest { tenant: 2, ..request(2, 8) });
+    for _ in 0..2 {
+        bench.plan().expect("the prompts, then the decodes");
+    }
+    bench.scheduler.shard_lost(2);
+    assert_eq!(bench.step(), "+s3(2) s3[0..2]!");
+    assert_eq!(bench.step(), "s3[2..3]!", "past the place");
+    assert_eq!(bench.step(), "s3[3..4]!", "the rest of the batch has its turn");
+    assert_eq!(bench.step(), "+s4(2) s4[0..2]!", "the other request");
+    assert_eq!(bench.step(), "s3[4..5]!");
+    assert_eq!(bench.step(), "s4[2..3]!");
+    assert_eq!(bench.step(), "s3[5..6]! s4[3..4]!");
+    assert_eq!(bench.step(), "copy b0>b3 +s5(2) s5[1..2]!", "the sibling");
 }
 
 #[test]

@@ -159,7 +159,7 @@ impl World {
                 self.scheduler.audit_flight(&step);
                 self.totals.switches += step.chunks.iter().filter(|c| !c.adapters.is_empty()).count() as u64;
                 self.totals.ahead += u64::from(!self.sent.is_empty());
-                self.sent.push_back(Sent { step, result: None });
+                self.sent.push_back(Sent::new(step));
                 if self.sent.len() == self.limits.pipeline_depth as usize {
                     assert!(self.scheduler.plan(self.now_ms).is_none(), "enough steps are in flight");
                 } else if self.rng.chance(700) {
@@ -218,7 +218,7 @@ impl World {
             match self.scheduler.adapter_forget(content) {
                 Ok(()) => {
                     assert!(!used, "a content in use was forgotten");
-                    self.shard.host.remove(&content);
+                    self.drop_content(content);
                     if !self.preparing.iter().any(|(c, _)| *c == content) {
                         self.prepare(content);
                     }
@@ -264,7 +264,8 @@ impl World {
                 );
             }
             Failure::AdapterGone(..) => {
-                assert!(request.adapters.iter().any(|a| !self.shard.host.contains_key(&a.content)));
+                let gone = |c: &ContentId| !self.shard.host.contains_key(c) || self.is_to_be_dropped(c);
+                assert!(request.adapters.iter().any(|a| gone(&a.content)));
             }
             other => panic!("submit refused with {other:?}"),
         }
@@ -317,8 +318,8 @@ impl World {
 
     fn bring_contents(&mut self) {
         for (content, delay) in std::mem::take(&mut self.preparing) {
-            if delay > 0 {
-                self.preparing.push((content, delay - 1));
+            if delay > 0 || self.is_to_be_dropped(&content) {
+                self.preparing.push((content, delay.saturating_sub(1)));
             } else if !self.calm
                 && self.scheduler.contents_needed().contains(&content)
                 && self.rng.chance(self.weather.gone)
