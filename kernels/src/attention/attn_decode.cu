@@ -33,7 +33,8 @@ constexpr u32 MERGE_DIMS = HEAD_DIM < 128 ? HEAD_DIM : 128;  // joined at a time
 constexpr u32 MERGE_STRIDE = MERGE_DIMS + 8;      // float2 stores of (g, t) fall into different banks
 constexpr u32 PARTIAL_FLOATS = GROUP * HEAD_DIM + (2 * GROUP + 3) / 4 * 4;  // O [GROUP][HEAD_DIM], then (max, sum) [GROUP]
 constexpr bool AHEAD = HEAD_DIM <= 128;           // registers for Q, K, the next K and V beside O: not with 256 dims
-constexpr u32 VALUE_TILES = AHEAD ? OUT_TILES : OUT_TILES / 4;  // of V in registers together
+constexpr u32 KEY_STEPS = AHEAD ? KEY_LOADS : 4;  // of K in registers together
+constexpr u32 VALUE_TILES = AHEAD ? OUT_TILES : OUT_TILES / 2;  // of V
 // Blocks a multiprocessor must hold, which is to say registers a thread may have.
 constexpr u32 RESIDENT = HEAD_DIM <= 64 ? 4 : HEAD_DIM <= 96 && GROUP <= 8 ? 3 : 2;
 constexpr float NO_SCORE = -1e30f;                // below every score, and still finite: differences are no NaN
@@ -70,17 +71,15 @@ struct Softmax {
 };
 
 struct Keys {
-    Words4 at[2][KEY_LOADS];   // [tile][c]
+    Words4 at[2][KEY_STEPS];   // [tile][c]
 };
 
 struct Values {
     Words2 at[VALUE_TILES];
 };
 
-/// This lane's 8 dims of head g + 8 h for each c. With 256 dims there is no room for them: they come from L1 each time.
 struct Query {
-    const elem* first_head;
-    Words4 at[HALVES][AHEAD ? KEY_LOADS : 1];
+    Words4 at[HALVES][KEY_STEPS];  // this lane's 8 dims of head g + 8 h for each c
 };
 
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
@@ -91,7 +90,7 @@ DEVICE Keys load_keys(const u8* head, u32 group, u32 t) {
     for (u32 j = 0; j < 2; ++j) {
         const u32 token = 4 * (group / 2) + 2 * j + group % 2;
         UNROLL
-        for (u32 c = 0; c < KEY_LOADS; ++c) keys.at[j][c] = load16_once(head + token * HEAD_DIM * 2 + c * 64 + t * 16);
+        for (u32 c = 0; c < KEY_STEPS; ++c) keys.at[j][c] = load16_once(head + token * HEAD_DIM * 2 + c * 64 + t * 16);
     }
     return keys;
 }
@@ -103,35 +102,25 @@ DEVICE Values load_values(const u8* head, u32 lane) {
     return values;
 }
 
-DEVICE Words4 load_query_words(const elem* first_head, u32 h, u32 c) {
-    const u32 lane = threadIdx.x % 32, head = lane / 4 + 8 * h;
-    if (head >= GROUP) return {0, 0, 0, 0};
-    return load16(first_head + head * HEAD_DIM + c * 32 + lane % 4 * 8);
-}
-
-DEVICE Query load_query(const elem* first_head) {
+DEVICE Query load_query(const elem* first_head, u32 group, u32 t) {
     Query query;
-    query.first_head = first_head;
-    if (!AHEAD) return query;
     UNROLL
     for (u32 h = 0; h < HALVES; ++h) {
+        const u32 head = group + 8 * h;
         UNROLL
-        for (u32 c = 0; c < KEY_LOADS; ++c) query.at[h][AHEAD ? c : 0] = load_query_words(first_head, h, c);
+        for (u32 c = 0; c < KEY_STEPS; ++c) {
+            query.at[h][c] = {0, 0, 0, 0};
+            if (head < GROUP) query.at[h][c] = load16(first_head + head * HEAD_DIM + c * 32 + t * 8);
+        }
     }
     return query;
 }
 
-DEVICE Words4 query_words(const Query& query, u32 h, u32 c) {
-    return AHEAD ? query.at[h][AHEAD ? c : 0] : load_query_words(query.first_head, h, c);
-}
-
-DEVICE void scores(float (&s)[2][4], const Query& query, const Keys& keys) {
+DEVICE void add_scores(float (&s)[2][4], const Query& query, const Keys& keys) {
     UNROLL
-    for (u32 i = 0; i < 8; ++i) s[i / 4][i % 4] = 0.0f;
-    UNROLL
-    for (u32 c = 0; c < KEY_LOADS; ++c) {
-        const Words4 low = query_words(query, 0, c);
-        const Words4 high = HALVES == 2 ? query_words(query, HALVES - 1, c) : Words4{0, 0, 0, 0};
+    for (u32 c = 0; c < KEY_STEPS; ++c) {
+        const Words4 low = query.at[0][c];
+        const Words4 high = HALVES == 2 ? query.at[HALVES - 1][c] : Words4{0, 0, 0, 0};
         UNROLL
         for (u32 j = 0; j < 2; ++j) {
             const Words4 key = keys.at[j][c];
@@ -191,19 +180,25 @@ DEVICE void weigh(u32 (&weights)[4], Softmax& old, const float (&s)[2][4]) {
 }
 
 /// This warp's KV blocks of a unit.
-DEVICE void attend(Softmax& state, const AttnDecodeArgs& args, const DecodeUnit& unit, u32 kv_head, const Query& query) {
+DEVICE void attend(Softmax& state, const AttnDecodeArgs& args, const DecodeUnit& unit, u32 kv_head) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
     const u32 position = args.positions[unit.row];
     const u32 seen = position + 1 > args.window ? position + 1 - args.window : 0;  // the first position inside the window
     const u32 end = (unit.kv_end + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     const u32* table = args.block_table + unit.blocks;
     const u64 to_values = kv_value_distance(args.kv);
+    const elem* first_head =
+        args.qkv + (u64(unit.row) * (GROUP + 2) * args.kv.kv_heads + kv_head * GROUP) * HEAD_DIM;
 
     u32 block = unit.kv_begin / BLOCK_TOKENS + warp;
     if (block >= end) return;
     const u8* head = args.arena + kv_key_offset(args.kv, args.layer, table[block], kv_head);
+    Query query;
     Keys keys;
-    if (AHEAD) keys = load_keys(head, group, t);
+    if (AHEAD) {
+        query = load_query(first_head, group, t);
+        keys = load_keys(head, group, t);
+    }
     u32 next_id = block + WARPS < end ? table[block + WARPS] : 0;  // one KV block earlier than its keys
     for (; block < end; block += WARPS) {
         Values values;
@@ -212,13 +207,20 @@ DEVICE void attend(Softmax& state, const AttnDecodeArgs& args, const DecodeUnit&
         if (AHEAD) {
             values = load_values(head + to_values, lane);
             if (block + WARPS < end) next_keys = load_keys(next_head, group, t);
-        } else {
-            keys = load_keys(head, group, t);
         }
         if (block + 2 * WARPS < end) next_id = table[block + 2 * WARPS];
 
         float s[2][4];
-        scores(s, query, keys);
+        UNROLL
+        for (u32 i = 0; i < 8; ++i) s[i / 4][i % 4] = 0.0f;
+        if (AHEAD) {
+            add_scores(s, query, keys);
+        } else {
+#pragma unroll 1  // or the loads of all steps are moved together again
+            for (u32 c = 0; c < KEY_LOADS; c += KEY_STEPS) {
+                add_scores(s, load_query(first_head + c * 32, group, t), load_keys(head + c * 64, group, t));
+            }
+        }
         UNROLL
         for (u32 i = 0; i < 8; ++i) s[i / 4][i % 4] *= args.scale;
         const u32 token = block * BLOCK_TOKENS + 4 * t;
@@ -282,8 +284,7 @@ KERNEL_ENTRY(attn_decode, AttnDecodeArgs, DECODE_THREADS, RESIDENT) {
         for (u32 i = 0; i < OUT_TILES * 4; ++i) state.out[i / 4][i % 4] = 0.0f;
         UNROLL
         for (u32 h = 0; h < HALVES; ++h) state.max[h] = NO_SCORE, state.sum[h] = 0.0f;
-        const u64 q_row = u64(unit.row) * (GROUP + 2) * kv_heads;
-        attend(state, args, unit, kv_head, load_query(args.qkv + (q_row + kv_head * GROUP) * HEAD_DIM));
+        attend(state, args, unit, kv_head);
 
         UNROLL
         for (u32 h = 0; h < HALVES; ++h) {
