@@ -5,7 +5,8 @@ use crate::device::step::{BLOCK_TOKENS, KvShape};
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source for decoding rows.
-pub static ATTN_DECODE: KernelSource = KernelSource { file: "attn_decode.cu", text: include_str!("attn_decode.cu") };
+pub(crate) static ATTN_DECODE: KernelSource =
+    KernelSource { file: "attn_decode.cu", text: include_str!("attn_decode.cu") };
 
 const DECODE_THREADS: u32 = 128;
 
@@ -55,7 +56,8 @@ impl HeadShape {
             return Err(DeviceError::Unsupported(format!("head_dim {head_dim}: the kernels have {HEAD_DIMS:?}")));
         }
         if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) || self.group() > GROUP_MAX {
-            let text = format!("{heads} heads over {kv_heads} kv heads: the kernels take 1 to {GROUP_MAX} heads a kv head");
+            let text =
+                format!("{heads} heads over {kv_heads} kv heads: the kernels take 1 to {GROUP_MAX} heads a kv head");
             return Err(DeviceError::Unsupported(text));
         }
         Ok(())

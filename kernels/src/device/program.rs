@@ -2,7 +2,7 @@
 
 use super::Elem;
 
-/// One `.cu` file. It includes `portable.cuh` and `step.cuh` and nothing else.
+/// One `.cu` file. It includes nothing but [`Program::HEADERS`].
 #[derive(Debug)]
 pub struct KernelSource {
     /// File name, for messages.
@@ -68,6 +68,9 @@ impl Program {
     }
 
     /// The headers that sources may include: name and text.
-    pub const HEADERS: &[(&str, &str)] =
-        &[("portable.cuh", include_str!("portable.cuh")), ("step.cuh", include_str!("step.cuh"))];
+    pub const HEADERS: &[(&str, &str)] = &[
+        ("portable.cuh", include_str!("portable.cuh")),
+        ("step.cuh", include_str!("step.cuh")),
+        ("kv.cuh", include_str!("kv.cuh")),
+    ];
 }

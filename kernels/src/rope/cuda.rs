@@ -5,7 +5,8 @@ use crate::device::step::KvShape;
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source.
-pub static ROPE_CACHE: KernelSource = KernelSource { file: "rope_cache.cu", text: include_str!("rope_cache.cu") };
+pub(crate) static ROPE_CACHE: KernelSource =
+    KernelSource { file: "rope_cache.cu", text: include_str!("rope_cache.cu") };
 
 const THREADS: u32 = 256;
 
