@@ -37,8 +37,8 @@ pub use gather_rows::gather_rows;
 pub use kv_cache::{KvLayout, KvSlot, copy_block};
 pub use linear::{PackedWeight, WeightPart, linear};
 pub use lora::{
-    AdapterImage, AdapterTable, LoraPart, LoraScratch, LoraSite, RANK_BLOCK, SLICES, Segment, Slice, SlotScale,
-    WorkList,
+    AdapterImage, AdapterTable, ImageLayout, LoraPart, LoraScratch, LoraSite, RANK_BLOCK, SLICES, Segment, Slice,
+    SlotScale, WorkList,
 };
 pub use lora_expand::lora_expand;
 pub use lora_shrink::lora_shrink;

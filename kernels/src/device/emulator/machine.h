@@ -1,0 +1,227 @@
+// The state of one OS thread's emulated GPU, and how its fibers give way and fail. Included by emulator.cpp alone.
+#pragma once
+
+#include "emulator.h"
+#include "fiber.h"
+#include "races.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace emu {
+
+constexpr u32 WARP = 32;
+constexpr u32 FULL_MASK = 0xffffffffu;
+constexpr size_t STATIC_SHARED_LIMIT = 48 << 10;  // what every CUDA device grants without opt-in
+constexpr size_t SHARED_LIMIT = 227 << 10;        // sm_90 and sm_100; sm_80: 163 KiB, sm_86 and sm_89: 99 KiB
+constexpr size_t ARENA_ALIGN = 128;
+constexpr size_t MAX_ARRAYS = 64;                 // in shared memory, per kernel
+constexpr size_t ARENA_BYTES = SHARED_LIMIT + MAX_ARRAYS * 4 * ARENA_ALIGN;  // a gap around each array
+
+struct PendingCopy {
+    u8* to;
+    const u8* from;
+    u32 group;
+    bool valid;
+};
+
+struct Fiber {
+    Stackful stackful;
+    char* stack = nullptr;
+    void* asan_fake_stack = nullptr;
+    u32 thread = 0;
+    bool finished = false;
+    const u32* gate = nullptr;  // the meeting's generation counter; the fiber may go on once it has moved
+    u32 gate_seen = 0;
+    const char* waiting_at = nullptr;
+    u32 groups = 0;                   // committed so far
+    std::vector<PendingCopy> copies;  // not landed, oldest first
+
+    bool runnable() const { return !finished && (gate == nullptr || *gate != gate_seen); }
+};
+
+struct Warp {
+    u32 generation = 0;  // collectives so far
+    u32 meetings = 1;    // `__syncwarp`s so far: what orders memory
+    u32 arrived = 0;
+    const char* operation = nullptr;
+    void* payload[WARP] = {};
+};
+
+struct SharedArray {
+    const void* tag;
+    const char* name;
+    u32 offset, bytes;
+    u32 ready_for_block;  // `block_serial` of the block it was NaN-filled for
+};
+
+struct Machine {
+    // Kept from launch to launch.
+    StackPool stacks;
+    std::unique_ptr<u8[]> arena_bytes{new u8[ARENA_BYTES + ARENA_ALIGN]};
+    u8* arena = reinterpret_cast<u8*>((uintptr_t(arena_bytes.get()) + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN);
+    std::vector<Fiber> fibers;
+    SharedShadow shared_shadow;
+    GlobalShadow global_shadow;
+    u32 barrier_generation = 1, block_serial = 0;  // never restart, so old marks are never current
+
+    // Of the running launch.
+    const Kernel* kernel = nullptr;
+    EmuLaunch launch = {};
+    const void* args = nullptr;
+    bool racing = false;
+    u32 threads = 0;
+    std::vector<Warp> warps;
+    std::vector<SharedArray> arrays;
+    std::string error;
+    std::mt19937_64 random;
+
+    // Of the running block.
+    EmuIndex block = {};
+    u32 finished = 0, barrier_arrived = 0;
+    const char* barrier_name = nullptr;
+    u32 votes = 0;
+    int vote_result = 0;
+    Fiber* running = nullptr;
+    Stackful scheduler;
+    void* scheduler_fake_stack = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_bytes = 0;
+
+    Warp& warp() { return warps[running->thread / WARP]; }
+    Moment now() { return {barrier_generation, warp().meetings}; }
+    u32 linear_block() const { return block.x + block.y * launch.grid_x; }
+    bool in_arena(const void* at) const { return uintptr_t(at) - uintptr_t(arena) < ARENA_BYTES; }
+};
+
+// The machine of the launch that this OS thread is in. Initial-exec: a plain load, also from a shared library.
+__attribute__((tls_model("initial-exec"))) inline thread_local Machine* machine = nullptr;
+
+// ---- Giving way and failing -----------------------------------------------------------------------------------
+
+inline void leave_to_scheduler() {
+    Machine& m = *machine;
+    Fiber& fiber = *m.running;
+#ifdef EMU_ASAN
+    __sanitizer_start_switch_fiber(fiber.finished ? nullptr : &fiber.asan_fake_stack, m.scheduler_stack,
+                                   m.scheduler_stack_bytes);
+#endif
+    switch_stack(fiber.stackful, m.scheduler);
+#ifdef EMU_ASAN
+    __sanitizer_finish_switch_fiber(fiber.asan_fake_stack, &m.scheduler_stack, &m.scheduler_stack_bytes);
+#endif
+}
+
+inline void resume(Fiber& fiber) {
+    Machine& m = *machine;
+    m.running = &fiber;
+#ifdef EMU_ASAN
+    __sanitizer_start_switch_fiber(&m.scheduler_fake_stack, fiber.stack, STACK_BYTES);
+#endif
+    switch_stack(m.scheduler, fiber.stackful);
+#ifdef EMU_ASAN
+    __sanitizer_finish_switch_fiber(m.scheduler_fake_stack, nullptr, nullptr);
+#endif
+    m.running = nullptr;
+    if (!m.error.empty()) throw Failure(m.error);
+}
+
+/// Ends the launch with an error; `format` is printf's. Called on the fiber that made the mistake. The fiber is abandoned,
+/// so nothing that owns memory may be alive on its stack.
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+    Machine& m = *machine;
+    char text[512];
+    int length = std::snprintf(text, sizeof text, "kernel %s, block (%u,%u), thread %u: ", m.kernel->name, m.block.x, m.block.y,
+                               m.running->thread);
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(text + length, sizeof text - size_t(length), format, arguments);
+    va_end(arguments);
+    m.error = text;
+    for (;;) leave_to_scheduler();
+}
+
+inline void wait_at(const char* place, const u32& generation) {
+    Fiber& fiber = *machine->running;
+    fiber.gate = &generation;
+    fiber.gate_seen = generation;
+    fiber.waiting_at = place;
+    leave_to_scheduler();
+    fiber.gate = nullptr;
+    fiber.waiting_at = nullptr;
+}
+
+// ---- Memory accesses --------------------------------------------------------------------------------------------
+
+inline const SharedArray* array_at(const Machine& m, u32 offset, u32 bytes) {
+    for (const SharedArray& array : m.arrays)
+        if (offset >= array.offset && offset + bytes <= array.offset + array.bytes) return &array;
+    return nullptr;
+}
+
+inline const char* verb(Access kind) {
+    return kind == Access::Write ? "writes" : kind == Access::Atomic ? "does an atomic on" : "reads";
+}
+
+inline void check_shared(Machine& m, const void* at, u32 bytes, Access kind) {
+    const u32 offset = u32(static_cast<const u8*>(at) - m.arena);
+    const SharedArray* array = array_at(m, offset, bytes);
+    if (array == nullptr) fail("%s %u bytes of shared memory that belong to no array, or past one's end", verb(kind), bytes);
+    if (!m.racing) return;
+    const Collision hit = m.shared_shadow.access(offset, bytes, kind, u16(m.running->thread), m.now());
+    if (!hit.found) return;
+    const u32 byte = offset - array->offset + hit.byte;
+    if (hit.in_flight)
+        fail("race in shared memory: %s %s, byte %u, where a cp.async of thread %u is in flight", verb(kind), array->name, byte,
+             hit.other);
+    fail("race in shared memory: %s %s, byte %u, which thread %u %s, with no %s between", verb(kind), array->name, byte, hit.other,
+         hit.wrote ? "wrote" : "read", hit.other / WARP == m.running->thread / WARP ? "__syncwarp" : "__syncthreads");
+}
+
+/// The kernel argument that points nearest below an address: what a global address is called in an error.
+inline std::string name_of_address(const Machine& m, uintptr_t at) {
+    uintptr_t best = 0;
+    u32 best_offset = 0;
+    for (u32 offset = 0; offset + sizeof(uintptr_t) <= m.kernel->args_bytes; offset += sizeof(uintptr_t)) {
+        uintptr_t value;
+        std::memcpy(&value, static_cast<const u8*>(m.args) + offset, sizeof value);
+        if (value <= at && value > best) best = value, best_offset = offset;
+    }
+    if (best == 0) return "global memory";
+    return "byte " + std::to_string(at - best) + " after the pointer at offset " + std::to_string(best_offset) + " of the arguments";
+}
+
+inline void check_global(Machine& m, const void* at, size_t bytes, Access kind) {
+    if (!m.racing) return;
+    u32 other = 0;
+    size_t byte = 0;
+    const char* wrong = m.global_shadow.access(at, bytes, kind, m.linear_block(), u16(m.running->thread), m.barrier_generation,
+                                               other, byte);
+    if (wrong == nullptr) return;
+    char name[160];  // `fail` does not return: no string may own memory here
+    std::snprintf(name, sizeof name, "%s", name_of_address(m, uintptr_t(at) + byte).c_str());
+    fail("race in global memory: %s %s, %s; the other is block (%u,%u)", verb(kind), name, wrong, other % m.launch.grid_x,
+         other / m.launch.grid_x);
+}
+
+/// An access by kernel code, whichever memory it turns out to be.
+inline void check_access(Machine& m, const void* at, size_t bytes, Access kind) {
+    if (m.in_arena(at)) return check_shared(m, at, u32(bytes), kind);
+    if (m.stacks.holds(at)) {
+        if (uintptr_t(at) - uintptr_t(m.running->stack) >= STACK_BYTES) fail("%s another thread's local memory", verb(kind));
+        return;
+    }
+    if (uintptr_t(at) - uintptr_t(m.args) < m.kernel->args_bytes) return;
+    check_global(m, at, bytes, kind);
+}
+
+inline void require_aligned(const void* at, size_t bytes, const char* operation) {
+    if (uintptr_t(at) % bytes != 0) fail("%s: address is not a multiple of %zu", operation, bytes);
+}
+
+}  // namespace emu
