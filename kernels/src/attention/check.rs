@@ -3,10 +3,10 @@
 mod fixture;
 
 use super::AttnSpec;
-use super::cuda::{AttnDecodeKernel, AttnDecodeLaunch, HeadShape, KvCache};
+use super::cuda::{AttnDecodeKernel, AttnDecodeLaunch, AttnPrefillKernel, AttnPrefillLaunch, HeadShape, KvCache};
 use crate::device::Elem;
 use crate::device::check::{CheckError, Checker, Effort, Random, Summary, expect};
-use crate::device::step::{DecodeUnit, StepCounts, decode_units};
+use crate::device::step::{DecodeUnit, PrefillTile, StepCounts, decode_units};
 use fixture::{Fixture, LAYER};
 
 const UNIT: &str = "of sum |p v|, in units of the type's epsilon";
@@ -153,5 +153,124 @@ fn launch_decode(
     expect(guard.iter().all(|&byte| byte == 0xff), || format!("attn_decode {case:?} wrote behind its workspace"))?;
     let counters: Vec<u8> = counters.read(stream, 0, counter_bytes + 4)?;
     expect(counters.iter().all(|&byte| byte == 0), || format!("attn_decode {case:?} left a counter set"))?;
+    Ok(out)
+}
+
+/// A shape, the window, the launch's blocks, and the chunks: position of the first row, and rows.
+type PrefillRow = (HeadShape, Option<usize>, usize, &'static [(usize, usize)]);
+
+const PREFILL_QUICK: &[PrefillRow] = &[(shape(14, 2, 64), None, 5, &[(0, 40), (130, 7)])];
+
+const PREFILL_FULL: &[PrefillRow] = &[
+    (shape(9, 3, 64), None, 3, &[(0, 1), (5, 43), (0, 17)]),
+    (shape(14, 2, 64), None, 64, &[(0, 40), (130, 7)]),
+    (shape(14, 2, 64), None, 4, &[]),
+    (shape(6, 2, 32), Some(40), 1, &[(0, 70), (100, 65), (39, 2)]),
+    (shape(6, 2, 32), None, 2, &[(63, 65), (64, 64)]),
+    (shape(8, 2, 128), None, 3, &[(255, 33)]),
+    (shape(1, 1, 128), None, 1, &[(16, 129)]),
+    (shape(2, 2, 96), Some(16), 3, &[(18, 100)]),
+    (shape(16, 1, 64), None, 3, &[(31, 9)]),
+    (shape(4, 1, 256), Some(100), 2, &[(60, 50)]),
+];
+
+/// Prefill chunks: values, also where a chunk continues one; bits of a chunk alone; rows without tiles stay as they were.
+///
+/// # Errors
+/// [`CheckError`].
+pub(crate) fn check_prefill(checker: &Checker) -> Result<Summary, CheckError> {
+    let list = if checker.effort == Effort::Quick { PREFILL_QUICK } else { PREFILL_FULL };
+    let (mut worst, mut cases) = (0.0f64, 0);
+    for (index, &(shape, window, grid, chunks)) in list.iter().enumerate() {
+        let elem = if index % 2 == 0 { Elem::Bf16 } else { Elem::F16 };
+        let case = Case { elem, shape, window, grid, padding: index % 3 };
+        worst = worst.max(prefill(checker, case, chunks)?);
+        cases += 1;
+    }
+    Ok(Summary { cases, worst, unit: UNIT })
+}
+
+/// Rows of a launch: their qkv, and of each chunk the sequence, the first position and the number of rows.
+struct PrefillBatch {
+    qkv: Vec<u16>,
+    chunks: Vec<(usize, usize, usize)>,
+}
+
+fn prefill(checker: &Checker, case: Case, chunks: &[(usize, usize)]) -> Result<f64, CheckError> {
+    let mut random = Random::new(chunks.iter().map(|(start, rows)| start + 3 * rows).sum::<usize>() as u64);
+    let first = |start: usize| case.window.map_or(0, |window| (start + 1).saturating_sub(window));
+    let spans: Vec<_> = chunks.iter().map(|&(start, rows)| (first(start), start + rows)).collect();
+    let fixture = Fixture::new(case.elem, case.shape, &spans, &mut random);
+    let rows: usize = chunks.iter().map(|chunk| chunk.1).sum();
+    let qkv: Vec<u16> = (0..rows).flat_map(|_| fixture.qkv_row(&mut random)).collect();
+    let chunks: Vec<_> = chunks.iter().enumerate().map(|(i, &(start, rows))| (i, start, rows)).collect();
+    let batch = PrefillBatch { qkv, chunks };
+    let out = launch_prefill(checker, case, &fixture, &batch)?;
+    let (width, q_width) = (case.shape.qkv_width(), case.shape.heads * case.shape.head_dim);
+    let (mut worst, mut row) = (0.0f64, 0);
+    for &(sequence, start, rows) in &batch.chunks {
+        let first_row = row;
+        for position in start..start + rows {
+            let (qkv, got) = (&batch.qkv[row * width..][..width], &out[row * q_width..][..q_width]);
+            worst = worst.max(fixture.compare(&fixture.sequences[sequence], position, &case.spec(), qkv, got)?);
+            row += 1;
+        }
+        let qkv = batch.qkv[first_row * width..row * width].to_vec();
+        let alone = PrefillBatch { qkv, chunks: vec![(sequence, start, rows)] };
+        let alone = launch_prefill(checker, Case { grid: 2, padding: 0, ..case }, &fixture, &alone)?;
+        let same = alone[..rows * q_width] == out[first_row * q_width..row * q_width];
+        expect(same, || format!("attn_prefill {case:?}: chunk {sequence} alone differs from the chunk in the batch"))?;
+    }
+    Ok(worst)
+}
+
+/// The output of a launch. What no tile is about holds NaN, before and after.
+fn launch_prefill(
+    checker: &Checker,
+    case: Case,
+    fixture: &Fixture,
+    batch: &PrefillBatch,
+) -> Result<Vec<u16>, CheckError> {
+    let (device, stream) = (&*checker.device, checker.stream);
+    let Case { elem, shape, padding, .. } = case;
+    let mut kernel = AttnPrefillKernel::load(device, elem, shape, &case.spec())?;
+    kernel.blocks_max = case.grid;
+    let (mut tiles, mut rows) = (Vec::new(), 0);
+    for &(sequence, start, chunk_rows) in &batch.chunks {
+        let step = AttnPrefillKernel::tile_rows(shape);
+        tiles.extend((0..chunk_rows).step_by(step).map(|first| PrefillTile {
+            first_row: (rows + first) as u32,
+            row_count: step.min(chunk_rows - first) as u32,
+            position: (start + first) as u32,
+            blocks: fixture.sequences[sequence].blocks as u32,
+        }));
+        rows += chunk_rows;
+    }
+    let counts = StepCounts { rows: rows as u32, prefill_tiles: tiles.len() as u32, ..StepCounts::default() };
+    // Lists that are full, and lists with room that holds rubbish.
+    let tiles_max = (tiles.len() + 2 * padding).max(1);
+    tiles.resize(tiles_max, PrefillTile { first_row: u32::MAX, row_count: u32::MAX, ..PrefillTile::default() });
+    let q_width = shape.heads * shape.head_dim;
+    let mut qkv_bits = batch.qkv.clone();
+    qkv_bits.resize((rows + padding + 1) * shape.qkv_width(), 0xffff);
+
+    let (qkv, arena) = (checker.buffer(&qkv_bits)?, checker.buffer(&fixture.arena)?);
+    let (block_table, tiles) = (checker.buffer(&fixture.block_table)?, checker.buffer(&tiles)?);
+    let counts = checker.buffer(&[counts])?;
+    let out = checker.poisoned((rows + padding + 1) * q_width * 2)?;
+    let addresses = AttnPrefillLaunch {
+        qkv: qkv.address(),
+        out: out.address(),
+        cache: KvCache { arena: arena.address(), shape: fixture.kv, layer: LAYER as u32 },
+        block_table: block_table.address(),
+        tiles: tiles.address(),
+        counts: counts.address(),
+        tiles_max,
+    };
+    // SAFETY: the buffers are as large as the shape says, and tiles name rows and blocks that are there.
+    unsafe { kernel.launch(device, stream, &addresses)? };
+    let out: Vec<u16> = out.read(stream, 0, out.bytes() / 2)?;
+    let untouched = out[rows * q_width..].iter().all(|&bits| bits == 0xffff);
+    expect(untouched, || format!("attn_prefill {case:?} wrote rows that have no tile"))?;
     Ok(out)
 }

@@ -1,4 +1,4 @@
-//! Attention of decoding rows on a device.
+//! Attention on a device: one kernel for decoding rows, one for prefill chunks.
 
 use super::AttnSpec;
 use crate::device::step::{BLOCK_TOKENS, KvShape};
@@ -8,7 +8,15 @@ use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSour
 pub(crate) static ATTN_DECODE: KernelSource =
     KernelSource { file: "attn_decode.cu", text: include_str!("attn_decode.cu") };
 
+/// The source for prefill chunks.
+pub(crate) static ATTN_PREFILL: KernelSource =
+    KernelSource { file: "attn_prefill.cu", text: include_str!("attn_prefill.cu") };
+
 const DECODE_THREADS: u32 = 128;
+const PREFILL_THREADS: u32 = 256;
+
+/// Rows of the M side of a prefill tile: positions times heads of a group.
+const PREFILL_M: usize = 128;
 
 /// Sizes of the head dimension that the kernels have fragments for.
 const HEAD_DIMS: [usize; 5] = [32, 64, 96, 128, 256];
@@ -201,5 +209,116 @@ impl AttnDecodeKernel {
         let blocks = (addresses.units_max * self.shape.kv_heads).min(self.blocks_max);
         // SAFETY: passed on.
         unsafe { launch(device, stream, self.kernel, Grid::x(blocks), 0, &args) }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PrefillArgs {
+    qkv: Address,
+    out: Address,
+    arena: Address,
+    block_table: Address,
+    tiles: Address,
+    counts: Address,
+    kv: KvShape,
+    layer: u32,
+    window: u32,
+    scale: f32,
+    reserved: u32,
+}
+
+/// Attention of prefill chunks, one [`PrefillTile`](crate::device::step::PrefillTile) after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct AttnPrefillKernel {
+    kernel: Kernel,
+    shape: HeadShape,
+    scale: f32,
+    window: u32,
+    /// Most blocks of a launch; any number is right.
+    pub blocks_max: usize,
+}
+
+/// Addresses of one launch. Rows are those of the batch.
+#[derive(Clone, Copy, Debug)]
+pub struct AttnPrefillLaunch {
+    /// `[rows][heads + 2 * kv_heads][head_dim]`; q is read.
+    pub qkv: Address,
+    /// `[rows][heads][head_dim]`; rows of tiles are written.
+    pub out: Address,
+    /// Keys and values, those of the rows themselves included.
+    pub cache: KvCache,
+    /// u32 block numbers.
+    pub block_table: Address,
+    /// [`PrefillTile`](crate::device::step::PrefillTile)s of at most [`AttnPrefillKernel::tile_rows`] rows.
+    pub tiles: Address,
+    /// [`StepCounts`](crate::device::step::StepCounts).
+    pub counts: Address,
+    /// Tiles that the list has room for.
+    pub tiles_max: usize,
+}
+
+impl AttnPrefillKernel {
+    /// The program.
+    #[must_use]
+    pub fn program(elem: Elem, shape: HeadShape) -> Program {
+        Program::new::<PrefillArgs>(&ATTN_PREFILL, "attn_prefill", PREFILL_THREADS, elem)
+            .define("HEAD_DIM", shape.head_dim)
+            .define("GROUP", shape.group())
+            .shared(Self::shared_bytes(shape))
+    }
+
+    /// Loads it; `spec.heads` is the shape's.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] for heads the kernel does not know; [`DeviceError`] of the compiler.
+    pub fn load(device: &dyn Device, elem: Elem, shape: HeadShape, spec: &AttnSpec) -> Result<Self, DeviceError> {
+        shape.check()?;
+        let (scale, window) = scale_and_window(spec);
+        let kernel = device.load(&Self::program(elem, shape))?;
+        Ok(Self { kernel, shape, scale, window, blocks_max: device.info().multiprocessors as usize * 2 })
+    }
+
+    /// Most rows of a tile.
+    #[must_use]
+    pub const fn tile_rows(shape: HeadShape) -> usize {
+        PREFILL_M / shape.group()
+    }
+
+    /// Two buffers of K `[keys][head_dim + 8]` and V `[head_dim][keys + 8]`, as in the source.
+    const fn shared_bytes(shape: HeadShape) -> u32 {
+        let keys = if shape.head_dim <= 128 { 64 } else { 32 };
+        let elements = keys * (shape.head_dim + 8) + shape.head_dim * (keys + 8);
+        (2 * elements * size_of::<u16>()) as u32
+    }
+
+    /// Attention of every tile that the counts name.
+    ///
+    /// # Errors
+    /// [`DeviceError`] of the driver.
+    /// # Safety
+    /// The addresses hold what [`AttnPrefillLaunch`] says, and nobody else uses `out` meanwhile.
+    pub unsafe fn launch(
+        &self,
+        device: &dyn Device,
+        stream: Stream,
+        addresses: &AttnPrefillLaunch,
+    ) -> Result<(), DeviceError> {
+        let args = PrefillArgs {
+            qkv: addresses.qkv,
+            out: addresses.out,
+            arena: addresses.cache.arena,
+            block_table: addresses.block_table,
+            tiles: addresses.tiles,
+            counts: addresses.counts,
+            kv: addresses.cache.shape,
+            layer: addresses.cache.layer,
+            window: self.window,
+            scale: self.scale,
+            reserved: 0,
+        };
+        let blocks = (addresses.tiles_max * self.shape.kv_heads).min(self.blocks_max);
+        // SAFETY: passed on.
+        unsafe { launch(device, stream, self.kernel, Grid::x(blocks), Self::shared_bytes(self.shape), &args) }
     }
 }

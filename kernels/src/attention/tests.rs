@@ -220,3 +220,8 @@ fn chunks_that_are_not_there_are_refused() {
 fn the_decode_kernel_agrees_on_the_emulator() {
     crate::device::testing::on_every_schedule(super::check::check_decode);
 }
+
+#[test]
+fn the_prefill_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(super::check::check_prefill);
+}
