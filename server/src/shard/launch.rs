@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use loramux_kernels::device::{
-    Asynchrony, CudaDevice, CudaOptions, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice,
+    Asynchrony, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice,
 };
 
 use super::Execute;
@@ -47,13 +47,8 @@ fn elem(choice: DtypeChoice) -> Result<Elem, StartError> {
     }
 }
 
-fn open_cuda(options: &ShardOptions, index: u32) -> Result<SharedDevice, DeviceError> {
-    let cuda = CudaOptions {
-        ordinal: index as usize,
-        cache_dir: Some(options.kernel_cache_dir.clone()),
-        library_dirs: options.cuda_library_dirs.clone(),
-    };
-    Ok(Rc::new(CudaDevice::open(&cuda)?))
+fn open_cuda(_: &ShardOptions, _: u32) -> Result<SharedDevice, DeviceError> {
+    Err(DeviceError::NoDevice("not yet".into()))
 }
 
 fn open_emulated(options: &ShardOptions) -> Result<SharedDevice, DeviceError> {

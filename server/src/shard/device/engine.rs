@@ -3,7 +3,7 @@
 
 use loramux_kernels::cuda::{
     AttnDecodeKernel, AttnPrefillKernel, EmbeddingKernel, GatherRowsKernel, HeadShape, RmsNormKernel, RopeCacheKernel,
-    SampleOut, SamplerKernel, SiluMulKernel, TopLogprob,
+    SampleOut, SamplerKernel, SiluMulKernel, TOP_MAX, TopLogprob,
 };
 use loramux_kernels::device::lora::SiteShape;
 use loramux_kernels::device::step::{DECODE_PARTS_MAX, KvShape};
@@ -234,7 +234,7 @@ impl Space {
             cos_sin: DeviceBuffer::of(device, stream, &cos_sin(spec, limits.context))?,
             last_token,
             sample_out: DeviceBuffer::new(device, limits.logit_rows_max * size_of::<SampleOut>())?,
-            sample_top: DeviceBuffer::new(device, limits.logit_rows_max * SamplerKernel::TOP_MAX * size_of::<TopLogprob>())?,
+            sample_top: DeviceBuffer::new(device, limits.logit_rows_max * TOP_MAX * size_of::<TopLogprob>())?,
             v: DeviceBuffer::new(device, v_bytes.max().unwrap_or(0))?,
         })
     }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use loramux_kernels::cuda::{AttnPrefillKernel, SampleRow, SamplerKernel, TokenEdit, UnpackKernel};
+use loramux_kernels::cuda::{AttnPrefillKernel, SampleRow, TOP_MAX, TokenEdit, UnpackKernel, VOCAB_MAX};
 use loramux_kernels::device::step::{
     BLOCK_TOKENS, DECODE_PARTS_MAX, DecodeUnit, KvShape, LoraItem, PrefillTile, RowTile, StepCounts,
 };
@@ -148,8 +148,8 @@ fn check(spec: &DecoderSpec) -> Result<(), DeviceError> {
             ));
         }
     }
-    if spec.vocab > SamplerKernel::VOCAB_MAX {
-        return refuse(format!("a vocabulary of {}, the CUDA sampler takes {}", spec.vocab, SamplerKernel::VOCAB_MAX));
+    if spec.vocab > VOCAB_MAX {
+        return refuse(format!("a vocabulary of {}, the CUDA sampler takes {}", spec.vocab, VOCAB_MAX));
     }
     Ok(())
 }
@@ -209,7 +209,7 @@ fn landings(device: &SharedDevice, limits: &EngineLimits) -> Result<Vec<Landing>
         .map(|_| {
             Ok(Landing {
                 out: HostBuffer::new(device, rows, HostUse::Readback)?,
-                top: HostBuffer::new(device, rows * SamplerKernel::TOP_MAX, HostUse::Readback)?,
+                top: HostBuffer::new(device, rows * TOP_MAX, HostUse::Readback)?,
                 landed: device.event()?,
             })
         })

@@ -18,7 +18,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use loramux_kernels::cuda::{SampleOut, SamplerKernel, TopLogprob};
+use loramux_kernels::cuda::{SampleOut, TOP_MAX, TopLogprob};
 use loramux_kernels::device::step::BLOCK_TOKENS;
 use loramux_kernels::device::{DeviceBuffer, Event, HostBuffer};
 use loramux_proto::{Info, Step, StepResult};
@@ -274,7 +274,7 @@ impl DeviceExecutor {
         let Engine { device, stream, space, .. } = &self.engine;
         let rows = &self.lists.logit_rows[first..first + count];
         let Landing { out, top, .. } = &flight.landing;
-        let (out_bytes, top_bytes) = (size_of::<SampleOut>(), SamplerKernel::TOP_MAX * size_of::<TopLogprob>());
+        let (out_bytes, top_bytes) = (size_of::<SampleOut>(), TOP_MAX * size_of::<TopLogprob>());
         // SAFETY: the landing has room for every row of a step, and nobody reads it before its event has come.
         unsafe {
             let to = out.as_ptr().add(first * out_bytes);

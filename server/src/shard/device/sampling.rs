@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use loramux_kernels::cuda::{SampleOut, SampleRow, SamplerKernel, TokenEdit, TopLogprob, push_mask};
+use loramux_kernels::cuda::{NONE, SampleOut, SampleRow, TOP_MAX, TokenEdit, TopLogprob, push_mask};
 use loramux_kernels::sampler::{NonFinite, SampleParams};
 use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, SeqFault, StepResult, TokenLogprob};
 
@@ -47,7 +47,7 @@ impl SampleLists {
                 Want::PromptLogprob { position } => SampleRow {
                     kind: SampleRow::TARGET,
                     target: seq.tokens.get(position as usize).copied().unwrap_or_default(),
-                    logprobs: seq.sampling.prompt_logprobs.unwrap_or(0).min(SamplerKernel::TOP_MAX as u32),
+                    logprobs: seq.sampling.prompt_logprobs.unwrap_or(0).min(TOP_MAX as u32),
                     ..SampleRow::new(&SampleParams::default(), 0, logits_row, seq.slot)
                 },
             };
@@ -81,7 +81,7 @@ impl SampleLists {
             edits: first,
             edit_count: count,
             mask: self.push_mask(&sampling.allowed_tokens, vocab),
-            logprobs: sampling.logprobs.map_or(SampleRow::NONE, |n| n.min(SamplerKernel::TOP_MAX as u32)),
+            logprobs: sampling.logprobs.map_or(NONE, |n| n.min(TOP_MAX as u32)),
             pending: u32::from(seq.pending > 0 && seq.seen.is_some()),
             ..SampleRow::new(&params, seq.next_position(), logits_row, seq.slot)
         }
@@ -111,7 +111,7 @@ impl SampleLists {
     /// A bit for each token that may come.
     fn push_mask(&mut self, allowed: &[u32], vocab: usize) -> u32 {
         if allowed.is_empty() {
-            return SampleRow::NONE;
+            return NONE;
         }
         let first = self.masks.len() as u32;
         push_mask(&mut self.masks, allowed, vocab);
@@ -128,9 +128,9 @@ pub(super) fn read(
     result: &mut StepResult,
 ) {
     for (index, (row, out)) in rows.iter().zip(out).enumerate() {
-        let first = index * SamplerKernel::TOP_MAX;
+        let first = index * TOP_MAX;
         let alternatives = || {
-            let count = (out.top_count as usize).min(SamplerKernel::TOP_MAX);
+            let count = (out.top_count as usize).min(TOP_MAX);
             let top = top.get(first..first + count).unwrap_or_default();
             top.iter().map(|t| TokenLogprob { token: t.token, logprob: t.logprob }).collect::<Vec<_>>()
         };
