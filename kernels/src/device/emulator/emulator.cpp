@@ -15,13 +15,17 @@ EmuIndex grid_extent() noexcept { return {machine->launch.grid_x, machine->launc
 
 // ---- Meetings -------------------------------------------------------------------------------------------------
 
-/// Stricter than the hardware: a thread that left the kernel early does not count as arrived.
-int block_barrier(Barrier kind, bool vote) {
+/// Stricter than the hardware: a thread that left the kernel early does not count as arrived, and all threads must be at
+/// one call.
+int block_barrier(Barrier kind, bool vote, int line) {
     static const char* const NAMES[] = {"__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
     Machine& m = *machine;
     const char* name = NAMES[int(kind)];
     if (m.barrier_arrived > 0 && m.barrier_name != name) fail("%s while another thread is at %s", name, m.barrier_name);
+    if (m.barrier_arrived > 0 && m.barrier_line != line)
+        fail("%s in line %d while another thread is at the one in line %d", name, line, m.barrier_line);
     m.barrier_name = name;
+    m.barrier_line = line;
     m.votes += vote;
     if (++m.barrier_arrived < m.threads) {
         wait_at(name, m.barrier_generation);
@@ -35,12 +39,15 @@ int block_barrier(Barrier kind, bool vote) {
 
 /// All 32 lanes bring a `payload`; the last to arrive runs `finish(payloads)` for all of them.
 template <class Payload, class Finish>
-void warp_meet(const char* operation, u32 mask, Payload& payload, Finish finish) {
+void warp_meet(const char* operation, int line, u32 mask, Payload& payload, Finish finish) {
     if (mask != FULL_MASK) fail("%s: only full-warp collectives are emulated", operation);
     Warp& warp = machine->warp();
     if (warp.arrived > 0 && std::strcmp(warp.operation, operation) != 0)
         fail("%s while another lane of the warp is at %s", operation, warp.operation);
+    if (warp.arrived > 0 && warp.line != line)
+        fail("%s in line %d while another lane of the warp is at the one in line %d", operation, line, warp.line);
     warp.operation = operation;
+    warp.line = line;
     warp.payload[machine->running->thread % WARP] = &payload;
     if (++warp.arrived < WARP) return wait_at(operation, warp.generation);
     Payload* all[WARP];
@@ -50,12 +57,12 @@ void warp_meet(const char* operation, u32 mask, Payload& payload, Finish finish)
     ++warp.generation;
 }
 
-u32 ballot(const char* operation, u32 mask, bool vote) {
+u32 ballot(const char* operation, u32 mask, bool vote, int line) {
     struct Payload {
         bool vote;
         u32 result;
     } mine{vote, 0};
-    warp_meet(operation, mask, mine, [](Payload** all) {
+    warp_meet(operation, line, mask, mine, [](Payload** all) {
         u32 bits = 0;
         for (u32 i = 0; i < WARP; ++i) bits |= u32(all[i]->vote) << i;
         for (u32 i = 0; i < WARP; ++i) all[i]->result = bits;
@@ -64,7 +71,7 @@ u32 ballot(const char* operation, u32 mask, bool vote) {
 }
 
 /// A source outside the lane's group of `width` lanes gives the lane its own value back, as on the device.
-u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width) {
+u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width, int line) {
     static const char* const NAMES[] = {"__shfl_sync", "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync"};
     if (width <= 0 || width > int(WARP) || (width & (width - 1)) != 0) fail("%s: width %d is no power of two up to 32", NAMES[int(kind)], width);
     const u32 lane = machine->running->thread % WARP, first = lane & ~u32(width - 1), last = lane | u32(width - 1);
@@ -79,7 +86,7 @@ u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width) {
         u64 value, result;
         u32 source;
     } mine{value, value, source};
-    warp_meet(NAMES[int(kind)], mask, mine, [](Payload** all) {
+    warp_meet(NAMES[int(kind)], line, mask, mine, [](Payload** all) {
         for (u32 i = 0; i < WARP; ++i) all[i]->result = all[all[i]->source]->value;
     });
     return mine.result;
@@ -90,7 +97,7 @@ u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width) {
 ///   a[h]: row group + 8 (h % 2), columns 2 pair + 8 (h / 2) and the next;   d[e]: row group + 8 (e / 2), column 2 pair + e % 2
 ///   b[h]: rows 2 pair + 8 h and the next, column group.
 /// Sums in rising k; the hardware's order and inner precision are its own, so results agree only within rounding.
-Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16) {
+Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16, int line) {
     struct Payload {
         float d[4];
         u16 a[8], b[4];
@@ -100,7 +107,7 @@ Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16) {
     std::memcpy(mine.a, &a, sizeof a);
     std::memcpy(mine.b, &b, sizeof b);
     mine.is_f16 = is_f16;
-    warp_meet("mma.m16n8k16", FULL_MASK, mine, [](Payload** all) {
+    warp_meet("mma.m16n8k16", line, FULL_MASK, mine, [](Payload** all) {
         float left[16][16], right[16][8], sums[16][8];
         const bool is_f16 = all[0]->is_f16;
         const auto value = [is_f16](u16 bits) {
@@ -122,7 +129,7 @@ Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16) {
     return d;
 }
 
-Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed) {
+Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed, int line) {
     static const char* const NAMES[] = {"ldmatrix.x2", "ldmatrix.x2.trans", "ldmatrix.x4", "ldmatrix.x4.trans"};
     const char* name = NAMES[(tiles == 4 ? 2 : 0) + transposed];
     Machine& m = *machine;
@@ -147,7 +154,7 @@ Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed) {
                 std::memcpy(&all[lane]->words[tile], pair, 4);
             }
     };
-    warp_meet(name, FULL_MASK, mine, finish);
+    warp_meet(name, line, FULL_MASK, mine, finish);
     return __builtin_bit_cast(Bytes16, mine.words);
 }
 

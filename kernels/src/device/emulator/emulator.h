@@ -81,14 +81,15 @@ void cp_async16(void* shared, const void* global, bool valid);
 void cp_async_commit();
 void cp_async_wait(int groups_left);
 
-Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16);
-Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed);
+// Meetings. `line` is where the kernel's source calls: threads that meet must be at one call, not at two alike.
+Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16, int line);
+Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed, int line);
 
 enum class Barrier { Plain, Or, And, Count };
-int block_barrier(Barrier kind, bool vote);
-u32 ballot(const char* operation, u32 mask, bool vote);
+int block_barrier(Barrier kind, bool vote, int line);
+u32 ballot(const char* operation, u32 mask, bool vote, int line);
 enum class Shuffle { Index, Xor, Down, Up };
-u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width);
+u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width, int line);
 
 // ---- 16-bit floats, exact: round to nearest even, subnormals, infinity; every NaN becomes 0x7fff -----------------
 
@@ -124,7 +125,7 @@ inline float f16_to_float(u16 bits) {
 // ---- The CUDA names that kernels use ----------------------------------------------------------------------------
 
 void __threadfence();
-void __syncwarp(u32 mask = 0xffffffffu);
+void __syncwarp(u32 mask = 0xffffffffu, int line = __builtin_LINE());
 
 // Atomics on shared and global memory; each returns the old value.
 u32 atomicAdd(u32* at, u32 value);
@@ -173,44 +174,56 @@ double fma(double, double, double) noexcept;
 #define blockDim (emu::block_extent())
 #define gridDim (emu::grid_extent())
 
-inline void __syncthreads() { emu::block_barrier(emu::Barrier::Plain, false); }
-inline int __syncthreads_or(int vote) { return emu::block_barrier(emu::Barrier::Or, vote != 0); }
-inline int __syncthreads_and(int vote) { return emu::block_barrier(emu::Barrier::And, vote != 0); }
-inline int __syncthreads_count(int vote) { return emu::block_barrier(emu::Barrier::Count, vote != 0); }
+inline void __syncthreads(int line = __builtin_LINE()) { emu::block_barrier(emu::Barrier::Plain, false, line); }
+inline int __syncthreads_or(int vote, int line = __builtin_LINE()) {
+    return emu::block_barrier(emu::Barrier::Or, vote != 0, line);
+}
+inline int __syncthreads_and(int vote, int line = __builtin_LINE()) {
+    return emu::block_barrier(emu::Barrier::And, vote != 0, line);
+}
+inline int __syncthreads_count(int vote, int line = __builtin_LINE()) {
+    return emu::block_barrier(emu::Barrier::Count, vote != 0, line);
+}
 
-inline u32 __ballot_sync(u32 mask, int vote) { return emu::ballot("__ballot_sync", mask, vote != 0); }
-inline int __any_sync(u32 mask, int vote) { return emu::ballot("__any_sync", mask, vote != 0) != 0; }
-inline int __all_sync(u32 mask, int vote) { return emu::ballot("__all_sync", mask, vote != 0) == 0xffffffffu; }
+inline u32 __ballot_sync(u32 mask, int vote, int line = __builtin_LINE()) {
+    return emu::ballot("__ballot_sync", mask, vote != 0, line);
+}
+inline int __any_sync(u32 mask, int vote, int line = __builtin_LINE()) {
+    return emu::ballot("__any_sync", mask, vote != 0, line) != 0;
+}
+inline int __all_sync(u32 mask, int vote, int line = __builtin_LINE()) {
+    return emu::ballot("__all_sync", mask, vote != 0, line) == 0xffffffffu;
+}
 
 namespace emu {
 
 template <class T>
-inline T shuffle_value(Shuffle kind, u32 mask, T value, u32 operand, int width) {
+inline T shuffle_value(Shuffle kind, u32 mask, T value, u32 operand, int width, int line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     if constexpr (sizeof(T) == 4) {
-        return __builtin_bit_cast(T, u32(shuffle(kind, mask, __builtin_bit_cast(u32, value), operand, width)));
+        return __builtin_bit_cast(T, u32(shuffle(kind, mask, __builtin_bit_cast(u32, value), operand, width, line)));
     } else {
-        return __builtin_bit_cast(T, shuffle(kind, mask, __builtin_bit_cast(u64, value), operand, width));
+        return __builtin_bit_cast(T, shuffle(kind, mask, __builtin_bit_cast(u64, value), operand, width, line));
     }
 }
 
 }  // namespace emu
 
 template <class T>
-inline T __shfl_sync(u32 mask, T value, int source, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Index, mask, value, u32(source), width);
+inline T __shfl_sync(u32 mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Index, mask, value, u32(source), width, line);
 }
 template <class T>
-inline T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Xor, mask, value, u32(bits), width);
+inline T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Xor, mask, value, u32(bits), width, line);
 }
 template <class T>
-inline T __shfl_down_sync(u32 mask, T value, u32 delta, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Down, mask, value, delta, width);
+inline T __shfl_down_sync(u32 mask, T value, u32 delta, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Down, mask, value, delta, width, line);
 }
 template <class T>
-inline T __shfl_up_sync(u32 mask, T value, u32 delta, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Up, mask, value, delta, width);
+inline T __shfl_up_sync(u32 mask, T value, u32 delta, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Up, mask, value, delta, width, line);
 }
 
 inline int min(int a, int b) { return b < a ? b : a; }

@@ -50,6 +50,7 @@ struct Warp {
     u32 meetings = 1;    // `__syncwarp`s so far: what orders memory
     u32 arrived = 0;
     const char* operation = nullptr;
+    int line = 0;
     void* payload[WARP] = {};
 };
 
@@ -85,6 +86,7 @@ struct Machine {
     EmuIndex block = {};
     u32 finished = 0, barrier_arrived = 0;
     const char* barrier_name = nullptr;
+    int barrier_line = 0;
     u32 votes = 0;
     int vote_result = 0;
     Fiber* running = nullptr;

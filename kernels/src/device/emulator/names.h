@@ -11,11 +11,11 @@ void __threadfence() {
     if (m.racing) m.global_shadow.fence(u16(m.running->thread), m.barrier_generation);
 }
 
-void __syncwarp(u32 mask) {
+void __syncwarp(u32 mask, int line) {
     using namespace emu;
     struct Payload {
     } mine;
-    warp_meet("__syncwarp", mask, mine, [](Payload**) { ++machine->warp().meetings; });
+    warp_meet("__syncwarp", line, mask, mine, [](Payload**) { ++machine->warp().meetings; });
 }
 
 namespace emu {

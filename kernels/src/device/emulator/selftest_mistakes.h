@@ -20,6 +20,8 @@ enum Mistake : u32 {
     WARP_MISSING,
     MIXED_COLLECTIVES,
     MIXED_BARRIERS,
+    TWO_SHUFFLES,
+    TWO_BARRIERS,
     PARTIAL_MASK,
     MISALIGNED_LOAD,
     LOAD_OF_SHARED,
@@ -41,6 +43,14 @@ KERNEL_ENTRY(mistake, Probe, 64, 1) {
     if (args.which == MIXED_BARRIERS) {
         if (thread < 32) __syncthreads();
         else __syncthreads_or(1);
+    }
+    if (args.which == TWO_SHUFFLES) {
+        if (thread % 2) args.out[thread] = __shfl_xor_sync(ALL_LANES, 1.0f, 1);
+        else args.out[thread] = __shfl_xor_sync(ALL_LANES, 2.0f, 1);
+    }
+    if (args.which == TWO_BARRIERS) {
+        if (thread < 32) __syncthreads();
+        else __syncthreads();
     }
     if (args.which == PARTIAL_MASK) __shfl_sync(0xffffu, 1, 0);
     if (args.which == MISALIGNED_LOAD) load16(args.out + 1);
@@ -66,6 +76,8 @@ const Expected EXPECTED[] = {
     {WARP_MISSING, "deadlock", "warp missing from a barrier"},
     {MIXED_COLLECTIVES, "while another lane", "lanes in different collectives"},
     {MIXED_BARRIERS, "while another thread", "threads in different barriers"},
+    {TWO_SHUFFLES, "in line", "lanes at two shuffles"},
+    {TWO_BARRIERS, "in line", "threads at two barriers"},
     {PARTIAL_MASK, "full-warp", "partial mask"},
     {MISALIGNED_LOAD, "multiple of 16", "misaligned load"},
     {LOAD_OF_SHARED, "shared memory", "load16 of a shared address"},
