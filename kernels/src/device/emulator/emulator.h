@@ -226,6 +226,14 @@ inline T __shfl_up_sync(u32 mask, T value, u32 delta, int width = 32, int line =
     return emu::shuffle_value(emu::Shuffle::Up, mask, value, delta, width, line);
 }
 
+// Products and sums that no compiler fuses; kernels are compiled with -ffp-contract=off, so all are such here.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }
 inline u32 min(u32 a, u32 b) { return b < a ? b : a; }

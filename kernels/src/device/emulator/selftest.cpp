@@ -3,6 +3,7 @@
 #include "selftest_check.h"
 #include "selftest_mistakes.h"
 #include "selftest_races.h"
+#include "selftest_sanitizer.h"
 #include "selftest_shrink.h"
 #include "selftest_values.h"
 
@@ -10,6 +11,9 @@ int main() {
     check_values();
     check_mistakes();
     if (EMU_INSTRUMENTED) check_races();
+#ifdef __SANITIZE_ADDRESS__
+    check_overruns();
+#endif
     check_all_mixes<576>();
     check_all_mixes<2048>();
     if (failures == 0) std::printf("all checks passed\n");
