@@ -21,9 +21,8 @@ int block_barrier(Barrier kind, bool vote, int line) {
     static const char* const NAMES[] = {"__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
     Machine& m = *machine;
     const char* name = NAMES[int(kind)];
-    if (m.barrier_arrived > 0 && m.barrier_name != name) fail("%s while another thread is at %s", name, m.barrier_name);
-    if (m.barrier_arrived > 0 && m.barrier_line != line)
-        fail("%s in line %d while another thread is at the one in line %d", name, line, m.barrier_line);
+    if (m.barrier_arrived > 0 && (m.barrier_name != name || m.barrier_line != line))
+        fail("%s in line %d while another thread is at %s in line %d", name, line, m.barrier_name, m.barrier_line);
     m.barrier_name = name;
     m.barrier_line = line;
     m.votes += vote;
@@ -42,10 +41,8 @@ template <class Payload, class Finish>
 void warp_meet(const char* operation, int line, u32 mask, Payload& payload, Finish finish) {
     if (mask != FULL_MASK) fail("%s: only full-warp collectives are emulated", operation);
     Warp& warp = machine->warp();
-    if (warp.arrived > 0 && std::strcmp(warp.operation, operation) != 0)
-        fail("%s while another lane of the warp is at %s", operation, warp.operation);
-    if (warp.arrived > 0 && warp.line != line)
-        fail("%s in line %d while another lane of the warp is at the one in line %d", operation, line, warp.line);
+    if (warp.arrived > 0 && (warp.line != line || std::strcmp(warp.operation, operation) != 0))
+        fail("%s in line %d while another lane of the warp is at %s in line %d", operation, line, warp.operation, warp.line);
     warp.operation = operation;
     warp.line = line;
     warp.payload[machine->running->thread % WARP] = &payload;

@@ -4,12 +4,14 @@
 #include "selftest_mistakes.h"
 #include "selftest_races.h"
 #include "selftest_sanitizer.h"
+#include "selftest_shadow.h"
 #include "selftest_shrink.h"
 #include "selftest_values.h"
 
 int main() {
     check_values();
     check_mistakes();
+    check_shadows();
     if (EMU_INSTRUMENTED) check_races();
 #ifdef __SANITIZE_ADDRESS__
     check_overruns();
