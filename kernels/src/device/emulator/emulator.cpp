@@ -15,6 +15,11 @@ EmuIndex grid_extent() noexcept { return {machine->launch.grid_x, machine->launc
 
 // ---- Meetings -------------------------------------------------------------------------------------------------
 
+static void flush_traffic(Machine& m) {
+    if (!m.counting) return;
+    for (size_t warp = 0; warp < m.warps.size(); ++warp) m.traffic.flush(warp);
+}
+
 /// Stricter than the hardware: a thread that left the kernel early does not count as arrived, and all threads must be at
 /// one call.
 int block_barrier(Barrier kind, bool vote, int line) {
@@ -33,6 +38,7 @@ int block_barrier(Barrier kind, bool vote, int line) {
     m.vote_result = kind == Barrier::Or ? m.votes > 0 : kind == Barrier::And ? m.votes == m.threads : int(m.votes);
     m.votes = m.barrier_arrived = 0;
     ++m.barrier_generation;
+    flush_traffic(m);
     return m.vote_result;
 }
 
@@ -52,6 +58,7 @@ void warp_meet(const char* operation, int line, u32 mask, Payload& payload, Fini
     finish(all);
     warp.arrived = 0;
     ++warp.generation;
+    if (machine->counting) machine->traffic.flush(machine->running->thread / WARP);
 }
 
 u32 ballot(const char* operation, u32 mask, bool vote, int line) {
@@ -134,6 +141,7 @@ Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed, int line) {
         if (!m.in_arena(shared_row)) fail("%s: the address is not in shared memory", name);
         require_aligned(shared_row, 16, name);
         check_shared(m, shared_row, 16, Access::WarpRead);
+        count_access(m, __builtin_return_address(0), shared_row, 16, Access::WarpRead);
     }
     struct Payload {
         const u8* row;
@@ -194,29 +202,33 @@ void* dynamic_shared() {
 }
 
 template <class T>
-static T load(const void* from, Load kind, const char* name) {
+static T load(const void* from, Load kind, const char* name, const void* site) {
     Machine& m = *machine;
     require_aligned(from, sizeof(T), name);
     if (m.in_arena(from)) fail("%s: loads global memory, and the address is in shared memory", name);
     check_access(m, from, sizeof(T), kind == Load::Fresh ? Access::Fresh : Access::ReadOnly);
+    count_access(m, site, from, sizeof(T), Access::Read);
     T value;
     std::memcpy(&value, from, sizeof value);
     return value;
 }
 
-Bytes16 load16(const void* from, Load kind) { return load<Bytes16>(from, kind, "16-byte load"); }
-u64 load8(const void* from, Load kind) { return load<u64>(from, kind, "8-byte load"); }
+Bytes16 load16(const void* from, Load kind) {
+    return load<Bytes16>(from, kind, "16-byte load", __builtin_return_address(0));
+}
+u64 load8(const void* from, Load kind) { return load<u64>(from, kind, "8-byte load", __builtin_return_address(0)); }
 
 template <class T>
-static void store(void* to, T value, const char* name) {
+static void store(void* to, T value, const char* name, const void* site) {
     Machine& m = *machine;
     require_aligned(to, sizeof value, name);
     check_access(m, to, sizeof value, Access::Write);
+    count_access(m, site, to, sizeof value, Access::Write);
     std::memcpy(to, &value, sizeof value);
 }
 
-void store16(void* to, Bytes16 value) { store(to, value, "16-byte store"); }
-void store8(void* to, u64 value) { store(to, value, "8-byte store"); }
+void store16(void* to, Bytes16 value) { store(to, value, "16-byte store", __builtin_return_address(0)); }
+void store8(void* to, u64 value) { store(to, value, "8-byte store", __builtin_return_address(0)); }
 
 /// Until it lands, the destination reads as NaN.
 void cp_async16(void* shared, const void* global, bool valid) {
@@ -228,7 +240,9 @@ void cp_async16(void* shared, const void* global, bool valid) {
         require_aligned(global, 16, "cp_async16 from global memory");
         if (m.in_arena(global)) fail("cp_async16: the source is in shared memory");
         check_access(m, global, 16, Access::Fresh);
+        count_access(m, __builtin_return_address(0), global, 16, Access::Read);
     }
+    count_access(m, __builtin_return_address(0), shared, 16, Access::Write);
     std::memset(shared, 0xff, 16);
     if (m.racing) m.shared_shadow.start_copy(u32(static_cast<u8*>(shared) - m.arena), 16);
     m.running->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), m.running->groups, valid});
@@ -322,6 +336,7 @@ static void run_block(Machine& m, std::vector<u32>& warps, std::vector<u32>& lan
         }
         if (!moved) report_deadlock(m);
     }
+    flush_traffic(m);
 }
 
 static void check_launch(const Kernel& kernel, const EmuLaunch& launch) {
@@ -343,6 +358,7 @@ static void start_launch(Machine& m, const Kernel& kernel, const EmuLaunch& laun
     m.launch = launch;
     m.args = args;
     m.racing = launch.flags & EMU_RACES;
+    m.counting = launch.flags & EMU_COUNT;
     m.threads = launch.block_x;
     m.warps.assign(m.threads / WARP, Warp{});
     m.arrays.clear();
@@ -355,6 +371,7 @@ static void start_launch(Machine& m, const Kernel& kernel, const EmuLaunch& laun
         m.shared_shadow.start_launch(ARENA_BYTES);
         m.global_shadow.start_launch();
     }
+    if (m.counting) m.traffic.start_launch(m.warps.size());
 #ifdef EMU_ASAN
     ASAN_POISON_MEMORY_REGION(m.arena, ARENA_BYTES);
 #endif
@@ -374,8 +391,9 @@ static void run_grid(Machine& m) {
     }
 }
 
+static thread_local std::unique_ptr<Machine> mine;  // kept from launch to launch
+
 int launch(const Kernel& kernel, const EmuLaunch& launch, const void* args, char* error, u64 error_bytes) noexcept {
-    static thread_local std::unique_ptr<Machine> mine;
     try {
         check_launch(kernel, launch);
         if (!mine) mine.reset(new Machine);
@@ -397,5 +415,7 @@ int launch(const Kernel& kernel, const EmuLaunch& launch, const void* args, char
 }
 
 }  // namespace emu
+
+void emu_counters(EmuCounters* counters) { *counters = emu::mine ? emu::mine->traffic.counters : EmuCounters{}; }
 
 #include "names.h"

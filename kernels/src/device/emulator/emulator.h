@@ -29,7 +29,7 @@ struct EmuLaunch {
     u32 grid_x, grid_y, block_x, dynamic_shared_bytes;
     u32 schedule;  // 0: each warp to its next meeting, in turn; 1: the lowest warp runs ahead; 2: the highest warp, lanes and
                    // blocks in falling order too; 3: shuffled, seeded by `seed`. A correct kernel gives the same under all.
-    u32 flags;     // EMU_RACES
+    u32 flags;     // EMU_RACES, EMU_COUNT
     u64 seed;
 };
 static_assert(sizeof(EmuLaunch) == 32, "Rust passes the same 32 bytes");
@@ -37,11 +37,26 @@ static_assert(sizeof(EmuLaunch) == 32, "Rust passes the same 32 bytes");
 /// Check shared and global memory for races. The kernel must have been built in the races mode.
 constexpr u32 EMU_RACES = 1;
 
+/// Count memory traffic, see `EmuCounters`. Plain accesses (not by a name of portable.cuh) count in the races mode only.
+constexpr u32 EMU_COUNT = 2;
+
+/// The traffic of one launch. An access is one instruction of one warp; what its lanes do at one place of the code between
+/// two meetings belongs together. A sector is 32 bytes of global memory, a wavefront one pass over the 32 banks of shared
+/// memory: `shared_wavefronts` above `shared_wavefronts_least` are bank conflicts. What caches absorb is not modelled.
+struct EmuCounters {
+    u64 global_loads, global_load_bytes, global_load_sectors;
+    u64 global_stores, global_store_bytes, global_store_sectors;  // and atomics
+    u64 shared_accesses, shared_wavefronts, shared_wavefronts_least;
+};
+
 struct EmuIndex {
     u32 x, y, z;
 };
 
 #pragma GCC visibility push(default)
+
+/// The counters of this OS thread's last launch with EMU_COUNT.
+extern "C" void emu_counters(EmuCounters* counters);
 
 namespace emu {
 

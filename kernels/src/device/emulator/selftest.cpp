@@ -1,6 +1,7 @@
 // The emulator against planted mistakes, each of which it must find, then a whole kernel against double precision.
 // Build it in each of the three modes of emulator.h; the last line is `all checks passed`, and the exit status says the same.
 #include "selftest_check.h"
+#include "selftest_counters.h"
 #include "selftest_mistakes.h"
 #include "selftest_races.h"
 #include "selftest_sanitizer.h"
@@ -12,6 +13,7 @@ int main() {
     check_values();
     check_mistakes();
     check_shadows();
+    check_counters();
     if (EMU_INSTRUMENTED) check_races();
 #ifdef __SANITIZE_ADDRESS__
     check_overruns();
