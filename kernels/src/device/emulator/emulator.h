@@ -7,7 +7,8 @@
 // Several OS threads may each run a launch of their own: all state hangs on one thread-local pointer.
 //
 // Three modes (D = the folder above this one; tried with g++ 12.2, x86-64 and any other processor that has ucontext):
-//   K="-std=c++17 -O2 -fPIC -fno-strict-aliasing -fno-gnu-unique -fvisibility=hidden -ffp-contract=off -I D"
+//   K="-std=c++17 -O2 -fPIC -fno-strict-aliasing -fno-gnu-unique -fvisibility=hidden -ffp-contract=off
+//      -ftrivial-auto-var-init=pattern -I D"            (the last: a variable no one set is a huge number, not often 0)
 //   fast, races:  g++ $K -O3 -shared D/emulator/emulator.cpp -o libemu.so
 //   fast:         g++ $K -shared -x c++ kernel.cu -o kernel.so -x none libemu.so -Wl,-rpath,'$ORIGIN'
 //   races:        g++ $K -fsanitize=thread --param tsan-distinguish-volatile=1 --param tsan-instrument-func-entry-exit=0
