@@ -8,6 +8,7 @@
 #include "selftest_check.h"
 #include "selftest_counters.h"
 #include "selftest_mistakes.h"
+#include "selftest_pipeline.h"
 #include "selftest_races.h"
 #include "selftest_sanitizer.h"
 #include "selftest_shadow.h"
@@ -19,6 +20,7 @@ int main() {
     check_mistakes();
     check_shadows();
     check_counters();
+    check_pipeline();
     if (EMU_INSTRUMENTED) check_races();
 #ifdef __SANITIZE_ADDRESS__
     check_overruns();

@@ -38,8 +38,8 @@ KERNEL_ENTRY(traffic, TrafficArgs, 64, 1) {
 }
 
 EmuCounters traffic_of(Pattern which) {
-    std::vector<Float4> memory(2048, Float4{0, 0, 0, 0});
-    const std::string error = error_of(traffic__launch, TrafficArgs{which, &memory[0].x}, {1, 1, 64, 0, 3, EMU_COUNT, 1});
+    std::vector<Block> memory(8192 * sizeof(float) / sizeof(Block));
+    const std::string error = error_of(traffic__launch, TrafficArgs{which, reinterpret_cast<float*>(memory.data())}, {1, 1, 64, 0, 3, EMU_COUNT, 1});
     check(error.empty(), "traffic: " + error);
     EmuCounters counters;
     emu_counters(&counters);
