@@ -7,6 +7,7 @@
 mod buffer;
 mod cache;
 pub mod check;
+mod cuda;
 mod emulated;
 mod error;
 mod libraries;
@@ -22,6 +23,7 @@ use std::rc::Rc;
 
 pub use buffer::{DeviceBuffer, HostBuffer};
 pub use cache::CodeCache;
+pub use cuda::{CudaDevice, CudaOptions};
 pub use emulated::{Asynchrony, EmulatedDevice, EmulatedOptions, Schedule};
 pub use error::DeviceError;
 pub use libraries::{FoundLibrary, LibraryPaths};
