@@ -12,6 +12,7 @@ mod emulated;
 mod error;
 mod libraries;
 mod nvrtc;
+pub mod probe;
 mod program;
 mod shape;
 pub mod step;

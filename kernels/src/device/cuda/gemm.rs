@@ -312,3 +312,47 @@ impl Drop for Preference {
         unsafe { (self.api.cublasLtMatmulPreferenceDestroy)(self.handle) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::libraries::open_cublas_lt;
+    use crate::device::testing::library_paths;
+
+    /// Only choosing and computing need a GPU: what describes them is checked by the real library here.
+    #[test]
+    fn the_real_library_takes_our_descriptors_without_a_gpu() {
+        let library = match open_cublas_lt(&library_paths()) {
+            Ok(library) => library,
+            Err(error) => {
+                assert!(std::env::var_os("LORAMUX_REQUIRE_CUBLASLT").is_none(), "{error}");
+                println!("SKIPPED: {error}");
+                return;
+            }
+        };
+        let (api, version) = CublasLt::bind(&library).unwrap();
+        println!("{} {version}", library.found.path.display());
+        assert!(version.starts_with("12.") || version.starts_with("13."), "{version}");
+        // SAFETY: asks the loader and keeps nothing; what was opened by path is found by name from now on.
+        assert!(unsafe { lt::is_culib_present() });
+        for out in [GemmOut::Elem, GemmOut::F32] {
+            for elem in [Elem::Bf16, Elem::F16] {
+                let shape = GemmShape { rows: 5, d_out: 48, d_in: 64, elem, out };
+                let null = std::ptr::null_mut();
+                let products = std::mem::ManuallyDrop::new(Products {
+                    api,
+                    handle: null,
+                    plans: Vec::new(),
+                    by_shape: HashMap::new(),
+                });
+                let mut descriptors = Descriptors { api, plan: products.empty_plan(shape) };
+                descriptors.make().unwrap();
+                assert!(!descriptors.plan.product.is_null() && !descriptors.plan.y.is_null());
+            }
+        }
+        let preference = Preference::new(api).unwrap();
+        use lt::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as WORKSPACE;
+        let wrong = preference.set(WORKSPACE, &1u8).unwrap_err();
+        assert!(matches!(&wrong, DeviceError::Call { code: 7, message, .. } if !message.is_empty()), "{wrong}");
+    }
+}
