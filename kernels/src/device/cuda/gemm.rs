@@ -48,6 +48,18 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    const fn empty(shape: GemmShape) -> Self {
+        let (product, layout) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let choice = Candidate {
+            algo: lt::cublasLtMatmulAlgo_t { data: [0; 8] },
+            workspace_bytes: 0,
+            state: 0,
+            waves: 0.0,
+            reserved: [0; 4],
+        };
+        Self { shape, product, weight: layout, x: layout, y: layout, choice }
+    }
+
     /// The same with another algorithm.
     pub(super) const fn with(self, choice: Candidate) -> Self {
         Self { choice, ..self }
@@ -84,7 +96,7 @@ impl Products {
     /// Describes a shape and asks the library how to compute it, best first. The first answer is the plan's choice; nothing
     /// is kept yet.
     pub(super) fn describe(&self, shape: GemmShape) -> Result<(Plan, Vec<Candidate>), DeviceError> {
-        let mut plan = Descriptors { api: self.api, plan: self.empty_plan(shape) };
+        let mut plan = Descriptors { api: self.api, plan: Plan::empty(shape) };
         plan.make()?;
         let candidates = self.candidates(&plan.plan)?;
         let Some(first) = candidates.first() else {
@@ -131,18 +143,6 @@ impl Products {
             )
         };
         self.api.check("cublasLtMatmul", code)
-    }
-
-    fn empty_plan(&self, shape: GemmShape) -> Plan {
-        let (product, layout) = (std::ptr::null_mut(), std::ptr::null_mut());
-        let choice = Candidate {
-            algo: lt::cublasLtMatmulAlgo_t { data: [0; 8] },
-            workspace_bytes: 0,
-            state: 0,
-            waves: 0.0,
-            reserved: [0; 4],
-        };
-        Plan { shape, product, weight: layout, x: layout, y: layout, choice }
     }
 
     fn candidates(&self, plan: &Plan) -> Result<Vec<Candidate>, DeviceError> {
@@ -317,19 +317,13 @@ impl Drop for Preference {
 mod tests {
     use super::*;
     use crate::device::libraries::open_cublas_lt;
-    use crate::device::testing::library_paths;
+    use crate::device::testing::{library_paths, or_skip};
 
     /// Only choosing and computing need a GPU: what describes them is checked by the real library here.
     #[test]
     fn the_real_library_takes_our_descriptors_without_a_gpu() {
-        let library = match open_cublas_lt(&library_paths()) {
-            Ok(library) => library,
-            Err(error) => {
-                assert!(std::env::var_os("LORAMUX_REQUIRE_CUBLASLT").is_none(), "{error}");
-                println!("SKIPPED: {error}");
-                return;
-            }
-        };
+        let found = or_skip(open_cublas_lt(&library_paths()), "LORAMUX_REQUIRE_CUBLASLT");
+        let Some(library) = found else { return };
         let (api, version) = CublasLt::bind(&library).unwrap();
         println!("{} {version}", library.found.path.display());
         assert!(version.starts_with("12.") || version.starts_with("13."), "{version}");
@@ -338,14 +332,7 @@ mod tests {
         for out in [GemmOut::Elem, GemmOut::F32] {
             for elem in [Elem::Bf16, Elem::F16] {
                 let shape = GemmShape { rows: 5, d_out: 48, d_in: 64, elem, out };
-                let null = std::ptr::null_mut();
-                let products = std::mem::ManuallyDrop::new(Products {
-                    api,
-                    handle: null,
-                    plans: Vec::new(),
-                    by_shape: HashMap::new(),
-                });
-                let mut descriptors = Descriptors { api, plan: products.empty_plan(shape) };
+                let mut descriptors = Descriptors { api, plan: Plan::empty(shape) };
                 descriptors.make().unwrap();
                 assert!(!descriptors.plan.product.is_null() && !descriptors.plan.y.is_null());
             }
