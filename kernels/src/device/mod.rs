@@ -11,6 +11,7 @@ mod cuda;
 mod emulated;
 mod error;
 mod libraries;
+pub mod lora;
 mod nvrtc;
 pub mod probe;
 mod program;

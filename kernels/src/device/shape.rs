@@ -1,6 +1,7 @@
 //! Models as far as kernels care: what programs are compiled for.
 
 use super::Elem;
+use crate::attention::cuda::HeadShape;
 
 /// The widths of a model.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +38,12 @@ impl ModelShape {
             shape("Qwen2.5-0.5B", [896, 4864, 14, 2, 64, 151_936], Elem::Bf16),
             shape("Llama-3.1-8B", [4096, 14_336, 32, 8, 128, 128_256], Elem::Bf16),
         ]
+    }
+
+    /// The heads, as attention's kernels take them.
+    #[must_use]
+    pub const fn head_shape(&self) -> HeadShape {
+        HeadShape { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
     }
 
     /// Width of queries, keys and values of one position.
