@@ -72,6 +72,7 @@ impl Program {
         ("portable.cuh", include_str!("portable.cuh")),
         ("step.cuh", include_str!("step.cuh")),
         ("lora.cuh", include_str!("lora.cuh")),
+        ("norm.cuh", include_str!("../norm/norm.cuh")),
         ("silu.cuh", include_str!("../activation/silu.cuh")),
     ];
 }

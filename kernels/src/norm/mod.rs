@@ -7,6 +7,7 @@
 pub(crate) mod check;
 mod cpu;
 pub(crate) mod cuda;
+pub(crate) mod cuda_lora;
 #[cfg(test)]
 mod tests;
 
