@@ -21,5 +21,6 @@ pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "embedding", run: crate::embedding::check::check },
     OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
     OpCheck { name: "rms_norm", run: crate::norm::check::check },
+    OpCheck { name: "add_rms_norm_lora", run: crate::norm::check_lora::check },
     OpCheck { name: "sampler", run: crate::sampler::check::check },
 ];
