@@ -26,6 +26,7 @@ pub mod sampler;
 mod simd;
 #[cfg(test)]
 mod test_support;
+mod unpack;
 
 pub use activation::silu_mul;
 pub use arena::Arena;
@@ -37,8 +38,8 @@ pub use gather_rows::gather_rows;
 pub use kv_cache::{KvLayout, KvSlot, copy_block};
 pub use linear::{PackedWeight, WeightPart, linear};
 pub use lora::{
-    AdapterImage, AdapterTable, LoraPart, LoraScratch, LoraSite, RANK_BLOCK, SLICES, Segment, Slice, SlotScale,
-    WorkList,
+    AdapterImage, AdapterTable, ImageLayout, LoraPart, LoraScratch, LoraSite, RANK_BLOCK, SLICES, Segment, Slice,
+    SlotScale, WorkList,
 };
 pub use lora_expand::lora_expand;
 pub use lora_shrink::lora_shrink;

@@ -4,7 +4,7 @@ use crate::error::{OpError, at_most};
 
 /// Activations `[rows, width]` in f32, row after row. Memory for `rows_max` rows is taken once; a step only sets how many
 /// of them count, so nothing is allocated while serving.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Rows {
     values: Vec<f32>,
     rows: usize,

@@ -1,6 +1,7 @@
 //! What can be wrong with a base model's files, and the stable code of each case.
 
 use loramux_kernels::OpError;
+use loramux_kernels::device::DeviceError;
 use std::path::PathBuf;
 
 /// Why a base model was not loaded, or why a batch was refused. The text says what was found and what is accepted.
@@ -71,6 +72,9 @@ pub enum ModelError {
     /// A kernel refused its arguments.
     #[error(transparent)]
     Op(#[from] OpError),
+    /// The device refused.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl ModelError {
@@ -82,7 +86,7 @@ impl ModelError {
             Self::Invalid { .. } | Self::MissingTensors { .. } | Self::UnreadTensors { .. } => "model_invalid",
             Self::Unsupported { .. } => "model_unsupported",
             Self::TooLarge { .. } => "model_too_large",
-            Self::Op(_) => "internal_error",
+            Self::Op(_) | Self::Device(_) => "internal_error",
         }
     }
 

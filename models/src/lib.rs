@@ -15,9 +15,11 @@ mod spec;
 mod text;
 mod weights;
 
-pub use decoder::{Batch, Decoder, DecoderLimits};
+pub use decoder::{Batch, Decoder, DecoderLimits, DecoderOps, NormAt, Site, run_layers};
 pub use error::ModelError;
 pub use rope::inv_freq;
 pub use spec::{DecoderSpec, RopeScaling, RopeSpec};
 pub use text::{TextFiles, text_files};
-pub use weights::{LoadFormat, LoadOptions, Model, Progress, Weights, load};
+pub use weights::{
+    CpuStore, LayerWeights, LoadFormat, LoadOptions, Model, Progress, WeightStore, Weights, load, load_into,
+};

@@ -8,7 +8,7 @@ use crate::device::check::{CheckError, Checker, Effort, Random, Summary, expect}
 ///
 /// # Errors
 /// [`CheckError`].
-pub fn check(checker: &Checker) -> Result<Summary, CheckError> {
+pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes: &[(usize, usize)] = match checker.effort {
         Effort::Quick => &[(3, 512)],
         Effort::Full => &[(1, 8), (3, 512), (17, 1536), (64, 14336)],

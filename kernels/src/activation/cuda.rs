@@ -3,7 +3,7 @@
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source.
-pub static SILU_MUL: KernelSource = KernelSource { file: "silu_mul.cu", text: include_str!("silu_mul.cu") };
+pub(crate) static SILU_MUL: KernelSource = KernelSource { file: "silu_mul.cu", text: include_str!("silu_mul.cu") };
 
 const THREADS: u32 = 256;
 

@@ -71,6 +71,7 @@ impl Program {
     pub const HEADERS: &[(&str, &str)] = &[
         ("portable.cuh", include_str!("portable.cuh")),
         ("step.cuh", include_str!("step.cuh")),
+        ("kv.cuh", include_str!("kv.cuh")),
         ("lora.cuh", include_str!("lora.cuh")),
         ("norm.cuh", include_str!("../norm/norm.cuh")),
         ("silu.cuh", include_str!("../activation/silu.cuh")),

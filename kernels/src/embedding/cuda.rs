@@ -3,7 +3,7 @@
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source.
-pub static EMBEDDING: KernelSource = KernelSource { file: "embedding.cu", text: include_str!("embedding.cu") };
+pub(crate) static EMBEDDING: KernelSource = KernelSource { file: "embedding.cu", text: include_str!("embedding.cu") };
 
 const THREADS: u32 = 256;
 

@@ -3,7 +3,8 @@
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source.
-pub static GATHER_ROWS: KernelSource = KernelSource { file: "gather_rows.cu", text: include_str!("gather_rows.cu") };
+pub(crate) static GATHER_ROWS: KernelSource =
+    KernelSource { file: "gather_rows.cu", text: include_str!("gather_rows.cu") };
 
 const THREADS: u32 = 256;
 

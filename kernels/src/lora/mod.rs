@@ -13,7 +13,7 @@ mod table;
 mod tests;
 mod work;
 
-pub use image::{AdapterImage, LoraPart};
+pub use image::{AdapterImage, ImageLayout, LoraPart};
 pub(crate) use image::{b_elements, b_index};
 pub use scratch::LoraScratch;
 pub use table::AdapterTable;

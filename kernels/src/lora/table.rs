@@ -1,6 +1,6 @@
 //! Which slot holds which adapter, and where its blocks lie in the arena.
 
-use super::image::{AdapterImage, Entry};
+use super::image::{AdapterImage, Entry, ImageLayout};
 use super::{SLICES, Slice};
 use crate::arena::{Arena, UNIT_BYTES};
 use crate::dtype::ArenaDtype;
@@ -68,6 +68,9 @@ impl AdapterTable {
         pages: &[u32],
     ) -> Result<(), OpError> {
         let op = "publish";
+        let ImageLayout::Cpu(dtype) = image.layout else {
+            return Err(OpError::Shape { op, what: "layout (0 = for the CPU)", got: 1, want: 0 });
+        };
         at_most(op, "slot + 1", slot as usize + 1, self.slots.len())?;
         same(op, "page bytes", image.page_bytes, arena.page_bytes())?;
         same(op, "pages", pages.len(), image.pages_needed())?;
@@ -84,7 +87,7 @@ impl AdapterTable {
         };
         let slot = &mut self.slots[slot as usize];
         slot.generation = Some(generation);
-        slot.dtype = image.dtype;
+        slot.dtype = dtype;
         (slot.layers, slot.rank_blocks) = (image.layers, image.rank_blocks);
         slot.descs.clear();
         slot.descs.resize(image.rank_blocks * image.layers * SLICES, ABSENT);

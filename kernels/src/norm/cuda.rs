@@ -3,7 +3,7 @@
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source.
-pub static RMS_NORM: KernelSource = KernelSource { file: "rms_norm.cu", text: include_str!("rms_norm.cu") };
+pub(crate) static RMS_NORM: KernelSource = KernelSource { file: "rms_norm.cu", text: include_str!("rms_norm.cu") };
 
 const THREADS: u32 = 256;
 

@@ -190,6 +190,9 @@ impl Case {
         let mut edited = self.logits.clone();
         let token = match (self.target, broken) {
             (_, Some(token)) => Err(NonFinite::Logit { token: token as u32 }),
+            (Some(_), None) if self.logits.iter().all(|logit| *logit == f32::NEG_INFINITY) => {
+                Err(NonFinite::NothingLeft)
+            }
             (Some(target), None) => Ok(target),
             (None, None) => sample(&mut edited, &self.params(), &history, self.position, &mut SampleScratch::default()),
         };

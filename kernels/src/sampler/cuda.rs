@@ -4,7 +4,7 @@ use super::SampleParams;
 use crate::device::{Address, Device, DeviceError, Elem, Grid, Kernel, KernelSource, Program, Stream, launch};
 
 /// The source: one file in three parts.
-pub static SAMPLER: KernelSource = KernelSource {
+pub(crate) static SAMPLER: KernelSource = KernelSource {
     file: "sampler.cu",
     text: concat!(include_str!("row.cuh"), include_str!("select.cuh"), include_str!("sampler.cu")),
 };

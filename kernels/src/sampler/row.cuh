@@ -72,6 +72,14 @@ struct SamplerArgs {
     u32 stride;               // a multiple of 4
 };
 
+#ifdef __CUDACC__
+#define ROLLED _Pragma("unroll 1")
+#define BY_FOUR _Pragma("unroll 4")
+#else
+#define ROLLED
+#define BY_FOUR
+#endif
+
 /// A product that no compiler fuses with a sum.
 DEVICE float product(float a, float b) {
 #ifdef __CUDACC__
@@ -96,8 +104,19 @@ struct Scan {
     u32 broken;  // the first that is NaN or infinity, or NONE
 };
 
-/// 41 KiB, of 48.
+/// A row as filters see it: z = logit / temperature.
+struct View {
+    const float* logits;
+    u32 vocab;
+    float inv_temperature;
+    float max;        // the largest z
+    bool absent_too;  // whether minus infinity counts as a token
+};
+
+/// 41 KiB, of 48. What is the same for all threads and lives long is here too: 1024 threads have 64 registers each.
 struct Shared {
+    View view;
+    float raw_max, ln_sum;  // of the model's distribution
     u64 mass[BINS];
     u32 count[BINS];
     u64 group_totals[GROUPS];
@@ -121,11 +140,13 @@ DEVICE T reduce(T (&pool)[SAMPLE_WARPS + 1][32], T value, Combine combine) {
     pool[warp][lane] = value;
     __syncthreads();
     if (warp == 0) {
+        BY_FOUR
         for (u32 w = 1; w < SAMPLE_WARPS; ++w) value = combine(value, pool[w][lane]);
         pool[SAMPLE_WARPS][lane] = value;
     }
     __syncthreads();
     value = pool[SAMPLE_WARPS][0];
+    BY_FOUR
     for (u32 l = 1; l < 32; ++l) value = combine(value, pool[SAMPLE_WARPS][l]);
     return value;
 }
@@ -143,29 +164,31 @@ DEVICE Float4 load_quad(const float* logits, u32 vocab, u32 quad) {
     return v;
 }
 
-/// Calls visit(quad, logits) for this thread's quads in rising order. Two loads are in flight: one of 16 bytes from each of
-/// 1024 threads is less than what L2 can have under way for a multiprocessor.
+/// Calls visit(quad, logits) for this thread's quads in rising order. A quad is loaded while the one before it is worked on:
+/// 16 bytes from each of 1024 threads are less than what L2 can have under way for a multiprocessor.
 template <class Visit>
 DEVICE void for_each_quad(const float* logits, u32 vocab, Visit visit) {
     const u32 quads = (vocab + 3) / 4;
-    for (u32 quad = threadIdx.x; quad < quads; quad += 2 * SAMPLE_THREADS) {
+    u32 quad = threadIdx.x;
+    Float4 ahead = quad < quads ? load_quad(logits, vocab, quad) : Float4{};
+    while (quad < quads) {
         const u32 next = quad + SAMPLE_THREADS;
-        const Float4 v = load_quad(logits, vocab, quad);
-        Float4 w = v;
-        if (next < quads) w = load_quad(logits, vocab, next);
+        const Float4 v = ahead;
+        if (next < quads) ahead = load_quad(logits, vocab, next);
         visit(quad, v);
-        if (next < quads) visit(next, w);
+        quad = next;
     }
 }
 
-/// Calls visit(token, logit).
+DEVICE float element(const Float4& v, u32 i) { return i < 2 ? (i == 0 ? v.x : v.y) : i == 2 ? v.z : v.w; }
+
+/// Calls visit(token, logit). Not unrolled: with exponentials in double precision inside, four copies side by side would
+/// need more registers than 1024 threads have.
 template <class Visit>
 DEVICE void for_each_token(const float* logits, u32 vocab, Visit visit) {
     for_each_quad(logits, vocab, [&](u32 quad, const Float4& v) {
-        visit(quad * 4, v.x);
-        visit(quad * 4 + 1, v.y);
-        visit(quad * 4 + 2, v.z);
-        visit(quad * 4 + 3, v.w);
+        ROLLED
+        for (u32 i = 0; i < 4; ++i) visit(quad * 4 + i, element(v, i));
     });
 }
 
@@ -200,6 +223,8 @@ DEVICE Scan scan_row(Shared& shared, float* logits, u32 vocab, const u32* mask, 
 /// Logarithm of the sum of e^(logit - max).
 DEVICE float ln_sum_of(Shared& shared, const float* logits, u32 vocab, float max) {
     float sum = 0.0f;
-    for_each_token(logits, vocab, [&](u32, float logit) { sum += exact_exp(logit - max); });
+    for_each_quad(logits, vocab, [&](u32, const Float4& v) {
+        sum += (exact_exp(v.x - max) + exact_exp(v.y - max)) + (exact_exp(v.z - max) + exact_exp(v.w - max));
+    });
     return float(exact_log(reduce(shared.sums, double(sum), [](double a, double b) { return a + b; })));
 }

@@ -17,7 +17,7 @@
 // ---- The draw ---------------------------------------------------------------------------------------------------
 
 /// Philox4x32-10: four random words.
-DEVICE void philox(u64 key, u64 position, u32 quad, u32 (&words)[4]) {
+DEVICE Words4 philox(u64 key, u64 position, u32 quad) {
     u32 k0 = u32(key), k1 = u32(key >> 32);
     u32 c0 = u32(position), c1 = u32(position >> 32), c2 = quad, c3 = 0;
     UNROLL
@@ -27,8 +27,10 @@ DEVICE void philox(u64 key, u64 position, u32 quad, u32 (&words)[4]) {
         c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
         k0 += 0x9e3779b9u, k1 += 0xbb67ae85u;
     }
-    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+    return {c0, c1, c2, c3};
 }
+
+DEVICE u32 word_of(const Words4& v, u32 i) { return i < 2 ? (i == 0 ? v.x : v.y) : i == 2 ? v.z : v.w; }
 
 DEVICE Draw better(const Draw& a, const Draw& b) {
     return b.key > a.key || (b.key == a.key && b.token < a.token) ? b : a;
@@ -37,7 +39,6 @@ DEVICE Draw better(const Draw& a, const Draw& b) {
 /// Adds Gumbel noise to z, u = (word + 1/2) / 2^32, unless the token cannot win: with n leading ones in the word the noise
 /// is at most (n + 1) ln 2, which spares the logarithms.
 DEVICE void offer(Draw& best, u32 token, float z, u32 word) {
-    if (!(z > minus_infinity())) return;
     const double most = double(leading_zeros(~word) + 1) * LN_2;
     if (double(z) + most < best.key) return;
     const double u = (double(word) + 0.5) / 4294967296.0;
@@ -68,10 +69,7 @@ DEVICE u32 draw(Shared& shared, const SampleRow& row, const View& view, u32 like
     Draw best = {double(minus_infinity()), NONE};
     if (!filtered) {  // begin with the likeliest: most of the others then cannot win with any noise, or not with theirs
         if (threadIdx.x == 0) {
-            u32 words[4];
-            philox(row.seed, row.position, likeliest / 4, words);
-            const u32 low = likeliest & 1 ? words[1] : words[0], high = likeliest & 1 ? words[3] : words[2];
-            offer(best, likeliest, view.max, likeliest & 2 ? high : low);
+            offer(best, likeliest, view.max, word_of(philox(row.seed, row.position, likeliest / 4), likeliest % 4));
             shared.first = best;
         }
         __syncthreads();
@@ -79,19 +77,18 @@ DEVICE u32 draw(Shared& shared, const SampleRow& row, const View& view, u32 like
     }
     for_each_quad(view.logits, view.vocab, [&](u32 quad, const Float4& v) {
         const float least = float(best.key) - NOISE_MAX;
-        float z[4] = {v.x, v.y, v.z, v.w};
-        bool any = false;
-        UNROLL
+        u32 left = 0;  // one bit each
+        ROLLED
         for (u32 i = 0; i < 4; ++i) {
-            z[i] = product(z[i], view.inv_temperature);
-            if (z[i] < least || (filtered && !is_kept(kept, view.max, z[i], quad * 4 + i))) z[i] = minus_infinity();
-            any = any || z[i] > minus_infinity();
+            const float z = product(element(v, i), view.inv_temperature);
+            const bool may_win = z > minus_infinity() && z >= least;
+            left |= u32(may_win && (!filtered || is_kept(kept, view.max, z, quad * 4 + i))) << i;
         }
-        if (!any) return;
-        u32 words[4];
-        philox(row.seed, row.position, quad, words);
-        UNROLL
-        for (u32 i = 0; i < 4; ++i) offer(best, quad * 4 + i, z[i], words[i]);
+        if (left == 0) return;
+        const Words4 words = philox(row.seed, row.position, quad);
+        ROLLED
+        for (u32 i = 0; i < 4; ++i)
+            if (left >> i & 1) offer(best, quad * 4 + i, product(element(v, i), view.inv_temperature), word_of(words, i));
     });
     best = reduce(shared.draws, best, [](const Draw& a, const Draw& b) { return better(a, b); });
     return best.token == NONE ? likeliest : best.token;
@@ -156,8 +153,16 @@ DEVICE float raw_logit(Shared& shared, const Edits& edits, const float* logits, 
 
 // ---- One row ----------------------------------------------------------------------------------------------------
 
+/// For all threads, when all have come.
+DEVICE const View& set_view(Shared& shared, const View& view) {
+    __syncthreads();
+    if (threadIdx.x == 0) shared.view = view;
+    __syncthreads();
+    return shared.view;
+}
+
 /// Writes the `wanted` likeliest tokens, likeliest first, the lower id first among equals; returns how many there are.
-DEVICE u32 write_top(Shared& shared, TopLogprob* top, const View& view, float ln_sum, u32 wanted) {
+DEVICE u32 write_top(Shared& shared, TopLogprob* top, const View& view, u32 wanted) {
     if (wanted > TOP_MAX) wanted = TOP_MAX;
     if (wanted > view.vocab) wanted = view.vocab;
     if (wanted == 0) return 0;
@@ -178,7 +183,7 @@ DEVICE u32 write_top(Shared& shared, TopLogprob* top, const View& view, float ln
             const TopLogprob other = shared.top[i];
             before += i != threadIdx.x && not_behind(place_of(view.max, other.logprob, other.token), place);
         }
-        top[before] = {mine.token, mine.logprob - view.max - ln_sum};
+        top[before] = {mine.token, mine.logprob - view.max - shared.ln_sum};
     }
     __syncthreads();
     return wanted;
@@ -191,21 +196,20 @@ DEVICE SampleOut sample_row(Shared& shared, const SamplerArgs& args, const Sampl
     const bool has_edits = draws && (row.edit_count > 0 || row.pending || row.mask != NONE);
     SampleOut out = {0, FAULT_NONE, 0.0f, 0};
     Scan scan = {minus_infinity(), NONE, NONE};
-    float max = 0.0f, ln_sum = 0.0f;
     if (wants_logprobs || !has_edits) {
         scan = scan_row(shared, logits, args.vocab, nullptr);
         if (scan.broken != NONE) return {scan.broken, FAULT_LOGIT, 0.0f, 0};
         if (scan.token == NONE) return {0, FAULT_NOTHING_LEFT, 0.0f, 0};
     }
     if (wants_logprobs) {
-        max = scan.max;
-        ln_sum = ln_sum_of(shared, logits, args.vocab, max);
-        const u32 wanted = row.logprobs == NONE ? 0 : row.logprobs;
-        out.top_count = write_top(shared, top, {logits, args.vocab, 1.0f, max, true}, ln_sum, wanted);
+        const float ln_sum = ln_sum_of(shared, logits, args.vocab, scan.max);
+        if (threadIdx.x == 0) shared.raw_max = scan.max, shared.ln_sum = ln_sum;
+        const View& view = set_view(shared, {logits, args.vocab, 1.0f, scan.max, true});
+        out.top_count = write_top(shared, top, view, row.logprobs == NONE ? 0 : row.logprobs);
     }
     if (!draws) {
         out.token = row.target;
-        out.logprob = row.target < args.vocab ? logits[row.target] - max - ln_sum : minus_infinity();
+        out.logprob = row.target < args.vocab ? logits[row.target] - shared.raw_max - shared.ln_sum : minus_infinity();
         return out;
     }
     Edits edits = {args.edits, 0, NONE, NONE};
@@ -218,9 +222,10 @@ DEVICE SampleOut sample_row(Shared& shared, const SamplerArgs& args, const Sampl
     out.token = scan.token;
     if (row.temperature >= GREEDY_BELOW) {
         const float largest = product(scan.max, row.inv_temperature);
-        out.token = draw(shared, row, {logits, args.vocab, row.inv_temperature, largest, false}, scan.token);
+        const View& view = set_view(shared, {logits, args.vocab, row.inv_temperature, largest, false});
+        out.token = draw(shared, row, view, scan.token);
     }
-    if (wants_logprobs) out.logprob = raw_logit(shared, edits, logits, out.token) - max - ln_sum;
+    if (wants_logprobs) out.logprob = raw_logit(shared, edits, logits, out.token) - shared.raw_max - shared.ln_sum;
     return out;
 }
 

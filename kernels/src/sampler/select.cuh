@@ -21,15 +21,6 @@ DEVICE bool not_behind(const Place& a, const Place& b) {
     return a.token <= b.token;
 }
 
-/// A row as filters see it: z = logit / temperature.
-struct View {
-    const float* logits;
-    u32 vocab;
-    float inv_temperature;
-    float max;       // the largest z
-    bool absent_too; // whether minus infinity counts as a token
-};
-
 DEVICE Place place_of(float max, float z, u32 token) {
     const u32 bits = float_bits(z);
     const float below = max - z;

@@ -16,7 +16,7 @@ use crate::spec::DecoderSpec;
 use config::LoraConfig;
 use error::{CONFIG_FILE, WEIGHTS_FILE};
 use half::f16;
-use loramux_kernels::{AdapterImage, ArenaDtype, LoraPart, Slice};
+use loramux_kernels::{AdapterImage, ImageLayout, LoraPart, Slice};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
@@ -115,12 +115,13 @@ pub fn read(dir: &Path, spec: &DecoderSpec, limits: &AdapterLimits) -> Result<Pe
 }
 
 impl PeftAdapter {
-    /// Lays the weights out in pages of `page_bytes`, rounded to `dtype`.
+    /// Lays the weights out in pages of `page_bytes`, rounded to the layout's type.
     ///
     /// # Errors
-    /// `adapter_invalid` if a value has no finite `dtype` form; `adapter_too_large` if a rank block does not fit a page.
-    pub fn pack(&self, dtype: ArenaDtype, page_bytes: usize) -> Result<AdapterImage, AdapterError> {
-        if dtype == ArenaDtype::F16 {
+    /// `adapter_invalid` if a value has no finite form in it; `adapter_too_large` if a rank block does not fit a page.
+    pub fn pack(&self, layout: impl Into<ImageLayout>, page_bytes: usize) -> Result<AdapterImage, AdapterError> {
+        let layout = layout.into();
+        if layout.is_half() {
             self.check_fits_f16()?;
         }
         let parts: Vec<LoraPart> = self
@@ -137,7 +138,7 @@ impl PeftAdapter {
                 scale: *scale,
             })
             .collect();
-        AdapterImage::pack(dtype, page_bytes, self.layers, &parts).map_err(AdapterError::Pack)
+        AdapterImage::pack(layout, page_bytes, self.layers, &parts).map_err(AdapterError::Pack)
     }
 
     /// What lies beyond 65504 would be stored as something else.

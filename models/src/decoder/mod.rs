@@ -2,18 +2,20 @@
 //! packed weights say all there is to know.
 
 mod batch;
-mod layer;
+mod cpu;
+mod stack;
 
 pub use batch::Batch;
+pub use stack::{DecoderOps, NormAt, Site, run_layers};
 
 use crate::error::ModelError;
 use crate::rope;
 use crate::spec::DecoderSpec;
-use crate::weights::{Model, Weights};
-use layer::{Sites, StepInputs};
+use crate::weights::{CpuStore, Model, Weights};
+use cpu::{CpuOps, Sites};
 use loramux_kernels::{
-    AdapterTable, Arena, ArenaDtype, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, embedding,
-    gather_rows, linear, rms_norm,
+    AdapterTable, Arena, ArenaDtype, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, gather_rows,
+    linear,
 };
 
 /// Sizes of the decoder's workspaces, which are allocated once.
@@ -29,7 +31,7 @@ pub struct DecoderLimits {
 /// that are wanted. Allocates nothing between construction and drop.
 pub struct Decoder {
     spec: DecoderSpec,
-    weights: Weights,
+    weights: Weights<CpuStore>,
     dtype: Dtype,
     attention: AttnSpec,
     sites: Sites,
@@ -118,17 +120,9 @@ impl Decoder {
                 return Err(OpError::Shape { op: "decoder", what, got, want: batch.rows() }.into());
             }
         }
-        embedding(&mut space.residual, &weights.embedding, &batch.tokens)?;
-        space.rope.fill(&batch.positions)?;
-        let mut norms =
-            weights.layers.iter().map(|layer| layer.attention_norm.as_slice()).chain([weights.final_norm.as_slice()]);
-        let first = norms.next().expect("a chain that ends in the final norm is not empty");
-        rms_norm(&mut space.normed, &space.residual, first, spec.rms_eps)?;
-        let step = StepInputs { batch, table, layout, attention, sites, rms_eps: spec.rms_eps };
-        for (layer, (weights, next_norm)) in weights.layers.iter().zip(norms).enumerate() {
-            layer::forward(layer, weights, next_norm, &step, arena, space)?;
-        }
-        Ok(())
+        let rms_eps = spec.rms_eps;
+        let mut ops = CpuOps { weights, batch, table, layout, attention, sites, rms_eps, arena, space };
+        run_layers(&mut ops, spec.layers).map_err(ModelError::Op)
     }
 
     /// Logits of the given rows of the last step: `[rows.len(), vocab]`, for at most `logits_rows_max` rows a call.

@@ -52,12 +52,12 @@ pub struct Progress {
     pub total_bytes: u64,
 }
 
-/// A loaded model: weights packed for this machine.
-pub struct Model {
+/// A loaded model: weights where a [`WeightStore`] put them.
+pub struct Model<S: WeightStore = CpuStore> {
     /// Architecture.
     pub spec: DecoderSpec,
     /// Packed tensors.
-    pub weights: Weights,
+    pub weights: Weights<S>,
     /// Storage type of the weights.
     pub dtype: Dtype,
     /// Memory of the packed weights in bytes.
@@ -69,23 +69,74 @@ pub struct Model {
 }
 
 /// Packed tensors of a decoder.
-pub struct Weights {
-    pub(crate) embedding: PackedWeight,
-    /// `None` when the head is the embedding.
-    pub(crate) head: Option<PackedWeight>,
-    pub(crate) final_norm: Vec<f32>,
-    pub(crate) layers: Vec<LayerWeights>,
+pub struct Weights<S: WeightStore> {
+    /// `[vocab, hidden]`.
+    pub embedding: S::Matrix,
+    /// `[vocab, hidden]`; `None` when the head is the embedding.
+    pub head: Option<S::Matrix>,
+    /// `[hidden]`.
+    pub final_norm: S::Vector,
+    /// In order.
+    pub layers: Vec<LayerWeights<S>>,
 }
 
 /// Packed tensors of one layer; q, k and v are one matrix, gate and up another.
-pub(crate) struct LayerWeights {
-    pub(crate) attention_norm: Vec<f32>,
-    pub(crate) qkv: PackedWeight,
-    pub(crate) qkv_bias: Option<Vec<f32>>,
-    pub(crate) output: PackedWeight,
-    pub(crate) mlp_norm: Vec<f32>,
-    pub(crate) gate_up: PackedWeight,
-    pub(crate) down: PackedWeight,
+pub struct LayerWeights<S: WeightStore> {
+    /// `[hidden]`.
+    pub attention_norm: S::Vector,
+    /// `[q + 2 kv, hidden]`.
+    pub qkv: S::Matrix,
+    /// `[q + 2 kv]`.
+    pub qkv_bias: Option<S::Vector>,
+    /// `[hidden, q]`.
+    pub output: S::Matrix,
+    /// `[hidden]`.
+    pub mlp_norm: S::Vector,
+    /// `[2 intermediate, hidden]`.
+    pub gate_up: S::Matrix,
+    /// `[hidden, intermediate]`.
+    pub down: S::Matrix,
+}
+
+/// Where weights go once they are read: the CPU's packed form, or a device's memory.
+pub trait WeightStore {
+    /// A weight matrix.
+    type Matrix;
+    /// A norm's weight or a bias, in f32.
+    type Vector;
+
+    /// Stores `parts`, concatenated along `d_out`, and returns their bytes too.
+    ///
+    /// # Errors
+    /// [`ModelError`] if there is no room, or the store cannot hold the shape.
+    fn matrix(&mut self, parts: &[WeightPart]) -> Result<(Self::Matrix, u64), ModelError>;
+
+    /// Stores a vector.
+    ///
+    /// # Errors
+    /// [`ModelError`] if there is no room.
+    fn vector(&mut self, values: Vec<f32>) -> Result<Self::Vector, ModelError>;
+}
+
+/// Packs weights for the CPU's kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuStore {
+    dtype: Dtype,
+}
+
+impl WeightStore for CpuStore {
+    type Matrix = PackedWeight;
+    type Vector = Vec<f32>;
+
+    fn matrix(&mut self, parts: &[WeightPart]) -> Result<(PackedWeight, u64), ModelError> {
+        let packed = PackedWeight::pack(self.dtype, parts)?;
+        let bytes = packed.bytes() as u64;
+        Ok((packed, bytes))
+    }
+
+    fn vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, ModelError> {
+        Ok(values)
+    }
 }
 
 /// Loads a model from a Hugging Face directory or a GGUF file, calling `progress` after each group of tensors.
@@ -94,20 +145,25 @@ pub(crate) struct LayerWeights {
 /// [`ModelError`]; names and shapes of all tensors are checked before any is read, so a missing or unread tensor
 /// is reported at once and with the full list.
 pub fn load(path: &Path, options: &LoadOptions, progress: &mut dyn FnMut(Progress)) -> Result<Model, ModelError> {
-    match locate(path, options.format)? {
-        Location::Checkpoint(dir) => {
-            let mut source = checkpoint::Checkpoint::open(&dir)?;
-            build(&mut source, options.dtype, progress)
-        }
-        Location::Gguf(file) => {
-            let mut source = gguf_weights::GgufWeights::open(&file)?;
-            build(&mut source, options.dtype, progress)
-        }
-        Location::Dummy(dir) => {
-            let mut source = dummy::DummyWeights::open(&dir, options.seed)?;
-            build(&mut source, options.dtype, progress)
-        }
-    }
+    load_into(path, options, progress, |_, dtype| Ok(CpuStore { dtype }))
+}
+
+/// As [`load`], into the store that `store` makes for the model's shape and the storage type asked for.
+///
+/// # Errors
+/// As [`load`], and those of the store.
+pub fn load_into<S: WeightStore>(
+    path: &Path,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(Progress),
+    store: impl FnOnce(&DecoderSpec, Dtype) -> Result<S, ModelError>,
+) -> Result<Model<S>, ModelError> {
+    let mut source: Box<dyn WeightSource> = match locate(path, options.format)? {
+        Location::Checkpoint(dir) => Box::new(checkpoint::Checkpoint::open(&dir)?),
+        Location::Gguf(file) => Box::new(gguf_weights::GgufWeights::open(&file)?),
+        Location::Dummy(dir) => Box::new(dummy::DummyWeights::open(&dir, options.seed)?),
+    };
+    build(&mut *source, options.dtype, progress, store)
 }
 
 /// A place tensors are read from.
@@ -174,17 +230,19 @@ fn expected(spec: &DecoderSpec) -> Vec<Expected> {
     ids.into_iter().map(|id| Expected { id, shape: shape(spec, id.kind) }).collect()
 }
 
-fn build(
+fn build<S: WeightStore>(
     source: &mut dyn WeightSource,
     dtype: Option<Dtype>,
     progress: &mut dyn FnMut(Progress),
-) -> Result<Model, ModelError> {
+    store: impl FnOnce(&DecoderSpec, Dtype) -> Result<S, ModelError>,
+) -> Result<Model<S>, ModelError> {
     let spec = source.spec().clone();
     let expected = expected(&spec);
     source.check(&expected)?;
     let parameters = expected.iter().map(Expected::count).sum();
     let dtype = dtype.unwrap_or_else(|| source.natural_dtype());
-    let mut packer = Packer { source, spec: &spec, dtype, weight_bytes: 0, progress };
+    let store = store(&spec, dtype)?;
+    let mut packer = Packer { source, spec: &spec, store, weight_bytes: 0, progress };
     let weights = packer.weights()?;
     let weight_bytes = packer.weight_bytes;
     let content_id = source.content_id();
@@ -192,16 +250,16 @@ fn build(
 }
 
 /// Reads tensors in the order of the forward pass and packs them.
-struct Packer<'a> {
+struct Packer<'a, S> {
     source: &'a mut dyn WeightSource,
     spec: &'a DecoderSpec,
-    dtype: Dtype,
+    store: S,
     weight_bytes: u64,
     progress: &'a mut dyn FnMut(Progress),
 }
 
-impl Packer<'_> {
-    fn weights(&mut self) -> Result<Weights, ModelError> {
+impl<S: WeightStore> Packer<'_, S> {
+    fn weights(&mut self) -> Result<Weights<S>, ModelError> {
         use TensorKind as K;
         let embedding = self.matrix(0, &[K::Embedding])?;
         let layers = (0..self.spec.layers).map(|layer| self.layer(layer)).collect::<Result<Vec<_>, _>>()?;
@@ -211,7 +269,7 @@ impl Packer<'_> {
         Ok(Weights { embedding, head, final_norm, layers })
     }
 
-    fn layer(&mut self, layer: usize) -> Result<LayerWeights, ModelError> {
+    fn layer(&mut self, layer: usize) -> Result<LayerWeights<S>, ModelError> {
         use TensorKind as K;
         let weights = LayerWeights {
             attention_norm: self.vector(layer, &[K::AttentionNorm])?,
@@ -234,7 +292,7 @@ impl Packer<'_> {
         self.source.read(&Expected { id, shape: shape(self.spec, kind) })
     }
 
-    fn matrix(&mut self, layer: usize, kinds: &[TensorKind]) -> Result<PackedWeight, ModelError> {
+    fn matrix(&mut self, layer: usize, kinds: &[TensorKind]) -> Result<S::Matrix, ModelError> {
         let tensors = kinds.iter().map(|&kind| self.read(layer, kind)).collect::<Result<Vec<_>, _>>()?;
         let parts: Vec<WeightPart> = kinds
             .iter()
@@ -244,18 +302,18 @@ impl Packer<'_> {
                 WeightPart { data: host_data(data), d_out: shape[0], d_in: shape[1] }
             })
             .collect();
-        let packed = PackedWeight::pack(self.dtype, &parts)?;
-        self.weight_bytes += packed.bytes() as u64;
-        Ok(packed)
+        let (matrix, bytes) = self.store.matrix(&parts)?;
+        self.weight_bytes += bytes;
+        Ok(matrix)
     }
 
-    fn vector(&mut self, layer: usize, kinds: &[TensorKind]) -> Result<Vec<f32>, ModelError> {
+    fn vector(&mut self, layer: usize, kinds: &[TensorKind]) -> Result<S::Vector, ModelError> {
         let mut values = Vec::new();
         for &kind in kinds {
             values.extend(self.read(layer, kind)?.into_f32());
         }
         self.weight_bytes += 4 * values.len() as u64;
-        Ok(values)
+        self.store.vector(values)
     }
 
     fn report(&mut self, what: &str) {
