@@ -27,7 +27,7 @@ const LOGPROB_ERROR: f32 = 1e-4;
 ///
 /// # Errors
 /// [`CheckError`].
-pub fn check(checker: &Checker) -> Result<Summary, CheckError> {
+pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes = if checker.effort == Effort::Quick { &SHAPES[..1] } else { SHAPES };
     let is_emulated = checker.device.info().arch == "emulated";
     let (mut worst, mut cases) = (0.0f64, 0);
