@@ -8,7 +8,9 @@
 //!
 //! `qkv: [rows, (heads + 2 kv_heads) * head_dim]` (only q is read), `out: [rows, heads * head_dim]`.
 
+pub(crate) mod check;
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 

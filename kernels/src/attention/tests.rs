@@ -215,3 +215,13 @@ fn chunks_that_are_not_there_are_refused() {
     limit(run(std::slice::from_ref(&good), &[0, 9999], 0));
     limit(run(&[good], table, 2));
 }
+
+#[test]
+fn the_decode_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(super::check::check_decode);
+}
+
+#[test]
+fn the_prefill_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(super::check::check_prefill);
+}

@@ -2,7 +2,7 @@
 
 use super::Elem;
 
-/// One `.cu` file. It includes `portable.cuh` and `step.cuh` and nothing else.
+/// One `.cu` file. It includes headers of [`Program::HEADERS`] and nothing else.
 #[derive(Debug)]
 pub struct KernelSource {
     /// File name, for messages.
@@ -68,6 +68,11 @@ impl Program {
     }
 
     /// The headers that sources may include: name and text.
-    pub const HEADERS: &[(&str, &str)] =
-        &[("portable.cuh", include_str!("portable.cuh")), ("step.cuh", include_str!("step.cuh"))];
+    pub const HEADERS: &[(&str, &str)] = &[
+        ("portable.cuh", include_str!("portable.cuh")),
+        ("step.cuh", include_str!("step.cuh")),
+        ("kv.cuh", include_str!("kv.cuh")),
+        ("lora.cuh", include_str!("lora.cuh")),
+        ("silu.cuh", include_str!("../activation/silu.cuh")),
+    ];
 }

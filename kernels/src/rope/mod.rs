@@ -5,7 +5,9 @@
 //! (arXiv:2104.09864 in the half-split pairing of GPT-NeoX and Hugging Face). Elements from `rotary_dim` on pass through.
 //! `qkv: [rows, (heads + 2 kv_heads) * head_dim]` f32. q and k are rotated in place; k and v are rounded to the cache's type.
 
+pub(crate) mod check;
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 

@@ -90,3 +90,8 @@ fn slots_outside_the_cache_are_refused_and_nothing_is_written() {
     assert_eq!(qkv.as_f32(), before.as_f32());
     assert!(arena.bytes().iter().all(|&b| b == 0));
 }
+
+#[test]
+fn the_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(super::check::check);
+}

@@ -9,7 +9,7 @@
 pub(crate) mod check;
 pub(crate) mod cuda;
 mod draw;
-mod edits;
+pub(crate) mod edits;
 mod filters;
 mod logprobs;
 mod penalties;

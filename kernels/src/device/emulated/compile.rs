@@ -4,8 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use sha2::{Digest, Sha256};
-
+use super::super::cache::{Key, part_of};
 use super::super::{DeviceError, Program};
 use super::EmulatedOptions;
 
@@ -118,7 +117,7 @@ impl Compiler {
         std::fs::rename(&part, target).map_err(|error| self.failed(what, &error.to_string()))
     }
 
-    /// Writes a file that others see whole or not at all.
+    /// Writes a file that others see whole or not at all. Not synced: what a power cut loses here is made again by a test.
     fn publish(&self, path: &Path, bytes: &[u8]) -> Result<(), DeviceError> {
         let part = part_of(path);
         let written = std::fs::write(&part, bytes).and_then(|()| std::fs::rename(&part, path));
@@ -130,19 +129,6 @@ impl Compiler {
     }
 }
 
-/// A name beside `path` that no other thread or process uses.
-fn part_of(path: &Path) -> PathBuf {
-    use std::sync::atomic::{AtomicU64, Ordering};
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    path.with_extension(format!("{}.{count}.part", std::process::id()))
-}
-
 fn hash<'a>(parts: impl IntoIterator<Item = &'a str>) -> String {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update(part);
-        hash.update([0]);
-    }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    parts.into_iter().fold(Key::default(), Key::part).hex()
 }

@@ -17,8 +17,6 @@ pub(super) struct DeviceSequence {
     pub(super) sampling: Sampling,
     /// For penalties: each token of prompt and output, and how often it was generated. `None` where nothing asks.
     pub(super) seen: Option<HashMap<u32, u32>>,
-    /// Steps that name it and are in flight.
-    pub(super) in_flight: usize,
 }
 
 impl DeviceSequence {
@@ -37,7 +35,7 @@ impl DeviceSequence {
             }
             seen
         });
-        Self { slot, tokens: start.tokens.clone(), pending: 0, prompt_tokens, sampling, seen, in_flight: 0 }
+        Self { slot, tokens: start.tokens.clone(), pending: 0, prompt_tokens, sampling, seen }
     }
 
     /// Appends a token that the host has read.
