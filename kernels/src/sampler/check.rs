@@ -8,12 +8,12 @@ use crate::device::step::StepCounts;
 
 /// Vocabulary, rows of a launch, launches on the emulator, blocks.
 const SHAPES: &[(usize, usize, usize, usize)] = &[
-    (2048, 40, 2, 3),
+    (2048, 40, 4, 3),
     (1, 5, 1, 9),
-    (7, 12, 1, 12),
-    (130, 30, 1, 1),
-    (32_001, 10, 1, 4),
-    (49_152, 8, 1, 8),
+    (7, 12, 3, 12),
+    (130, 30, 3, 1),
+    (32_001, 10, 2, 4),
+    (49_152, 8, 2, 8),
     (128_256, 2, 1, 2),
 ];
 
@@ -27,7 +27,7 @@ const LOGPROB_ERROR: f32 = 1e-4;
 ///
 /// # Errors
 /// [`CheckError`].
-pub fn check(checker: &Checker) -> Result<Summary, CheckError> {
+pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes = if checker.effort == Effort::Quick { &SHAPES[..1] } else { SHAPES };
     let is_emulated = checker.device.info().arch == "emulated";
     let (mut worst, mut cases) = (0.0f64, 0);
