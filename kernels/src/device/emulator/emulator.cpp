@@ -270,7 +270,13 @@ static void fiber_main() {
 #ifdef EMU_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &machine->scheduler_stack, &machine->scheduler_stack_bytes);
 #endif
-    machine->kernel->thread(machine->args);
+    char thrown[128] = "";  // out of memory in the runtime, say; the launch must not end on a fiber's stack
+    try {
+        machine->kernel->thread(machine->args);
+    } catch (const std::exception& exception) {
+        std::snprintf(thrown, sizeof thrown, "%s", exception.what());
+    }
+    if (thrown[0] != 0) fail("exception: %s", thrown);
     Fiber& fiber = *machine->running;
     if (!fiber.copies.empty()) fail("the kernel ends with %zu cp.async copies in flight", fiber.copies.size());
     fiber.finished = true;
