@@ -26,6 +26,7 @@ pub mod sampler;
 mod simd;
 #[cfg(test)]
 mod test_support;
+mod unpack;
 
 pub use activation::silu_mul;
 pub use arena::Arena;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::shard::{DtypeChoice, LoadFormatChoice};
+use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
 /// One base model and thousands of LoRA adapters from one device, behind the OpenAI API.
 #[derive(Parser, Debug)]
@@ -89,9 +89,15 @@ pub(crate) struct ModelArgs {
     /// What to read the weights from
     #[arg(long, env = "LORAMUX_LOAD_FORMAT", value_enum, default_value = "auto")]
     pub(crate) load_format: LoadFormatChoice,
-    /// Device: auto or cpu
-    #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto")]
-    pub(crate) device: String,
+    /// Where to compute: auto (the first GPU, or the CPU where there is none), cpu, cuda or cuda:N
+    #[arg(long, env = "LORAMUX_DEVICE", default_value = "auto", value_name = "DEVICE")]
+    pub(crate) device: DeviceChoice,
+    /// Where compiled CUDA kernels are kept. Default: ~/.cache/loramux/kernels
+    #[arg(long, env = "LORAMUX_KERNEL_CACHE", value_name = "DIR")]
+    pub(crate) kernel_cache_dir: Option<PathBuf>,
+    /// A folder with CUDA's libraries (NVRTC, cuBLASLt), looked at before the usual ones; repeat for more
+    #[arg(long, env = "LORAMUX_CUDA_LIBRARIES", value_name = "DIR", value_delimiter = ',')]
+    pub(crate) cuda_libraries: Vec<PathBuf>,
     /// Longest prompt + completion, tokens. Default: the model's own limit
     #[arg(long, env = "LORAMUX_MAX_MODEL_LEN", alias = "max-total-tokens", alias = "context-length")]
     pub(crate) max_model_len: Option<u32>,

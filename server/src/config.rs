@@ -33,8 +33,6 @@ pub(crate) enum ConfigError {
     AdapterIsBase { name: String },
     #[error("--adapter-dir: no such directory: {0}")]
     AdapterDirMissing(String),
-    #[error("--device {0}: this version runs on the CPU only; use --device cpu or auto")]
-    Device(String),
     #[error("--{flag}: must be {rule}; got {value}")]
     Range { flag: &'static str, rule: &'static str, value: String },
     #[error("--chat-template: cannot read {path}: {error}")]
@@ -116,9 +114,6 @@ impl Config {
 fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     let engine = &args.engine;
     let range = |flag, rule, value: String| Err(ConfigError::Range { flag, rule, value });
-    if !["auto", "cpu"].contains(&args.model.device.as_str()) {
-        return Err(ConfigError::Device(args.model.device.clone()));
-    }
     if !["auto", "none"].contains(&args.model.generation_config.as_str()) {
         return range("generation-config", "auto or none", args.model.generation_config.clone());
     }
@@ -235,7 +230,30 @@ fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOpt
         seqs_max: args.engine.max_num_seqs,
         slots_max: args.adapters.max_loras,
         threads: args.engine.threads,
+        device: args.model.device,
+        host_adapter_bytes: args.adapters.host_adapter_memory,
+        kernel_cache_dir: args.model.kernel_cache_dir.clone().unwrap_or_else(default_kernel_cache_dir),
+        cuda_library_dirs: cuda_library_dirs(&args.model.cuda_libraries),
     }
+}
+
+/// `~/.cache/loramux/kernels`.
+pub(crate) fn default_kernel_cache_dir() -> PathBuf {
+    default_data_dir().join("kernels")
+}
+
+/// Folders to look for CUDA's libraries in: those typed, then those that the environment names.
+pub(crate) fn cuda_library_dirs(typed: &[PathBuf]) -> Vec<PathBuf> {
+    let mut dirs = typed.to_vec();
+    for name in ["CUDA_HOME", "CUDA_PATH"] {
+        if let Some(home) = std::env::var_os(name).filter(|value| !value.is_empty()) {
+            dirs.push(PathBuf::from(home).join("lib64"));
+        }
+    }
+    if let Some(home) = std::env::var_os("VIRTUAL_ENV").filter(|value| !value.is_empty()) {
+        dirs.push(PathBuf::from(home));
+    }
+    dirs
 }
 
 #[cfg(test)]
@@ -255,7 +273,6 @@ mod tests {
         let cases: &[(&[&str], &str)] = &[
             (&["--model-id", "/nonexistent"], "--model-id: no such file"),
             (&["--model-id", here], "has no config.json"),
-            (&["--device", "cuda"], "--device cuda"),
             (&["--max-num-seqs", "0"], "--max-num-seqs: must be 1..4096; got 0"),
             (&["--max-num-batched-tokens", "8"], "--max-num-batched-tokens: must be at least --max-num-seqs"),
             (&["--max-lora-rank", "513"], "--max-lora-rank: must be 1..512"),

@@ -2,8 +2,7 @@
 //
 // A gate_up row is [gate | up], 2 * WIDTH elements. One thread takes 8 outputs.
 
-#include "portable.cuh"
-#include "step.cuh"
+#include "silu.cuh"
 
 constexpr u32 SILU_THREADS = 256;
 
@@ -18,7 +17,7 @@ DEVICE u32 silu_mul_pair(u32 gate, u32 up) {
     float g0, g1, u0, u1;
     unpack2(gate, g0, g1);
     unpack2(up, u0, u1);
-    return pack2(g0 / (1.0f + exact_exp(-g0)) * u0, g1 / (1.0f + exact_exp(-g1)) * u1);
+    return pack2(swiglu(g0, u0), swiglu(g1, u1));
 }
 
 KERNEL_ENTRY(silu_mul, SiluMulArgs, SILU_THREADS, 4) {

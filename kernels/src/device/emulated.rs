@@ -1,14 +1,29 @@
 //! The host emulator as a device: kernels are compiled by g++ and run thread by thread on the CPU, memory is host memory.
 //! It shows wrong results, not speed.
+//!
+//! Streams are queues. Under [`Asynchrony::Lazy`] their work runs only when the host waits for it (or by chance before), so
+//! a host that reads too early, overwrites what a copy has not read yet, frees what is still in use, or forgets that one
+//! stream has to wait for another, gets a wrong result or an error here and not only now and then on a GPU.
 
+mod capture;
 mod compile;
 mod gemm;
+mod memory;
+mod queue;
+#[cfg(test)]
+mod tests;
+mod work;
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int};
+use std::cell::RefCell;
+use std::collections::HashSet;
 use std::path::PathBuf;
+use std::rc::Rc;
 
+use self::capture::{Capture, Recording};
+use self::memory::{Memory, Place};
+use self::queue::{Next, Queues, Ticket};
+use self::work::{Direction, LaunchFn, Loaded, Work};
+use super::check::Random;
 use super::{
     Address, Device, DeviceError, DeviceInfo, Event, GemmPlan, GemmShape, Graph, Grid, HostUse, Kernel, Priority,
     Program, Stream,
@@ -32,6 +47,15 @@ impl Schedule {
     pub const ALL: [Self; 4] = [Self::RoundRobin, Self::Eager, Self::EagerReverse, Self::Random];
 }
 
+/// When a stream's work runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asynchrony {
+    /// As soon as it is given. Errors still come where the host waits.
+    Eager,
+    /// When the host waits for it; whenever the host waits or asks, some more by chance. The seed makes it repeatable.
+    Lazy(u64),
+}
+
 /// How to emulate.
 #[derive(Clone, Debug)]
 pub struct EmulatedOptions {
@@ -39,6 +63,8 @@ pub struct EmulatedOptions {
     pub cache_dir: PathBuf,
     /// Order of threads.
     pub schedule: Schedule,
+    /// When streams run.
+    pub asynchrony: Asynchrony,
     /// Compile with instrumentation that finds races.
     pub races: bool,
     /// Compile with the address and undefined-behaviour sanitizers; the process was started with their library.
@@ -55,41 +81,55 @@ pub struct EmulatedDevice {
     compiler: compile::Compiler,
     kernels: RefCell<Vec<Loaded>>,
     shapes: RefCell<Vec<GemmShape>>,
-    memory: RefCell<HashMap<u64, std::alloc::Layout>>,
-    capture: RefCell<Option<Vec<Work>>>,
-    graphs: RefCell<Vec<Vec<Work>>>,
-    streams: Cell<usize>,
-    events: Cell<usize>,
+    state: RefCell<State>,
 }
 
-#[repr(C)]
-struct EmuLaunch {
-    grid_x: u32,
-    grid_y: u32,
-    block_x: u32,
-    dynamic_shared_bytes: u32,
-    schedule: u32,
-    flags: u32,
-    seed: u64,
-}
-
-type LaunchFn = unsafe extern "C" fn(*const EmuLaunch, *const u8, *mut c_char, u64) -> c_int;
-
+/// Everything that work changes.
 #[derive(Debug)]
-struct Loaded {
-    launch: LaunchFn,
-    name: String,
-    _library: libloading::Library,
+struct State {
+    memory: Memory,
+    queues: Queues,
+    capture: Option<Capture>,
+    /// Events whose last record was captured: they mark no point in time.
+    captured: HashSet<usize>,
+    graphs: Vec<Rc<Recording>>,
+    random: Option<Random>,
+    /// The first fault of work. Nothing runs after it.
+    fault: Option<DeviceError>,
+    /// Whether the host has met the fault: then, as on a GPU, no call works any more.
+    is_fault_known: bool,
 }
 
-/// One thing a stream was given.
-#[derive(Clone, Debug)]
-enum Work {
-    Copy { to: u64, from: u64, bytes: usize },
-    Fill { at: u64, byte: u8, bytes: usize },
-    Launch { kernel: usize, threads: u32, grid: Grid, shared_bytes: u32, args: Vec<u64> },
-    Gemm { shape: GemmShape, y: u64, x: u64, weight: u64 },
-    Replay(usize),
+impl State {
+    fn check(&self, stream: Option<Stream>, event: Option<Event>) -> Result<(), DeviceError> {
+        if let Some(fault) = self.fault.as_ref().filter(|_| self.is_fault_known) {
+            return Err(fault.clone());
+        }
+        let is_stream = stream.is_none_or(|stream| stream.0 < self.queues.streams());
+        let is_event = event.is_none_or(|event| event.0 < self.queues.events());
+        if is_stream && is_event {
+            return Ok(());
+        }
+        Err(DeviceError::Emulated("a stream or an event of another device".into()))
+    }
+
+    /// The host looks: a fault shows.
+    fn observe(&mut self) -> Result<(), DeviceError> {
+        self.is_fault_known = self.fault.is_some();
+        self.fault.clone().map_or(Ok(()), Err)
+    }
+
+    /// What the host may not do during a capture.
+    fn outside_capture(&mut self, what: &str) -> Result<(), DeviceError> {
+        self.capture.as_mut().map_or(Ok(()), |capture| Err(capture.refuse(what)))
+    }
+
+    fn outside_captured(&self, event: Event) -> Result<(), DeviceError> {
+        if self.captured.contains(&event.0) {
+            return Err(DeviceError::Emulated("the event was last recorded in a capture".into()));
+        }
+        Ok(())
+    }
 }
 
 impl EmulatedDevice {
@@ -107,81 +147,102 @@ impl EmulatedDevice {
             shared_bytes_max: 227 << 10,
             libraries: vec![("compiler".into(), compiler.version().to_owned())],
         };
-        Ok(Self {
-            info,
-            options,
-            compiler,
-            kernels: RefCell::default(),
-            shapes: RefCell::default(),
-            memory: RefCell::default(),
-            capture: RefCell::default(),
-            graphs: RefCell::default(),
-            streams: Cell::new(0),
-            events: Cell::new(0),
-        })
-    }
-
-    fn submit(&self, work: Work) -> Result<(), DeviceError> {
-        if let Some(recorded) = self.capture.borrow_mut().as_mut() {
-            recorded.push(work);
-            return Ok(());
-        }
-        self.run(&work)
-    }
-
-    fn run(&self, work: &Work) -> Result<(), DeviceError> {
-        match work {
-            // SAFETY: whoever submitted the work vouched for its addresses.
-            Work::Copy { to, from, bytes } => unsafe {
-                std::ptr::copy(*from as *const u8, *to as *mut u8, *bytes);
+        let state = State {
+            memory: Memory::default(),
+            queues: Queues::default(),
+            capture: None,
+            captured: HashSet::new(),
+            graphs: Vec::new(),
+            random: match options.asynchrony {
+                Asynchrony::Eager => None,
+                Asynchrony::Lazy(seed) => Some(Random::new(seed)),
             },
-            // SAFETY: the same.
-            Work::Fill { at, byte, bytes } => unsafe { std::ptr::write_bytes(*at as *mut u8, *byte, *bytes) },
-            // SAFETY: the same.
-            Work::Gemm { shape, y, x, weight } => unsafe { gemm::run(*shape, *y, *x, *weight) },
-            Work::Replay(graph) => {
-                let recorded = self.graphs.borrow()[*graph].clone();
-                for work in &recorded {
-                    self.run(work)?;
-                }
+            fault: None,
+            is_fault_known: false,
+        };
+        let (kernels, shapes) = (RefCell::default(), RefCell::default());
+        Ok(Self { info, options, compiler, kernels, shapes, state: RefCell::new(state) })
+    }
+
+    fn submit(&self, stream: Stream, work: Work) -> Result<(), DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        state.check(Some(stream), None)?;
+        if let Some(capture) = &mut state.capture {
+            return capture.push(stream.0, work);
+        }
+        state.queues.push(stream.0, work);
+        self.run_if_eager(state);
+        Ok(())
+    }
+
+    fn run_if_eager(&self, state: &mut State) {
+        if state.random.is_none() {
+            // What is given later never holds up what was given before, so one pass over the streams empties them unless
+            // one waits for a later one: then another pass does.
+            while !state.queues.is_idle() {
+                (0..state.queues.streams()).for_each(|stream| while self.step(state, stream).is_ok() {});
             }
-            Work::Launch { kernel, threads, grid, shared_bytes, args } => {
-                self.launch_now(*kernel, *threads, *grid, *shared_bytes, args)?;
-            }
+        }
+    }
+
+    /// Takes a stream one entry further. An error holds the ticket it waits for, or none if the stream is empty.
+    fn step(&self, state: &mut State, stream: usize) -> Result<(), Option<Ticket>> {
+        match state.queues.next(stream) {
+            Next::Empty => return Err(None),
+            Next::Blocked(ticket) => return Err(Some(ticket)),
+            Next::Passed => {}
+            Next::Run(_) if state.fault.is_some() => {}
+            Next::Run(work) => state.fault = self.run(state, &work).err(),
         }
         Ok(())
     }
 
-    fn launch_now(
-        &self,
-        kernel: usize,
-        threads: u32,
-        grid: Grid,
-        shared_bytes: u32,
-        args: &[u64],
-    ) -> Result<(), DeviceError> {
-        let launch = EmuLaunch {
-            grid_x: grid.x,
-            grid_y: grid.y,
-            block_x: threads,
-            dynamic_shared_bytes: shared_bytes,
-            schedule: self.options.schedule as u32,
-            flags: u32::from(self.options.races),
-            seed: self.options.seed,
-        };
-        let kernels = self.kernels.borrow();
-        let loaded = &kernels[kernel];
-        let mut error = [0 as c_char; 1024];
-        // SAFETY: the function has this signature (the ABI of the emulator), the struct is of the kernel's size, and the
-        // caller vouched for the addresses in it.
-        let code =
-            unsafe { (loaded.launch)(&raw const launch, args.as_ptr().cast(), error.as_mut_ptr(), error.len() as u64) };
-        if code == 0 {
-            return Ok(());
+    /// Runs what leads to a ticket and nothing else.
+    fn force(&self, state: &mut State, ticket: Ticket) {
+        let mut target = ticket;
+        while let Some(stream) = state.queues.stream_of(target).or_else(|| state.queues.stream_of(ticket)) {
+            if !state.queues.is_pending(target) {
+                target = ticket;
+            }
+            if let Err(Some(before)) = self.step(state, stream) {
+                target = before;
+            }
         }
-        // SAFETY: the emulator ends its text with NUL, and the buffer began as zeros.
-        let text = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy().into_owned();
-        Err(DeviceError::Emulated(format!("{}: {text}", loaded.name)))
+    }
+
+    /// Runs up to `most` entries of streams by chance.
+    fn drift(&self, state: &mut State, most: usize) {
+        let streams = state.queues.streams();
+        let Some(random) = state.random.as_mut().filter(|_| streams > 0) else { return };
+        let chosen: Vec<usize> = (0..random.below(most + 1)).map(|_| random.below(streams)).collect();
+        for stream in chosen {
+            let _ = self.step(state, stream); // empty or blocked: nothing happens
+        }
+    }
+
+    fn run(&self, state: &mut State, work: &Work) -> Result<(), DeviceError> {
+        let Work::Replay(graph) = work else {
+            return work::run(work, &state.memory, &self.kernels.borrow(), &self.options);
+        };
+        let recording = state.graphs[*graph].clone();
+        let order = recording.order(state.random.as_mut());
+        order.into_iter().try_for_each(|work| self.run(state, work))
+    }
+
+    fn alloc_in(&self, bytes: usize, place: Place) -> Result<u64, DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        state.check(None, None)?;
+        state.outside_capture("an allocation")?;
+        state.memory.alloc(bytes, place, self.info.memory_bytes)
+    }
+
+    fn free_in(&self, address: u64) {
+        let state = &mut *self.state.borrow_mut();
+        let _ = state.outside_capture("memory was given back"); // shows when the capture ends
+        state.memory.free(address);
+        if state.queues.is_idle() {
+            state.memory.trim();
+        }
     }
 }
 
@@ -191,82 +252,112 @@ impl Device for EmulatedDevice {
     }
 
     fn free_bytes(&self) -> Result<u64, DeviceError> {
-        let used: usize = self.memory.borrow().values().map(std::alloc::Layout::size).sum();
+        let used = self.state.borrow().memory.device_bytes();
         Ok(self.info.memory_bytes.saturating_sub(used as u64))
     }
 
     fn alloc(&self, bytes: usize) -> Result<Address, DeviceError> {
-        let refused = || DeviceError::OutOfMemory { place: "device", bytes };
-        let layout = std::alloc::Layout::from_size_align(bytes.max(1), 256).map_err(|_| refused())?;
-        // SAFETY: the size is not zero.
-        let pointer = unsafe { std::alloc::alloc(layout) };
-        if pointer.is_null() {
-            return Err(refused());
-        }
-        self.memory.borrow_mut().insert(pointer as u64, layout);
-        Ok(pointer as u64)
+        self.alloc_in(bytes, Place::Device)
     }
 
     unsafe fn free(&self, address: Address) {
-        if let Some(layout) = self.memory.borrow_mut().remove(&address) {
-            // SAFETY: allocated in `alloc` with this layout.
-            unsafe { std::alloc::dealloc(address as *mut u8, layout) }
-        }
+        self.free_in(address);
     }
 
     fn alloc_host(&self, bytes: usize, _purpose: HostUse) -> Result<*mut u8, DeviceError> {
-        let address = self.alloc(bytes)?;
-        // SAFETY: just allocated with this size.
-        unsafe { std::ptr::write_bytes(address as *mut u8, 0, bytes) };
-        Ok(address as *mut u8)
+        Ok(self.alloc_in(bytes, Place::Host)? as *mut u8)
     }
 
     unsafe fn free_host(&self, pointer: *mut u8) {
-        // SAFETY: passed on.
-        unsafe { self.free(pointer as u64) }
+        self.free_in(pointer as u64);
     }
 
     fn stream(&self, _priority: Priority) -> Result<Stream, DeviceError> {
-        Ok(Stream(self.streams.replace(self.streams.get() + 1)))
+        Ok(Stream(self.state.borrow_mut().queues.stream()))
     }
 
     fn event(&self) -> Result<Event, DeviceError> {
-        Ok(Event(self.events.replace(self.events.get() + 1)))
+        Ok(Event(self.state.borrow_mut().queues.event()))
     }
 
-    fn record(&self, _event: Event, _stream: Stream) -> Result<(), DeviceError> {
+    fn timed_event(&self) -> Result<Event, DeviceError> {
+        self.event()
+    }
+
+    fn record(&self, event: Event, stream: Stream) -> Result<(), DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        state.check(Some(stream), Some(event))?;
+        if let Some(capture) = &mut state.capture {
+            return capture.record(event.0, stream.0);
+        }
+        state.captured.remove(&event.0);
+        state.queues.record(event.0, stream.0);
+        self.run_if_eager(state);
         Ok(())
     }
 
-    fn wait(&self, _stream: Stream, _event: Event) -> Result<(), DeviceError> {
+    fn wait(&self, stream: Stream, event: Event) -> Result<(), DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        state.check(Some(stream), Some(event))?;
+        if let Some(capture) = &mut state.capture {
+            return capture.wait(stream.0, event.0);
+        }
+        state.outside_captured(event)?;
+        state.queues.wait(stream.0, event.0);
+        self.run_if_eager(state);
         Ok(())
     }
 
-    fn is_done(&self, _event: Event) -> Result<bool, DeviceError> {
-        Ok(true)
+    fn is_done(&self, event: Event) -> Result<bool, DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        state.check(None, Some(event))?;
+        state.outside_capture("a question whether an event has come")?;
+        state.outside_captured(event)?;
+        self.drift(state, 4);
+        state.observe()?;
+        Ok(state.queues.awaited(event.0).is_none())
     }
 
-    fn synchronize(&self, _event: Event) -> Result<(), DeviceError> {
-        Ok(())
+    fn synchronize(&self, event: Event) -> Result<(), DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        state.check(None, Some(event))?;
+        state.outside_capture("a wait of the host")?;
+        state.outside_captured(event)?;
+        self.drift(state, 8);
+        if let Some(ticket) = state.queues.awaited(event.0) {
+            self.force(state, ticket);
+        }
+        state.observe()
     }
 
-    unsafe fn upload(&self, _stream: Stream, to: Address, from: *const u8, bytes: usize) -> Result<(), DeviceError> {
-        self.submit(Work::Copy { to, from: from as u64, bytes })
+    fn elapsed_ms(&self, start: Event, end: Event) -> Result<f32, DeviceError> {
+        let state = self.state.borrow();
+        state.check(None, Some(start))?;
+        state.check(None, Some(end))?;
+        let (Some(start), Some(end)) = (state.queues.came_at(start.0), state.queues.came_at(end.0)) else {
+            return Err(DeviceError::Unsupported("the time between events that have not come".into()));
+        };
+        Ok(end.saturating_duration_since(start).as_secs_f32() * 1e3)
     }
 
-    unsafe fn download(&self, _stream: Stream, to: *mut u8, from: Address, bytes: usize) -> Result<(), DeviceError> {
-        self.submit(Work::Copy { to: to as u64, from, bytes })
+    unsafe fn upload(&self, stream: Stream, to: Address, from: *const u8, bytes: usize) -> Result<(), DeviceError> {
+        self.copy_work(stream, Direction::Upload, to, from as u64, bytes)
     }
 
-    unsafe fn copy(&self, _stream: Stream, to: Address, from: Address, bytes: usize) -> Result<(), DeviceError> {
-        self.submit(Work::Copy { to, from, bytes })
+    unsafe fn download(&self, stream: Stream, to: *mut u8, from: Address, bytes: usize) -> Result<(), DeviceError> {
+        self.copy_work(stream, Direction::Download, to as u64, from, bytes)
     }
 
-    unsafe fn fill(&self, _stream: Stream, at: Address, byte: u8, bytes: usize) -> Result<(), DeviceError> {
-        self.submit(Work::Fill { at, byte, bytes })
+    unsafe fn copy(&self, stream: Stream, to: Address, from: Address, bytes: usize) -> Result<(), DeviceError> {
+        self.copy_work(stream, Direction::OnDevice, to, from, bytes)
+    }
+
+    unsafe fn fill(&self, stream: Stream, at: Address, byte: u8, bytes: usize) -> Result<(), DeviceError> {
+        if bytes == 0 { Ok(()) } else { self.submit(stream, Work::Fill { at, byte, bytes }) }
     }
 
     fn load(&self, program: &Program) -> Result<Kernel, DeviceError> {
+        self.state.borrow_mut().outside_capture("a kernel was loaded")?;
         let library = self.compiler.compile(program)?;
         let missing = |error: libloading::Error| DeviceError::Compile {
             kernel: program.entry.into(),
@@ -292,7 +383,7 @@ impl Device for EmulatedDevice {
 
     unsafe fn launch_raw(
         &self,
-        _stream: Stream,
+        stream: Stream,
         kernel: Kernel,
         grid: Grid,
         shared_bytes: u32,
@@ -301,10 +392,12 @@ impl Device for EmulatedDevice {
         let mut copy = vec![0u64; kernel.args_bytes.div_ceil(8)];
         // SAFETY: the caller passes a struct of this many bytes.
         unsafe { std::ptr::copy_nonoverlapping(args, copy.as_mut_ptr().cast(), kernel.args_bytes) };
-        self.submit(Work::Launch { kernel: kernel.index, threads: kernel.threads, grid, shared_bytes, args: copy })
+        let (kernel, threads) = (kernel.index, kernel.threads);
+        self.submit(stream, Work::Launch { kernel, threads, grid, shared_bytes, args: copy })
     }
 
     fn gemm_plan(&self, shape: GemmShape) -> Result<GemmPlan, DeviceError> {
+        self.state.borrow_mut().outside_capture("the choice of an algorithm")?;
         let mut shapes = self.shapes.borrow_mut();
         shapes.push(shape);
         Ok(GemmPlan(shapes.len() - 1))
@@ -312,34 +405,52 @@ impl Device for EmulatedDevice {
 
     unsafe fn gemm(
         &self,
-        _stream: Stream,
+        stream: Stream,
         plan: GemmPlan,
         y: Address,
         x: Address,
         weight: Address,
     ) -> Result<(), DeviceError> {
         let shape = self.shapes.borrow()[plan.0];
-        self.submit(Work::Gemm { shape, y, x, weight })
+        self.submit(stream, Work::Gemm { shape, y, x, weight })
     }
 
-    fn begin_capture(&self, _stream: Stream) -> Result<(), DeviceError> {
-        *self.capture.borrow_mut() = Some(Vec::new());
+    fn begin_capture(&self, stream: Stream) -> Result<(), DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        state.check(Some(stream), None)?;
+        state.outside_capture("another capture")?;
+        state.capture = Some(Capture::begin(stream.0));
         Ok(())
     }
 
-    fn end_capture(&self, _stream: Stream) -> Result<Graph, DeviceError> {
-        let recorded = self.capture.borrow_mut().take();
-        let recorded = recorded.ok_or_else(|| DeviceError::Emulated("no capture was begun".into()))?;
-        let mut graphs = self.graphs.borrow_mut();
-        graphs.push(recorded);
-        Ok(Graph(graphs.len() - 1))
+    fn end_capture(&self, stream: Stream) -> Result<Graph, DeviceError> {
+        let state = &mut *self.state.borrow_mut();
+        let capture = state.capture.take();
+        let capture = capture.ok_or_else(|| DeviceError::Emulated("no capture was begun".into()))?;
+        let (recording, events) = capture.end(stream.0)?;
+        state.captured.extend(events);
+        state.graphs.push(Rc::new(recording));
+        Ok(Graph(state.graphs.len() - 1))
     }
 
-    unsafe fn replay(&self, _stream: Stream, graph: Graph) -> Result<(), DeviceError> {
-        self.submit(Work::Replay(graph.0))
+    unsafe fn replay(&self, stream: Stream, graph: Graph) -> Result<(), DeviceError> {
+        self.submit(stream, Work::Replay(graph.0))
     }
 
     fn graph_nodes(&self, graph: Graph) -> usize {
-        self.graphs.borrow()[graph.0].len()
+        self.state.borrow().graphs[graph.0].nodes()
+    }
+}
+
+impl EmulatedDevice {
+    fn copy_work(
+        &self,
+        stream: Stream,
+        direction: Direction,
+        to: u64,
+        from: u64,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        if bytes == 0 { Ok(()) } else { self.submit(stream, Work::Copy { direction, to, from, bytes }) }
     }
 }

@@ -5,10 +5,15 @@
 //! step only launches, copies and records, so nothing on its path allocates or waits.
 
 mod buffer;
+mod cache;
 pub mod check;
 mod emulated;
 mod error;
+mod libraries;
+pub mod lora;
+mod nvrtc;
 mod program;
+mod shape;
 pub mod step;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -17,9 +22,13 @@ use std::fmt::Debug;
 use std::rc::Rc;
 
 pub use buffer::{DeviceBuffer, HostBuffer};
-pub use emulated::{EmulatedDevice, EmulatedOptions, Schedule};
+pub use cache::CodeCache;
+pub use emulated::{Asynchrony, EmulatedDevice, EmulatedOptions, Schedule};
 pub use error::DeviceError;
+pub use libraries::{FoundLibrary, LibraryPaths};
+pub use nvrtc::{Compiled, Nvrtc, TESTED_ARCHS, Target, compile_all};
 pub use program::{KernelSource, Program};
+pub use shape::ModelShape;
 
 /// A place in device memory.
 pub type Address = u64;
@@ -185,6 +194,18 @@ pub trait Device: Debug {
     /// # Errors
     /// [`DeviceError`] of the driver.
     fn event(&self) -> Result<Event, DeviceError>;
+
+    /// Makes an event that also keeps the time at which it came; for benchmarks.
+    ///
+    /// # Errors
+    /// [`DeviceError`] of the driver.
+    fn timed_event(&self) -> Result<Event, DeviceError>;
+
+    /// Milliseconds between two events of [`Device::timed_event`] that have come.
+    ///
+    /// # Errors
+    /// [`DeviceError`] of the driver, also for events that keep no time or have not come.
+    fn elapsed_ms(&self, start: Event, end: Event) -> Result<f32, DeviceError>;
 
     /// Sets the event to what the stream has been given so far.
     ///

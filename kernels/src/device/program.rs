@@ -2,7 +2,7 @@
 
 use super::Elem;
 
-/// One `.cu` file. It includes nothing but [`Program::HEADERS`].
+/// One `.cu` file. It includes headers of [`Program::HEADERS`] and nothing else.
 #[derive(Debug)]
 pub struct KernelSource {
     /// File name, for messages.
@@ -72,5 +72,7 @@ impl Program {
         ("portable.cuh", include_str!("portable.cuh")),
         ("step.cuh", include_str!("step.cuh")),
         ("kv.cuh", include_str!("kv.cuh")),
+        ("lora.cuh", include_str!("lora.cuh")),
+        ("silu.cuh", include_str!("../activation/silu.cuh")),
     ];
 }

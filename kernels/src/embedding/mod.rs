@@ -3,6 +3,9 @@
 //! `w: [vocab, hidden]` packed, `out: [tokens, hidden]` f32. A gather of one element per cache line, which is nothing beside
 //! the products of the same step.
 
+pub(crate) mod check;
+pub(crate) mod cuda;
+
 use crate::error::{OpError, at_most, same};
 use crate::linear::PackedWeight;
 use crate::parallel::{self, SharedMut};
@@ -36,6 +39,11 @@ mod tests {
     use crate::dtype::{Dtype, HostData};
     use crate::linear::WeightPart;
     use crate::test_support::Random;
+
+    #[test]
+    fn the_kernel_agrees_on_the_emulator() {
+        crate::device::testing::on_every_schedule(check::check);
+    }
 
     #[test]
     fn rows_are_the_weights_rounded_once() {

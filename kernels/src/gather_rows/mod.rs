@@ -1,5 +1,8 @@
 //! `out[i] = x[rows[i]]`: the rows whose logits are wanted.
 
+pub(crate) mod check;
+pub(crate) mod cuda;
+
 use crate::error::{OpError, at_most, same};
 use crate::rows::Rows;
 
@@ -23,6 +26,11 @@ pub fn gather_rows(out: &mut Rows, x: &Rows, rows: &[u32]) -> Result<(), OpError
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_kernel_agrees_on_the_emulator() {
+        crate::device::testing::on_every_schedule(check::check);
+    }
 
     #[test]
     fn rows_are_copied_in_the_order_asked() {

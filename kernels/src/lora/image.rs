@@ -74,6 +74,7 @@ pub struct AdapterImage {
     pub(super) layers: usize,
     pub(super) rank_blocks: usize,
     pub(super) entries: Vec<Entry>,
+    pages: usize,
     bytes: Vec<u8>,
 }
 
@@ -146,13 +147,13 @@ impl AdapterImage {
         }
         let entries: Vec<Entry> = entries.into_iter().map(|(_, entry)| entry).collect();
         let rank_blocks = entries.iter().map(|entry| entry.rank_block + 1).max().unwrap_or(0);
-        Ok(Self { layout, page_bytes, layers, rank_blocks, entries, bytes })
+        Ok(Self { layout, page_bytes, layers, rank_blocks, entries, pages, bytes })
     }
 
     /// Arena pages it takes.
     #[must_use]
     pub const fn pages_needed(&self) -> usize {
-        self.bytes.len() / self.page_bytes
+        self.pages
     }
 
     /// Rank blocks of its widest matrix.
@@ -164,7 +165,19 @@ impl AdapterImage {
     /// Host memory of the pages, bytes.
     #[must_use]
     pub const fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.pages * self.page_bytes
+    }
+
+    /// Gives the pages away, to memory that a device copies from faster; the image then only says where blocks lie.
+    #[must_use]
+    pub fn take_bytes(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.bytes)
+    }
+
+    /// Takes back what [`Self::take_bytes`] gave.
+    pub fn put_bytes(&mut self, bytes: Vec<u8>) {
+        debug_assert_eq!(bytes.len(), self.bytes());
+        self.bytes = bytes;
     }
 
     /// The descriptors of rank block `rank_block`, `[layer][slice]`, once the image lies in `pages` of an arena.

@@ -4,7 +4,9 @@
 //! `v` from `lora_shrink` at the same site; B lies in rank blocks `[d_out / 16][16 ranks][16 outputs]`; `y: [rows, width]` f32,
 //! of which only the site's columns of rows in a work item are touched. Source: Punica (arXiv:2310.18547), SGMV.
 
+pub(crate) mod check;
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 

@@ -116,3 +116,8 @@ fn planes_of_another_site_and_columns_that_are_not_there_are_refused() {
     assert!(matches!(run(&mut y, &overlapping), Err(OpError::Limit { .. })));
     run(&mut y, &sites[0]).unwrap();
 }
+
+#[test]
+fn the_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(check::check);
+}

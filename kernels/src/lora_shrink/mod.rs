@@ -5,7 +5,10 @@
 //! `[d_in][16]`. Rows in no work item are not read. Matrices that an adapter leaves alone are not written.
 //! Source: Punica (arXiv:2310.18547), SGMV.
 
+pub(crate) mod batch;
+pub(crate) mod check;
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 

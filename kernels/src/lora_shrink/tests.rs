@@ -95,3 +95,8 @@ fn shapes_that_disagree_are_refused() {
     let wider = LoraSite { cols: vec![(0, 49), (49, 20), (69, 20)], ..site.clone() };
     assert!(matches!(run(&x, 0, &wider), Err(OpError::Shape { .. })));
 }
+
+#[test]
+fn the_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(check::check);
+}

@@ -4,7 +4,9 @@
 //! `x, out, residual: [rows, width]` f32, `weight: [width]`. The sum of squares runs in 16 lanes, element `k` in lane
 //! `k % 16`, which are then added by halves. Allocates nothing.
 
+pub(crate) mod check;
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 

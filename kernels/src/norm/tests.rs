@@ -2,6 +2,11 @@ use super::*;
 use crate::test_support::{Random, assert_close, bits};
 
 #[test]
+fn the_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(check::check);
+}
+
+#[test]
 fn every_instruction_set_equals_the_definition() {
     for isa in Isa::available() {
         for (seed, (rows, width)) in [(1, 1), (2, 15), (3, 16), (17, 33), (200, 576), (1, 2048)].into_iter().enumerate()

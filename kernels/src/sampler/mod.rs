@@ -6,7 +6,10 @@
 //! whatever the filters left beside the token.
 //! Penalties follow vLLM: repetition looks at prompt and output, presence and frequency at the output.
 
+pub(crate) mod check;
+pub(crate) mod cuda;
 mod draw;
+pub(crate) mod edits;
 mod filters;
 mod logprobs;
 mod penalties;
@@ -14,6 +17,7 @@ mod philox;
 #[cfg(test)]
 mod tests;
 
+pub use edits::{push_edits, push_mask};
 pub use logprobs::{LogSoftmax, log_softmax_stats, logprob_of, top_logprobs};
 
 use filters::Candidate;

@@ -5,6 +5,11 @@ fn draw(logits: &[f32], params: &SampleParams, history: &History, position: u64)
     sample(&mut logits.to_vec(), params, history, position, &mut SampleScratch::default())
 }
 
+#[test]
+fn the_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(check::check);
+}
+
 fn softmax(logits: &[f32], temperature: f32) -> Vec<f64> {
     let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / f64::from(temperature)).exp()).collect();
     let sum: f64 = weights.iter().sum();

@@ -1,7 +1,7 @@
 //! The one thread that ticks the scheduler and talks to the shard.
 //!
 //! [`EngineHandle`] is the HTTP side's end. The thread's loop is in `run`: take messages, watch the shard, plan and send
-//! one step, publish a snapshot. It alone touches the scheduler and the shard, so neither needs a lock.
+//! steps, publish a snapshot. It alone touches the scheduler and the shard, so neither needs a lock.
 
 mod contents;
 mod handle;

@@ -26,8 +26,8 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(50);
 /// The loop looks at clocks at least this often.
 const TICK_MAX: Duration = Duration::from_millis(250);
 
-/// What the engine is told. Every sender is bounded by something else: requests by the queue limit, reports by the one
-/// step in flight and the preparations asked for.
+/// What the engine is told. Every sender is bounded by something else: requests by the queue limit, reports by the
+/// steps in flight and the preparations asked for.
 pub(super) enum Message {
     Submit { id: RequestId, request: Box<GenerateRequest>, events: UnboundedSender<GenerateEvent> },
     FinishSequence { id: RequestId, index: u32 },
@@ -190,7 +190,7 @@ impl Engine {
             self.watch()?;
             self.expire_parked();
             self.step();
-            if self.published.elapsed() >= PUBLISH_EVERY || self.link.in_flight.is_none() {
+            if self.published.elapsed() >= PUBLISH_EVERY || self.link.in_flight.is_empty() {
                 self.publish();
             }
         }
@@ -257,14 +257,13 @@ impl Engine {
     fn step(&mut self) {
         let now_ms = self.now_ms();
         if let Some(scheduler) = &mut self.scheduler {
-            let step = if self.link.can_step() { scheduler.plan(now_ms) } else { None };
-            if step.is_none() {
-                scheduler.expire(now_ms); // deadlines go on while no shard takes steps
-            }
-            let events = scheduler.take_events();
-            if let Some(step) = step {
+            scheduler.expire(now_ms); // deadlines go on while no shard takes steps
+            while self.link.can_step()
+                && let Some(step) = scheduler.plan(now_ms)
+            {
                 self.link.send_step(step);
             }
+            let events = scheduler.take_events();
             self.deliver_all(events);
         }
     }

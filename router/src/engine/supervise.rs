@@ -1,5 +1,6 @@
 //! The engine's link to its shard: launch, steps in flight, heart-beat, watchdog, and what happens when it dies.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use loramux_proto::{FromShard, Info, Ping, Shutdown, Step, StepResult, ToShard, from_shard, to_shard};
@@ -19,8 +20,11 @@ const SETTLED_AFTER: Duration = Duration::from_secs(10);
 const BLAME_CRASH: u32 = 2;
 const BLAME_KILLED: u32 = 1;
 
+/// A step whose result is awaited.
 pub(super) struct InFlight {
-    sent: Instant,
+    id: u64,
+    /// When the shard could begin with it: it was sent, and the one before was done.
+    since: Instant,
     positions: u64,
 }
 
@@ -30,7 +34,8 @@ pub(super) struct Link {
     shard: Option<Box<dyn Shard>>,
     /// It told its limits and takes steps.
     up: bool,
-    pub(super) in_flight: Option<InFlight>,
+    /// Oldest first, in which order the shard executes them.
+    pub(super) in_flight: VecDeque<InFlight>,
     heard: Instant,
     pinged: Instant,
     restarts: u32,
@@ -46,7 +51,7 @@ impl Default for Link {
             incarnation: 0,
             shard: None,
             up: false,
-            in_flight: None,
+            in_flight: VecDeque::new(),
             heard: now,
             pinged: now,
             restarts: 0,
@@ -64,14 +69,24 @@ impl Link {
         }
     }
 
+    /// The shard takes steps; how many at a time is the scheduler's to know.
     pub(super) fn can_step(&self) -> bool {
-        self.up && self.in_flight.is_none()
+        self.up
     }
 
     pub(super) fn send_step(&mut self, step: Step) {
         let positions = step.chunks.iter().map(|chunk| u64::from(chunk.len)).sum();
-        self.in_flight = Some(InFlight { sent: Instant::now(), positions });
+        self.in_flight.push_back(InFlight { id: step.id, since: Instant::now(), positions });
         self.send(to_shard::Body::Step(step));
+    }
+
+    /// Takes the step out of flight if it is the one whose result is due; the next one's time begins.
+    fn step_done(&mut self, id: u64) -> Option<InFlight> {
+        let done = self.in_flight.pop_front_if(|step| step.id == id)?;
+        if let Some(next) = self.in_flight.front_mut() {
+            next.since = Instant::now();
+        }
+        Some(done)
     }
 
     /// Up, and heard of lately.
@@ -118,7 +133,7 @@ impl Engine {
     }
 
     fn step_done(&mut self, result: StepResult) {
-        let Some(in_flight) = self.link.in_flight.take() else { return };
+        let Some(in_flight) = self.link.step_done(result.id) else { return };
         self.link.restarts = 0;
         self.counters.steps += 1;
         self.counters.step_tokens += in_flight.positions;
@@ -175,6 +190,7 @@ impl Engine {
             queued_requests_max: self.options.queued_requests_max.saturating_mul(2),
             queued_tokens_max: u64::MAX,
             context_tokens: info.context_tokens,
+            pipeline_depth: info.pipeline_depth,
             prefix_caching: self.options.prefix_caching,
             prefix_key: self.options.prefix_key,
         }
@@ -191,7 +207,7 @@ impl Engine {
             let _ = shard.send(ToShard { body: Some(ping) });
         }
         let limit = self.options.step_watchdog;
-        let hung = self.link.in_flight.as_ref().is_some_and(|step| step.sent.elapsed() > limit);
+        let hung = self.link.in_flight.front().is_some_and(|step| step.since.elapsed() > limit);
         let silent = self.link.heard.elapsed() > limit;
         if hung || silent {
             if let Some(mut shard) = self.link.shard.take() {
@@ -210,7 +226,7 @@ impl Engine {
             self.link.restarts = 0;
         }
         self.link.up = false;
-        self.link.in_flight = None;
+        self.link.in_flight.clear();
         if let Some(mut shard) = self.link.shard.take() {
             shard.kill();
         }

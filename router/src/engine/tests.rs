@@ -1,6 +1,6 @@
 //! The engine thread against a shard made of a thread and a formula: deaths, hangs, full queues, adapters that come and go.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -25,6 +25,12 @@ struct Script {
     broken: bool,
     dies_at_each_step: bool,
     dropped: Mutex<Vec<Vec<u8>>>,
+    /// What the shards ask for. They answer the oldest step when this many are there, or no other comes.
+    pipeline_depth: u32,
+    /// Each step takes so long.
+    step_time: Duration,
+    /// Steps that arrived before the one before was answered.
+    ahead: AtomicU32,
     /// Directories whose files were replaced by others.
     replaced: Mutex<Vec<String>>,
 }
@@ -55,6 +61,9 @@ impl ShardLauncher for FakeLauncher {
     }
 }
 
+const NEVER: Duration = Duration::from_secs(3600);
+const NO_OTHER_COMES: Duration = Duration::from_millis(2);
+
 fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports) -> &'static str {
     let say = |body| reports.message(FromShard { body: Some(body) });
     if script.broken {
@@ -70,10 +79,23 @@ fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports
         slots_max: 8,
         step_tokens_max: 256,
         seqs_max: 16,
+        pipeline_depth: script.pipeline_depth,
         ..Info::default()
     }));
     let mut sequences: HashMap<u64, Vec<u32>> = HashMap::new();
-    while let Ok(ToShard { body: Some(body) }) = inbox.recv() {
+    let mut waiting: VecDeque<Step> = VecDeque::new();
+    loop {
+        let next = if waiting.is_empty() { NEVER } else { NO_OTHER_COMES };
+        let body = match inbox.recv_timeout(next) {
+            Ok(ToShard { body: Some(body) }) => body,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                if let Some(step) = waiting.pop_front() {
+                    say(from_shard::Body::Step(fake_step(script, &step, &mut sequences)));
+                }
+                continue;
+            }
+            _ => return "cut off",
+        };
         match body {
             to_shard::Body::Step(step) => {
                 let n = script.steps.fetch_add(1, Ordering::SeqCst);
@@ -84,7 +106,14 @@ fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports
                     while inbox.recv().is_ok() {}
                     return "hung";
                 }
-                say(from_shard::Body::Step(fake_step(&step, &mut sequences)));
+                script.ahead.fetch_add(u32::from(!waiting.is_empty()), Ordering::SeqCst);
+                waiting.push_back(step);
+                assert!(waiting.len() <= script.pipeline_depth.max(1) as usize, "more steps than the shard asked for");
+                if waiting.len() >= script.pipeline_depth as usize
+                    && let Some(step) = waiting.pop_front()
+                {
+                    say(from_shard::Body::Step(fake_step(script, &step, &mut sequences)));
+                }
             }
             to_shard::Body::Prepare(prepare) => say(from_shard::Body::Prepared(fake_prepare(script, &prepare))),
             to_shard::Body::DropAdapter(dropped) => script.dropped.lock().unwrap().push(dropped.content_id),
@@ -92,7 +121,6 @@ fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports
             to_shard::Body::Shutdown(_) => return "told to stop",
         }
     }
-    "cut off"
 }
 
 fn take(list: &Mutex<Vec<u32>>, n: u32) -> bool {
@@ -107,9 +135,10 @@ fn next_token(tokens: &[u32]) -> u32 {
     tokens.iter().fold(7u32, |sum, token| sum.wrapping_mul(31).wrapping_add(*token)) % 1000
 }
 
-fn fake_step(step: &Step, sequences: &mut HashMap<u64, Vec<u32>>) -> StepResult {
+fn fake_step(script: &Script, step: &Step, sequences: &mut HashMap<u64, Vec<u32>>) -> StepResult {
+    std::thread::sleep(script.step_time);
     for seq in &step.finishes {
-        sequences.remove(seq);
+        assert!(sequences.remove(seq).is_some(), "finish of an unknown sequence");
     }
     for start in &step.starts {
         sequences.insert(start.seq, start.tokens.clone());
@@ -120,6 +149,7 @@ fn fake_step(step: &Step, sequences: &mut HashMap<u64, Vec<u32>>) -> StepResult 
     }
     for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
         let tokens = sequences.get_mut(&chunk.seq).expect("started");
+        assert_eq!((chunk.start + chunk.len) as usize, tokens.len(), "a sample follows the last token there is");
         let token = next_token(tokens);
         tokens.push(token);
         result.samples.push(Sample { seq: chunk.seq, token, ..Sample::default() });
@@ -253,6 +283,55 @@ fn streams_go_on_with_the_same_tokens_when_the_shard_dies_or_hangs() {
     }
     poll("restarts are counted", || world.handle.status().counters.shard_restarts >= 6);
     assert_eq!(world.script.launches.load(Ordering::SeqCst), 7);
+}
+
+#[test]
+fn streams_go_on_with_the_same_tokens_when_the_shard_dies_or_hangs_under_two_steps() {
+    let script = Script {
+        die_at: Mutex::new(vec![3, 9, 20, 21, 60]),
+        hang_at: Mutex::new(vec![34]),
+        pipeline_depth: 2,
+        ..Script::default()
+    };
+    let world = world(script, |options| options.step_watchdog = Duration::from_millis(300));
+    let requests: Vec<_> = (0..8).map(|n| request(n * 100, 40)).collect();
+    let generations: Vec<_> = requests.iter().map(|r| world.handle.submit(r.clone()).unwrap()).collect();
+    for (request, generation) in requests.iter().zip(generations) {
+        assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(request));
+    }
+    assert_eq!(world.script.launches.load(Ordering::SeqCst), 7);
+}
+
+#[test]
+fn the_next_step_is_sent_before_the_last_one_is_answered() {
+    let world = world(Script { pipeline_depth: 2, ..Script::default() }, |_| {});
+    world.started.recv().unwrap().unwrap();
+    let requests: Vec<_> = (0..4).map(|n| request(n * 100, 30)).collect();
+    let generations: Vec<_> = requests.iter().map(|r| world.handle.submit(r.clone()).unwrap()).collect();
+    for (request, generation) in requests.iter().zip(generations) {
+        assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(request));
+    }
+    let (steps, ahead) = (world.script.steps.load(Ordering::SeqCst), world.script.ahead.load(Ordering::SeqCst));
+    // Each step but the first, and those around an arrival, finds another one there.
+    assert!(ahead >= 25 && ahead < steps && steps <= 40, "{ahead} of {steps} steps");
+    poll("steps are counted once", || {
+        let counters = world.handle.status().counters;
+        (counters.steps, counters.step_tokens) == (u64::from(steps), 4 * (20 + 29))
+    });
+}
+
+#[test]
+fn a_step_that_waits_behind_a_slow_one_is_not_late() {
+    let script = Script { pipeline_depth: 2, step_time: Duration::from_millis(200), ..Script::default() };
+    let world = world(script, |options| options.step_watchdog = Duration::from_millis(350));
+    let request = request(1, 6);
+    let generation = world.handle.submit(request.clone()).unwrap();
+    assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
+    assert_eq!(
+        world.script.launches.load(Ordering::SeqCst),
+        1,
+        "two steps together take longer than the watchdog waits"
+    );
 }
 
 #[test]

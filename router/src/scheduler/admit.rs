@@ -37,7 +37,7 @@ impl Scheduler {
     }
 
     fn can_admit(&self, draft: &Draft) -> bool {
-        draft.budget > 0 && self.running.len() < self.limits.seats() && !draft.preempted
+        draft.budget > 0 && self.running.len() < self.limits.seats() && !draft.no_starts
     }
 
     /// Admits and plans the first chunk.
@@ -168,9 +168,14 @@ impl Scheduler {
         }
         let Some(request) = self.requests.get(&job.id) else { return };
         let waiting = request.sequences.iter().flatten().copied().filter(|key| self.seq(*key).waits_for_leader());
-        for key in waiting.collect::<Vec<_>>() {
+        let waiting: Vec<_> = waiting.collect();
+        let suspect = self.seq(leader).suspect;
+        for key in waiting {
             if job.request.max_tokens == 0 {
                 self.finish_index(job.id, self.seq(key).index, FinishReason::Length);
+            } else if let Some(suspect) = suspect {
+                // The shard died with the leader's first decode in flight, which theirs may be like.
+                self.inherit_suspicion(key, suspect.until);
             } else if self.running.len() < self.limits.seats()
                 && let Some(head) = self.fork_source(key)
             {

@@ -1,4 +1,4 @@
-//! Takes the result of the step in flight.
+//! Takes the result of the oldest step in flight.
 
 use std::collections::HashMap;
 
@@ -17,10 +17,10 @@ struct Reports {
 }
 
 impl Scheduler {
-    /// Takes the result of the step in flight and returns what happened, in order. A result of any other step, such as
-    /// one of a shard that was replaced, changes nothing.
+    /// Takes the result of the oldest step in flight and returns what happened, in order. A result of any other step, such
+    /// as one of a shard that was replaced, changes nothing.
     pub fn commit(&mut self, _now_ms: u64, result: StepResult) -> Vec<SchedulerEvent> {
-        let Some(flight) = self.in_flight.take_if(|flight| flight.id == result.id) else {
+        let Some(flight) = self.in_flight.pop_front_if(|flight| flight.id == result.id) else {
             return self.take_events();
         };
         let InFlight { members, copy_sources, .. } = flight;
@@ -39,7 +39,7 @@ impl Scheduler {
             faults: result.faults.into_iter().map(|fault| (fault.seq, fault.reason)).collect(),
         };
         for member in &members {
-            self.seq_mut(member.key).in_flight = false;
+            self.seq_mut(member.key).arrive(member.len, member.samples);
         }
         for member in members {
             self.settle(member, &mut reports);
@@ -49,11 +49,14 @@ impl Scheduler {
 
     /// One sequence's part of the result.
     fn settle(&mut self, member: Member, reports: &mut Reports) {
-        let Member { key, start, len } = member;
+        let Member { key, start, len, samples } = member;
         // A sibling's fault earlier in this result may have ended it.
         let Some(seq) = self.find_seq(key) else { return };
         if seq.leaving {
-            self.remove_sequence(key);
+            self.counters.wasted_positions += len as u64;
+            if !self.seq(key).is_in_flight() {
+                self.remove_sequence(key);
+            }
             return;
         }
         let (id, index) = (seq.job.id, seq.index);
@@ -63,9 +66,8 @@ impl Scheduler {
             return;
         }
         let end = start + len;
-        let sampled = end == seq.len_tokens() && seq.job.request.max_tokens > 0;
         let sample = reports.samples.remove(&run);
-        if sampled && sample.is_none() {
+        if samples && sample.is_none() {
             // The shard broke the contract for this sequence; asking again could go on for ever.
             self.fail_request(id, Failure::ShardFault);
             return;
@@ -77,9 +79,9 @@ impl Scheduler {
         if start < self.seq(key).prompt_tokens() && end >= self.seq(key).prompt_tokens() {
             self.release_siblings(key);
         }
-        if let Some(sample) = sample.filter(|_| sampled) {
+        if let Some(sample) = sample.filter(|_| samples) {
             self.append(key, sample);
-        } else if self.seq(key).pending().is_empty() {
+        } else if end == self.seq(key).job.positions_max() {
             self.finish_index(id, index, FinishReason::Length); // max_tokens = 0: only the prompt was wanted
         }
     }

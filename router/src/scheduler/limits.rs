@@ -21,12 +21,17 @@ pub struct SchedulerLimits {
     pub queued_tokens_max: u64,
     /// Positions of one sequence.
     pub context_tokens: u32,
+    /// Steps in flight at a time, 1 or 2. With 2 the next step is planned before the result of the last one is read, so
+    /// the device never waits for the host. Anything else counts as the nearer of the two.
+    pub pipeline_depth: u32,
     /// Keep KV of full blocks for later requests of the same tenant.
     pub prefix_caching: bool,
     /// Key of the prefix cache's hashes: random per process.
     pub prefix_key: [u8; 32],
 }
 
+/// One step runs and one is ready for the moment it ends: more would only delay newcomers.
+pub(super) const PIPELINE_DEPTH_MAX: u32 = 2;
 /// Waiting sequences whose adapters are being brought to the device, or are held there until the sequence starts.
 pub(super) const CLAIMS_MAX: usize = 8;
 /// Pages uploaded in one step; one adapter that is larger goes alone. About 128 MiB: a few ms on a copy stream.
@@ -49,6 +54,11 @@ impl SchedulerLimits {
     /// Blocks that `positions` take.
     pub(super) fn blocks_for(&self, positions: usize) -> usize {
         positions.div_ceil(self.block_tokens as usize)
+    }
+
+    /// Steps in flight at a time.
+    pub(super) fn depth(&self) -> usize {
+        self.pipeline_depth.clamp(1, PIPELINE_DEPTH_MAX) as usize
     }
 
     /// Running sequences at a time: each gets at least one position per step.

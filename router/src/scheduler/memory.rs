@@ -65,7 +65,8 @@ impl Scheduler {
     }
 
     /// Makes positions `start..end` of a running sequence writable: blocks that are missing, and copies of those that
-    /// others read. All or nothing. With `may_preempt`, younger sequences give way; the youngest gives way itself.
+    /// others read. All or nothing. With `may_preempt`, younger sequences give way; the youngest gives way itself. One that
+    /// is in flight cannot: then all wait for its step.
     pub(super) fn secure(
         &mut self,
         key: SeqKey,
@@ -89,6 +90,10 @@ impl Scheduler {
                 continue;
             }
             match self.running.last().copied() {
+                Some(youngest) if self.seq(youngest).is_in_flight() => {
+                    (draft.stalled, draft.no_starts) = (true, true);
+                    return false;
+                }
                 Some(youngest) if youngest != key => self.preempt(youngest, draft),
                 // Alone, it waits for an upload that holds the rest.
                 Some(_) if self.running.len() > 1 => {
@@ -109,10 +114,11 @@ impl Scheduler {
         (shared, after.saturating_sub(held))
     }
 
-    /// Writing into it would change what another sequence reads. A copy of this step is made before anything is written,
-    /// so its source is not in the way.
+    /// Writing into it would change what another sequence reads. The copies of a step are made before anything of it is
+    /// written, and steps run one after the other, so a block that is only kept to be copied is not in the way.
     fn is_shared(&self, block: BlockId, draft: &Draft) -> bool {
-        let copies = draft.copy_sources.iter().filter(|source| **source == block).count();
+        let in_flight = self.in_flight.iter().flat_map(|flight| &flight.copy_sources);
+        let copies = in_flight.chain(&draft.copy_sources).filter(|source| **source == block).count();
         self.pool.holders(block) - copies > 1
     }
 
@@ -146,7 +152,7 @@ impl Scheduler {
     /// Running -> Waiting: blocks and pins come back, tokens stay.
     pub(super) fn preempt(&mut self, key: SeqKey, draft: &mut Draft) {
         let seq = self.sequences[key.0 as usize].as_mut().expect("a key in use names a sequence");
-        debug_assert!(!seq.in_flight, "nothing is preempted under a step in flight");
+        debug_assert!(!seq.is_in_flight(), "nothing is preempted under a step in flight");
         if let Some(run) = seq.preempt(&mut self.pool, &mut self.adapters) {
             self.finishes.push(run.0);
         }
@@ -156,6 +162,6 @@ impl Scheduler {
             self.queue.push(fair, turn);
         }
         self.counters.preemptions += 1;
-        draft.preempted = true;
+        draft.no_starts = true;
     }
 }

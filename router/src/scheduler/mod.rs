@@ -1,8 +1,17 @@
 //! Decides what runs: pure and synchronous. No clock, no I/O, no device, no randomness; a seed replays it.
 //!
 //! [`Scheduler::submit`] and [`Scheduler::cancel`] say what is wanted, [`Scheduler::plan`] makes one [`Step`], and
-//! [`Scheduler::commit`] takes its result. One step is in flight at a time; what ends while it is in flight gives its
-//! memory back with that step's result, so nothing is reused while the device may still touch it.
+//! [`Scheduler::commit`] takes its result.
+//!
+//! Up to `pipeline_depth` steps are in flight; their results come in order. A step that is planned while another one is in
+//! flight goes on where that one will have got to: it names the position of a token that is being sampled, whose value
+//! only the shard knows. So these hold while a step is in flight:
+//!
+//! - Nothing that it names is given back, preempted, evicted or written over. A sequence that ends keeps blocks and pins
+//!   until no step in flight names it; what such a step computes for it is dropped.
+//! - Only what a result has shown counts as computed: blocks are published, siblings fork and suspects are cleared by
+//!   [`Scheduler::commit`], never by a plan.
+//! - While a suspect is tried, one step is in flight at a time, so a death has one culprit.
 //!
 //! | file | holds |
 //! |---|---|
@@ -82,7 +91,7 @@ pub struct SchedulerEvent {
 #[error("an unfinished sequence uses this adapter")]
 pub struct InUse;
 
-/// The step whose result is awaited.
+/// A step whose result is awaited.
 struct InFlight {
     id: u64,
     members: Vec<Member>,
@@ -100,6 +109,8 @@ struct Member {
     key: SeqKey,
     start: usize,
     len: usize,
+    /// The token that follows is sampled.
+    samples: bool,
 }
 
 /// A waiting sequence that lacks memory.
@@ -126,7 +137,8 @@ pub struct Scheduler {
     claims: Vec<SeqKey>,
     starving: Option<Starving>,
     deadlines: BTreeSet<(u64, RequestId)>,
-    in_flight: Option<InFlight>,
+    /// Oldest first: the shard executes them in this order.
+    in_flight: VecDeque<InFlight>,
     /// Runs that the shard may forget; told with the next step.
     finishes: Vec<u64>,
     events: Vec<SchedulerEvent>,
@@ -157,7 +169,7 @@ impl Scheduler {
             claims: Vec::new(),
             starving: None,
             deadlines: BTreeSet::new(),
-            in_flight: None,
+            in_flight: VecDeque::new(),
             finishes: Vec::new(),
             events: Vec::new(),
             plans: 0,

@@ -325,6 +325,10 @@ impl PagePool {
         self.blocks[block as usize].refs
     }
 
+    pub(super) fn is_published(&self, block: u32) -> bool {
+        self.blocks[block as usize].key.is_some()
+    }
+
     pub(super) fn is_unowned(&self, block: u32) -> bool {
         let block = &self.blocks[block as usize];
         block.refs == 0 && block.key.is_none()

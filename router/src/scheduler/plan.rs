@@ -25,8 +25,11 @@ pub(super) struct Draft {
     pub(super) solo: Option<SeqKey>,
     /// Blocks that running sequences still need for tokens they have.
     pub(super) outstanding_blocks: u64,
-    /// Somebody gave up memory in this plan: nobody starts in it.
-    pub(super) preempted: bool,
+    /// Somebody gave up memory in this plan, or waits for it: nobody starts in it.
+    pub(super) no_starts: bool,
+    /// Somebody waits for memory that a sequence of a step in flight holds. Whoever started later waits, too: it would
+    /// stay in flight, and never be there to give way.
+    pub(super) stalled: bool,
 }
 
 impl Draft {
@@ -36,12 +39,14 @@ impl Draft {
 }
 
 impl Scheduler {
-    /// Plans one step, or None if nothing can run now or a step is in flight. Fails requests whose deadline passed.
+    /// Plans one step, or None if nothing can run now or enough steps are in flight. Fails requests whose deadline passed.
     ///
     /// A step without chunks carries uploads, or only asks for the report of one that is under way.
     pub fn plan(&mut self, now_ms: u64) -> Option<Step> {
         self.expire(now_ms);
-        if self.in_flight.is_some() || self.requests.is_empty() {
+        // With a second step in flight, nobody could say which of them killed the shard.
+        let depth = if self.suspects.is_empty() { self.limits.depth() } else { 1 };
+        if self.in_flight.len() >= depth || self.requests.is_empty() {
             return None;
         }
         self.plans += 1;
@@ -56,7 +61,8 @@ impl Scheduler {
             }
         }
         self.last_was_solo = draft.solo.is_some();
-        if draft.is_empty() && !self.adapters.is_uploading() {
+        let asks_for_report = self.adapters.is_uploading() && self.in_flight.is_empty();
+        if draft.is_empty() && !asks_for_report {
             return None;
         }
         Some(self.seal(draft))
@@ -102,6 +108,9 @@ impl Scheduler {
 
     fn plan_batch(&mut self, draft: &mut Draft) {
         for (key, len) in self.share_budget(draft.budget) {
+            if draft.stalled {
+                break;
+            }
             // An older one may have taken its memory by now.
             if self.seq(key).is_running() {
                 self.plan_chunk(key, len, true, draft);
@@ -109,7 +118,7 @@ impl Scheduler {
         }
         draft.outstanding_blocks = self.outstanding_blocks();
         self.admit_waiting(draft);
-        if !draft.preempted {
+        if !draft.no_starts {
             self.load_adapters(draft);
         }
         self.use_up_budget(draft);
@@ -119,23 +128,24 @@ impl Scheduler {
         self.running.iter().map(|key| self.blocks_lacking(*key)).sum()
     }
 
-    /// Blocks that a running sequence still needs for tokens it has.
+    /// Blocks that a running sequence still needs for tokens it has, or will have once the steps in flight are done.
     pub(super) fn blocks_lacking(&self, key: SeqKey) -> u64 {
         let seq = self.seq(key);
         let held = seq.holding().map_or(0, |holding| holding.blocks.len());
-        self.limits.blocks_for(seq.len_tokens()).saturating_sub(held) as u64
+        self.limits.blocks_for(seq.pending().end).saturating_sub(held) as u64
     }
 
-    /// Positions for each running sequence that is no suspect, in the order of start.
+    /// Positions for each running sequence that is no suspect and does not end in a step in flight, in the order of start.
     fn share_budget(&self, mut budget: usize) -> Vec<(SeqKey, usize)> {
         let mut shares = Vec::with_capacity(self.running.len());
         let mut prefills = Vec::new();
         for &key in &self.running {
             let seq = self.seq(key);
-            if seq.suspect.is_some() {
+            let pending = seq.pending().len();
+            if seq.suspect.is_some() || pending == 0 {
                 continue;
             }
-            if seq.pending().len() > 1 {
+            if pending > 1 {
                 prefills.push((self.queue.served(seq.key), shares.len()));
             }
             shares.push((key, 1));
@@ -160,13 +170,13 @@ impl Scheduler {
 
     /// Makes the memory of the next `len` positions of a running sequence writable and puts them into the step.
     pub(super) fn plan_chunk(&mut self, key: SeqKey, len: usize, may_preempt: bool, draft: &mut Draft) -> bool {
-        let start = self.seq(key).computed;
+        let start = self.seq(key).pending().start;
         debug_assert!(len > 0 && len <= draft.budget, "a chunk has positions, within the budget");
         if !self.secure(key, start, start + len, may_preempt, draft) {
             return false;
         }
         draft.budget -= len;
-        draft.members.push(Member { key, start, len });
+        draft.members.push(Member { key, start, len, samples: false });
         self.charge(key, start + len);
         true
     }
@@ -188,9 +198,9 @@ impl Scheduler {
             if draft.budget == 0 {
                 break;
             }
-            let Member { key, start, len } = draft.members[at];
+            let Member { key, start, len, .. } = draft.members[at];
             let end = start + len;
-            let more = (self.seq(key).len_tokens() - end).min(draft.budget);
+            let more = (self.seq(key).pending().end - end).min(draft.budget);
             if more > 0 && self.secure(key, end, end + more, false, draft) {
                 draft.members[at].len += more;
                 draft.budget -= more;
@@ -204,18 +214,18 @@ impl Scheduler {
         let mut step = Step { id: self.next_step, ..Step::default() };
         self.next_step += 1;
         step.finishes = std::mem::take(&mut self.finishes);
-        let Draft { members, copies, uploads, solo, copy_sources, .. } = draft;
+        let Draft { mut members, copies, uploads, solo, copy_sources, .. } = draft;
         step.copies = copies;
         step.uploads = uploads.into_iter().map(wire_upload).collect();
         step.chunks.reserve(members.len());
-        for member in &members {
+        for member in &mut members {
             let logprobs = self.owes_logprobs(member);
             let blocks = self.limits.blocks_for(member.start + member.len);
             let seq = self.seq_mut(member.key);
-            seq.in_flight = true;
+            let is_last = member.start + member.len == seq.pending().end;
+            member.samples = is_last && seq.job.request.max_tokens > 0;
+            seq.depart(member.len, member.samples);
             let start = seq.holding().is_some_and(|holding| !holding.announced).then(|| seq_start(seq));
-            let known = member.start + member.len == seq.len_tokens();
-            let sample = known && seq.job.request.max_tokens > 0;
             let holding = seq.holding_mut().expect("a member of a step runs");
             holding.announced = true;
             step.chunks.push(Chunk {
@@ -224,14 +234,14 @@ impl Scheduler {
                 len: member.len as u32,
                 blocks: holding.blocks[..blocks].iter().map(|block| block.0).collect(),
                 adapters: holding.adapters.clone(),
-                sample,
+                sample: member.samples,
                 prompt_logprobs: logprobs,
             });
             step.starts.extend(start);
         }
         sort_by_adapters(&mut step.chunks);
         let loading = self.loading(solo);
-        self.in_flight = Some(InFlight { id: step.id, members, solo, loading, copy_sources });
+        self.in_flight.push_back(InFlight { id: step.id, members, solo, loading, copy_sources });
         step
     }
 

@@ -1,6 +1,6 @@
 //! The shard died: everything it held is gone, every token is kept, and somebody may be to blame.
 //!
-//! The sequences of the step in flight become *suspects*. Each runs alone, one at a time, until it is past the place where
+//! The sequences of all steps in flight become *suspects*: no result says how far the shard got. Each runs alone, one at a time, until it is past the place where
 //! the shard died; all others go on in their own steps, turn by turn. A death in a suspect's own step adds to its strikes,
 //! and at `STRIKES_MAX` of all siblings its request fails alone. So one poisoned request costs at most three restarts.
 
@@ -16,15 +16,15 @@ impl Scheduler {
     /// Nothing is on the device or in the host slab any more: contents come back by [`Self::adapter_ready`], and until
     /// then what needs them waits. Events (a request that was given up) are in [`Self::take_events`].
     pub fn shard_lost(&mut self, weight: u32) {
-        let flight = self.in_flight.take();
-        // Named by request: a sequence that ended while the step was in flight leaves its siblings to answer for it.
-        let fatal = flight.as_ref().map(|flight| self.fatal_members(flight)).unwrap_or_default();
+        let flights = std::mem::take(&mut self.in_flight);
+        // Named by request: a sequence that ended while a step was in flight leaves its siblings to answer for it.
+        let fatal: Vec<_> = flights.iter().flat_map(|flight| self.fatal_members(flight)).collect();
         let leaving: Vec<SeqKey> = self.running.iter().copied().filter(|key| self.seq(*key).leaving).collect();
         self.forget_device();
         for key in leaving {
             self.remove_sequence(key);
         }
-        let is_solo = flight.is_some_and(|flight| flight.solo.is_some());
+        let is_solo = flights.iter().any(|flight| flight.solo.is_some());
         for (id, member) in fatal {
             if is_solo {
                 self.blame(id, member, weight);
@@ -36,7 +36,7 @@ impl Scheduler {
 
     /// Who was in the step, and for whom adapters were uploaded during it.
     fn fatal_members(&self, flight: &InFlight) -> Vec<(RequestId, Member)> {
-        let loading = flight.loading.iter().map(|key| Member { key: *key, start: 0, len: 1 });
+        let loading = flight.loading.iter().map(|key| Member { key: *key, start: 0, len: 1, samples: false });
         let members = flight.members.iter().copied().chain(loading);
         members.map(|member| (self.seq(member.key).job.id, member)).collect()
     }
@@ -62,7 +62,7 @@ impl Scheduler {
         }
     }
 
-    /// A member of the fatal step, and its siblings with it: what they share may be what killed the shard.
+    /// A member of a fatal step, and its siblings with it: what they share may be what killed the shard.
     fn suspect(&mut self, id: RequestId, member: Member) {
         let Some(request) = self.requests.get(&id) else { return };
         let until = member.start + member.len;
@@ -79,7 +79,7 @@ impl Scheduler {
         }
     }
 
-    /// The leader of a request left as a suspect: the sibling that leads now is one, too.
+    /// Its leader is a suspect, or left as one: the sibling that need not wait for it any more is one, too.
     pub(super) fn inherit_suspicion(&mut self, key: SeqKey, until: usize) {
         let seq = self.seq_mut(key);
         seq.may_take_turn();

@@ -153,7 +153,7 @@ impl Scheduler {
 
     /// Nothing waits, nothing runs, nothing is in flight.
     pub fn is_idle(&self) -> bool {
-        self.requests.is_empty() && self.in_flight.is_none()
+        self.requests.is_empty() && self.in_flight.is_empty()
     }
 
     pub(super) fn emit(&mut self, request: RequestId, event: GenerateEvent) {
@@ -234,9 +234,9 @@ impl Scheduler {
         self.queue.push(fair, turn);
     }
 
-    /// Ends a sequence; if it is in flight, its memory comes back with the result of that step.
+    /// Ends a sequence; if it is in flight, its memory comes back with the result of the last step that names it.
     fn end_sequence(&mut self, key: SeqKey) {
-        if self.seq(key).in_flight {
+        if self.seq(key).is_in_flight() {
             self.seq_mut(key).leaving = true;
         } else {
             self.remove_sequence(key);
@@ -253,7 +253,7 @@ impl Scheduler {
         if seq.suspect.is_some() {
             self.suspects.retain(|other| *other != key);
         }
-        if let Some(flight) = &mut self.in_flight {
+        for flight in &mut self.in_flight {
             // Its place may be reused before the result comes: nobody else takes the blame for it.
             flight.loading.retain(|other| *other != key);
             flight.solo.take_if(|solo| *solo == key);
@@ -305,7 +305,7 @@ impl Scheduler {
         for id in using.collect::<Vec<_>>() {
             self.fail_request(id, Failure::AdapterGone(content.short(), reason.clone()));
         }
-        // Sequences of the step in flight leave with its result; the last one takes the content along.
+        // Sequences in flight leave with their step's result; the last one takes the content along.
         self.adapters.left_host(&content);
         self.content_moved(&content);
         let _ = self.adapter_forget(content);

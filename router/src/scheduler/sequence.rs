@@ -79,6 +79,17 @@ pub(super) struct Suspect {
     pub(super) strikes: u32,
 }
 
+/// What the steps in flight add to a sequence once their results come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Ahead {
+    /// Steps in flight that name it.
+    pub(super) steps: u32,
+    /// Positions that they compute.
+    pub(super) positions: usize,
+    /// Tokens that they sample. Their values are not known here.
+    pub(super) tokens: usize,
+}
+
 #[derive(Debug)]
 pub(super) struct Sequence {
     pub(super) job: Arc<Job>,
@@ -86,7 +97,7 @@ pub(super) struct Sequence {
     pub(super) index: u32,
     pub(super) key: FairKey,
     pub(super) generated: Vec<u32>,
-    /// Positions whose KV is in the blocks.
+    /// Positions whose KV is in the blocks, as results have shown.
     pub(super) computed: usize,
     pub(super) stage: Stage,
     pub(super) suspect: Option<Suspect>,
@@ -94,9 +105,8 @@ pub(super) struct Sequence {
     pub(super) prefix_keys: Vec<PrefixKey>,
     /// Positions already charged to its pair: work done twice is charged once.
     pub(super) charged: usize,
-    /// The step in flight has a chunk of it.
-    pub(super) in_flight: bool,
-    /// It ended while in flight: its blocks come back with the result of that step.
+    pub(super) ahead: Ahead,
+    /// It ended while in flight: its blocks come back with the result of the last step that names it.
     pub(super) leaving: bool,
 }
 
@@ -112,7 +122,7 @@ impl Sequence {
             suspect: None,
             prefix_keys: Vec::new(),
             charged: 0,
-            in_flight: false,
+            ahead: Ahead::default(),
             leaving: false,
         }
     }
@@ -134,9 +144,33 @@ impl Sequence {
         self.job.request.prompt.iter().chain(&self.generated).copied().collect()
     }
 
-    /// Positions whose KV is not computed yet: one while decoding, more while prefilling.
+    /// A step in flight names it: what it holds may not be touched.
+    pub(super) fn is_in_flight(&self) -> bool {
+        self.ahead.steps > 0
+    }
+
+    /// Positions that no step has computed or is computing: one while decoding, more while prefilling. The token at the
+    /// last one may still be unknown. Empty for a sequence that ended, or surely ends with a step in flight.
     pub(super) fn pending(&self) -> Range<usize> {
-        self.computed..self.len_tokens()
+        let start = self.computed + self.ahead.positions;
+        if self.leaving {
+            return start..start;
+        }
+        start..(self.len_tokens() + self.ahead.tokens).min(self.job.positions_max())
+    }
+
+    /// A step with this part of the sequence goes into flight.
+    pub(super) fn depart(&mut self, positions: usize, samples: bool) {
+        self.ahead.steps += 1;
+        self.ahead.positions += positions;
+        self.ahead.tokens += usize::from(samples);
+    }
+
+    /// Its result is here.
+    pub(super) fn arrive(&mut self, positions: usize, samples: bool) {
+        self.ahead.steps -= 1;
+        self.ahead.positions -= positions;
+        self.ahead.tokens -= usize::from(samples);
     }
 
     /// Place in its pair's queue; the same each time it waits.
@@ -224,7 +258,7 @@ impl Sequence {
             self.stage = Stage::Waiting(Wait::Turn);
         }
         self.computed = 0;
-        self.in_flight = false;
+        self.ahead = Ahead::default();
     }
 }
 

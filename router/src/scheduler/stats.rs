@@ -9,6 +9,7 @@ pub(super) struct Counters {
     pub(super) preemptions: u64,
     pub(super) prefix_queries_tokens: u64,
     pub(super) prefix_hit_tokens: u64,
+    pub(super) wasted_positions: u64,
 }
 
 /// A snapshot.
@@ -42,6 +43,9 @@ pub struct SchedulerStats {
     pub prefix_queries_tokens: u64,
     /// Of these, tokens whose KV was found.
     pub prefix_hit_tokens: u64,
+    /// Positions computed for sequences that had ended by the time the result came: cancelled ones, and with two steps in
+    /// flight those whose end could not be foreseen.
+    pub wasted_positions: u64,
     /// Adapters brought to the device.
     pub adapter_uploads: u64,
     /// Adapters that lost their slot to somebody else.
@@ -67,6 +71,7 @@ impl Scheduler {
             preemptions: self.counters.preemptions,
             prefix_queries_tokens: self.counters.prefix_queries_tokens,
             prefix_hit_tokens: self.counters.prefix_hit_tokens,
+            wasted_positions: self.counters.wasted_positions,
             adapter_uploads: self.adapters.uploads,
             adapter_evictions: self.adapters.evictions,
         }

@@ -1,11 +1,13 @@
 //! The shard: owns the weights and the arena, and executes steps. It decides nothing.
 //!
-//! [`serve`] runs on the one thread that owns the device ([`Executor`]). Adapters are prepared on threads beside it, and
+//! [`serve`] runs on the one thread that owns the device ([`Execute`]). Adapters are prepared on threads beside it, and
 //! [`dispatch`] answers pings at once. Where the messages come from, a socket ([`process`]) or a channel ([`in_process`]),
 //! makes no difference here.
 
 mod batch;
+mod device;
 pub(crate) mod in_process;
+mod launch;
 mod memory;
 mod options;
 pub(crate) mod process;
@@ -15,13 +17,16 @@ mod slab;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::time::Instant;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
 
-use loramux_proto::{Fatal, FromShard, Loading, Pong, PrepareAdapter, Step, ToShard, from_shard, to_shard};
+use loramux_proto::{
+    Fatal, FromShard, Info, Loading, Pong, PrepareAdapter, Step, StepResult, ToShard, from_shard, to_shard,
+};
 
-pub(crate) use options::{DtypeChoice, LoadFormatChoice, ShardOptions};
-use run::Executor;
+pub(crate) use options::{DeviceChoice, DtypeChoice, LoadFormatChoice, ShardOptions};
+use run::ShardFault;
+use slab::Slab;
 
 /// Takes what the shard has to say; safe to call from any of its threads.
 pub(crate) type Reply = Arc<dyn Fn(from_shard::Body) + Send + Sync>;
@@ -43,41 +48,87 @@ pub(crate) fn serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &R
     }
 }
 
+/// Executes steps, on the CPU or on a device. Steps are answered in the order in which they were submitted.
+trait Execute {
+    /// What the router needs to plan.
+    fn info(&self) -> &Info;
+
+    /// The adapters in host memory.
+    fn slab(&self) -> &Arc<Slab>;
+
+    /// Begins a step; a device works on it while the caller goes on.
+    ///
+    /// # Errors
+    /// A [`ShardFault`]: the shard cannot go on.
+    fn submit(&mut self, step: &Step) -> Result<(), ShardFault>;
+
+    /// Steps that were submitted and not answered.
+    fn in_flight(&self) -> usize;
+
+    /// The result of the oldest step, if it is done; with `wait`, the caller waits for it.
+    ///
+    /// # Errors
+    /// A [`ShardFault`]: the shard cannot go on.
+    fn poll(&mut self, wait: bool) -> Result<Option<StepResult>, ShardFault>;
+}
+
+/// How long the thread sleeps for a message while a device works: the longest that a result waits to be read.
+const POLL_EVERY: Duration = Duration::from_micros(50);
+
 fn try_serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &Reply) -> Result<(), String> {
     let started = Instant::now();
-    let mut executor = Executor::load(options, |what, done, total| {
+    let mut executor = launch::load(options, &mut |what, done, total| {
         reply(from_shard::Body::Loading(Loading { what: what.to_owned(), done, total }));
     })
     .map_err(|e| e.to_string())?;
-    let prepares = start_prepare_threads(&executor, reply)?;
-    let mut info = executor.info(options);
+    let prepares = start_prepare_threads(executor.slab(), reply)?;
+    let mut info = executor.info().clone();
     info.load_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     reply(from_shard::Body::Info(info));
-    while let Ok(ToShard { body: Some(body) }) = inbox.recv() {
-        match body {
-            to_shard::Body::Step(step) => run_step(&mut executor, &step, reply)?,
-            to_shard::Body::Prepare(prepare) => {
-                prepares.try_send(prepare).map_err(|_| "too many adapters are being prepared".to_owned())?;
+    loop {
+        let received = match executor.in_flight() {
+            0 => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            _ => inbox.recv_timeout(POLL_EVERY),
+        };
+        match received {
+            Ok(ToShard { body: Some(body) }) => {
+                if !handle(body, &mut *executor, &prepares, reply)? {
+                    return Ok(());
+                }
             }
-            to_shard::Body::DropAdapter(dropped) => executor.slab().remove(&dropped.content_id),
-            to_shard::Body::Ping(ping) => reply(from_shard::Body::Pong(Pong { nonce: ping.nonce })),
-            to_shard::Body::Shutdown(_) => break,
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(ToShard { body: None }) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+        while let Some(result) = executor.poll(false).map_err(|fault| fault.to_string())? {
+            reply(from_shard::Body::Step(result));
         }
     }
-    Ok(())
 }
 
-fn run_step(executor: &mut Executor, step: &Step, reply: &Reply) -> Result<(), String> {
-    let result = executor.run(step).map_err(|fault| fault.to_string())?;
-    reply(from_shard::Body::Step(result));
-    Ok(())
+/// False when the shard shall end.
+fn handle(
+    body: to_shard::Body,
+    executor: &mut dyn Execute,
+    prepares: &mpsc::SyncSender<PrepareAdapter>,
+    reply: &Reply,
+) -> Result<bool, String> {
+    match body {
+        to_shard::Body::Step(step) => executor.submit(&step).map_err(|fault| fault.to_string())?,
+        to_shard::Body::Prepare(prepare) => {
+            prepares.try_send(prepare).map_err(|_| "too many adapters are being prepared".to_owned())?;
+        }
+        to_shard::Body::DropAdapter(dropped) => executor.slab().remove(&dropped.content_id),
+        to_shard::Body::Ping(ping) => reply(from_shard::Body::Pong(Pong { nonce: ping.nonce })),
+        to_shard::Body::Shutdown(_) => return Ok(false),
+    }
+    Ok(true)
 }
 
-fn start_prepare_threads(executor: &Executor, reply: &Reply) -> Result<mpsc::SyncSender<PrepareAdapter>, String> {
+fn start_prepare_threads(slab: &Arc<Slab>, reply: &Reply) -> Result<mpsc::SyncSender<PrepareAdapter>, String> {
     let (sender, receiver) = mpsc::sync_channel::<PrepareAdapter>(PREPARE_QUEUE_MAX);
     let receiver = Arc::new(std::sync::Mutex::new(receiver));
     for n in 0..PREPARE_THREADS {
-        let (receiver, slab, reply) = (Arc::clone(&receiver), Arc::clone(executor.slab()), Arc::clone(reply));
+        let (receiver, slab, reply) = (Arc::clone(&receiver), Arc::clone(slab), Arc::clone(reply));
         let work = move || {
             loop {
                 let next = receiver.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();

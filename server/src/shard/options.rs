@@ -25,6 +25,55 @@ pub(crate) struct ShardOptions {
     pub(crate) slots_max: Option<u32>,
     /// Threads of the kernels; `None` = one per core.
     pub(crate) threads: Option<usize>,
+    /// Where steps are computed.
+    pub(crate) device: DeviceChoice,
+    /// Page-locked memory for adapters that are not on the device, bytes.
+    pub(crate) host_adapter_bytes: u64,
+    /// Where compiled kernels are kept.
+    pub(crate) kernel_cache_dir: PathBuf,
+    /// Folders to look for CUDA's libraries in, before the usual ones.
+    pub(crate) cuda_library_dirs: Vec<PathBuf>,
+}
+
+/// Where steps are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum DeviceChoice {
+    /// The first GPU, or the CPU where there is none.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A GPU.
+    Cuda(u32),
+    /// The host emulator of the CUDA kernels: slow, for tests.
+    Emulated,
+}
+
+impl std::str::FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "emulated" => Ok(Self::Emulated),
+            _ => {
+                let index = text.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+                index.map(Self::Cuda).ok_or_else(|| "accepted are auto, cpu, cuda and cuda:N".to_owned())
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Emulated => f.write_str("emulated"),
+        }
+    }
 }
 
 /// Storage type of weights, KV and adapters.
@@ -32,10 +81,13 @@ pub(crate) struct ShardOptions {
 pub(crate) enum DtypeChoice {
     /// f32 for an f32 checkpoint, else bf16
     Auto,
-    /// 2 bytes a value: weights in bf16, KV cache and adapters in f16; sums in f32
+    /// 2 bytes a value: weights in bf16; KV cache and adapters in f16 on the CPU, bf16 on a GPU; sums in f32
     #[value(name = "bfloat16", alias = "bf16")]
     Bf16,
-    /// 4 bytes a value
+    /// 2 bytes a value, on a GPU only: everything stored in f16
+    #[value(name = "float16", alias = "f16", alias = "half")]
+    F16,
+    /// 4 bytes a value, on the CPU only
     #[value(name = "float32", alias = "f32")]
     F32,
 }

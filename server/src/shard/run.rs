@@ -1,14 +1,16 @@
 //! Executes steps. Every decision was the scheduler's: this waits for no load and retries nothing.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
+use loramux_kernels::device::DeviceError;
 use loramux_kernels::{AdapterTable, Arena, ArenaDtype, Dtype, KvLayout, OpError, copy_block, in_pool, isa_name};
 use loramux_models::{Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelError};
 use loramux_proto::{Info, SlotGeneration, Step, StepResult};
 
 use super::batch::{BatchBuffers, BatchLimits, SeqState};
+use super::Execute;
 use super::memory;
 use super::options::{DtypeChoice, LoadFormatChoice, ShardOptions};
 use super::sampling::Sampler;
@@ -36,6 +38,8 @@ pub(super) enum ShardFault {
     Op(OpError),
     #[error(transparent)]
     Model(#[from] ModelError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// Why the shard could not start.
@@ -49,9 +53,18 @@ pub(super) enum StartError {
         "--arena-bytes {bytes} is less than one sequence of {context} tokens needs ({needed}); set it higher or --max-model-len lower"
     )]
     ArenaTooSmall { bytes: u64, context: usize, needed: u64 },
+    #[error("--device {choice}: {error}")]
+    Device { choice: String, error: DeviceError },
+    #[error("--dtype {dtype}: {reason}")]
+    Dtype { dtype: &'static str, reason: &'static str },
+    #[error("while the model was brought to the device: {0}")]
+    OnDevice(#[from] DeviceError),
+    #[error("while the device was tried out: {0}")]
+    WarmUp(#[from] ShardFault),
 }
 
-/// Weights, arena, adapter table and the state of every running sequence.
+/// Weights, arena, adapter table and the state of every running sequence, on the CPU. A step is computed when it is
+/// submitted.
 pub(crate) struct Executor {
     decoder: Decoder,
     arena: Arena,
@@ -61,18 +74,38 @@ pub(crate) struct Executor {
     buffers: BatchBuffers,
     limits: BatchLimits,
     sampler: Sampler,
-    dtype: Dtype,
-    context: usize,
-    slots_max: usize,
-    content_id: [u8; 32],
-    parameters: u64,
-    weight_bytes: u64,
+    results: VecDeque<StepResult>,
+    info: Info,
+}
+
+impl Execute for Executor {
+    fn info(&self) -> &Info {
+        &self.info
+    }
+
+    fn slab(&self) -> &Arc<Slab> {
+        &self.slab
+    }
+
+    fn submit(&mut self, step: &Step) -> Result<(), ShardFault> {
+        let result = self.run(step)?;
+        self.results.push_back(result);
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.results.len()
+    }
+
+    fn poll(&mut self, _wait: bool) -> Result<Option<StepResult>, ShardFault> {
+        Ok(self.results.pop_front())
+    }
 }
 
 impl Executor {
     /// Reads the weights and reserves the arena.
     pub(super) fn load(options: &ShardOptions, mut progress: impl FnMut(&str, u64, u64)) -> Result<Self, StartError> {
-        let load = LoadOptions { dtype: dtype(options.dtype), format: format(options.load_format), seed: options.seed };
+        let load = LoadOptions { dtype: dtype(options.dtype)?, format: format(options.load_format), seed: options.seed };
         let model = loramux_models::load(&options.model, &load, &mut |p| {
             progress(&p.what, p.done_bytes, p.total_bytes);
         })?;
@@ -87,8 +120,32 @@ impl Executor {
         let arena = Arena::new(layout.page_bytes, pages)
             .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
         let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
-        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes));
+        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes, None));
         let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
+        let info = Info {
+            model_id: options.model_id.clone(),
+            architecture: decoder.spec().family.clone(),
+            device: format!("cpu ({} threads)", rayon::current_num_threads()),
+            dtype: match dtype {
+                Dtype::F32 => "float32".into(),
+                Dtype::Bf16 => "bfloat16".into(),
+            },
+            vocab_size: decoder.spec().vocab as u32,
+            context_tokens: context as u32,
+            parameters,
+            weight_bytes,
+            page_bytes: layout.page_bytes as u64,
+            pages_total: arena.pages() as u32,
+            blocks_per_page: layout.blocks_per_page() as u32,
+            block_tokens: layout.block_tokens as u32,
+            slots_max: slots_max as u32,
+            step_tokens_max: options.step_tokens_max,
+            seqs_max: options.seqs_max,
+            load_ms: 0,
+            base_content_id: content_id.to_vec(),
+            kernel_path: isa_name().to_owned(),
+            pipeline_depth: 1,
+        };
         Ok(Self {
             decoder,
             arena,
@@ -98,49 +155,13 @@ impl Executor {
             buffers: BatchBuffers::default(),
             limits: BatchLimits { layout, blocks_total, step_tokens_max },
             sampler: Sampler::default(),
-            dtype,
-            context,
-            slots_max,
-            content_id,
-            parameters,
-            weight_bytes,
+            results: VecDeque::new(),
+            info,
         })
     }
 
-    pub(super) fn slab(&self) -> &Arc<Slab> {
-        &self.slab
-    }
-
-    /// What the router needs to plan.
-    pub(super) fn info(&self, options: &ShardOptions) -> Info {
-        let layout = &self.limits.layout;
-        Info {
-            model_id: options.model_id.clone(),
-            architecture: self.decoder.spec().family.clone(),
-            device: format!("cpu ({} threads)", rayon::current_num_threads()),
-            dtype: match self.dtype {
-                Dtype::F32 => "float32".into(),
-                Dtype::Bf16 => "bfloat16".into(),
-            },
-            vocab_size: self.decoder.spec().vocab as u32,
-            context_tokens: self.context as u32,
-            parameters: self.parameters,
-            weight_bytes: self.weight_bytes,
-            page_bytes: layout.page_bytes as u64,
-            pages_total: self.arena.pages() as u32,
-            blocks_per_page: layout.blocks_per_page() as u32,
-            block_tokens: layout.block_tokens as u32,
-            slots_max: self.slots_max as u32,
-            step_tokens_max: options.step_tokens_max,
-            seqs_max: options.seqs_max,
-            load_ms: 0,
-            base_content_id: self.content_id.to_vec(),
-            kernel_path: isa_name().to_owned(),
-        }
-    }
-
     /// One forward pass.
-    pub(super) fn run(&mut self, step: &Step) -> Result<StepResult, ShardFault> {
+    fn run(&mut self, step: &Step) -> Result<StepResult, ShardFault> {
         let started = Instant::now();
         for seq in &step.finishes {
             self.sequences.remove(seq);
@@ -182,7 +203,7 @@ impl Executor {
         for upload in &step.uploads {
             let unknown = || ShardFault::UnknownContent(upload.content_id.iter().map(|b| format!("{b:02x}")).collect());
             let image = self.slab.get(&upload.content_id).ok_or_else(unknown)?;
-            self.table.publish(&mut self.arena, upload.slot, upload.generation, &image, &upload.pages)?;
+            self.table.publish(&mut self.arena, upload.slot, upload.generation, image.image(), &upload.pages)?;
             uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
         }
         Ok(uploaded)
@@ -196,15 +217,18 @@ fn kv_layout(decoder: &Decoder, dtype: ArenaDtype) -> KvLayout {
     decoder.kv_layout(BLOCK_TOKENS, page_bytes, dtype)
 }
 
-fn dtype(choice: DtypeChoice) -> Option<Dtype> {
+fn dtype(choice: DtypeChoice) -> Result<Option<Dtype>, StartError> {
     match choice {
-        DtypeChoice::Auto => None,
-        DtypeChoice::Bf16 => Some(Dtype::Bf16),
-        DtypeChoice::F32 => Some(Dtype::F32),
+        DtypeChoice::Auto => Ok(None),
+        DtypeChoice::Bf16 => Ok(Some(Dtype::Bf16)),
+        DtypeChoice::F32 => Ok(Some(Dtype::F32)),
+        DtypeChoice::F16 => {
+            Err(StartError::Dtype { dtype: "float16", reason: "the CPU computes in bfloat16 or float32; use one of these" })
+        }
     }
 }
 
-fn format(choice: LoadFormatChoice) -> LoadFormat {
+pub(super) fn format(choice: LoadFormatChoice) -> LoadFormat {
     match choice {
         LoadFormatChoice::Auto => LoadFormat::Auto,
         LoadFormatChoice::Safetensors => LoadFormat::Safetensors,

@@ -3,27 +3,137 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use loramux_kernels::{AdapterImage, ArenaDtype};
+use loramux_kernels::device::step::BlockDesc;
+use loramux_kernels::{AdapterImage, ImageLayout, OpError};
 use loramux_models::DecoderSpec;
 use loramux_models::adapter::{self, AdapterLimits};
 use loramux_proto::{AdapterError, AdapterReport, PrepareAdapter, Prepared, prepared};
 
+/// Pages of page-locked host memory, which a device copies from without the host's help. Taken once at start; images
+/// that find no free page stay in ordinary memory and are copied more slowly.
+#[derive(Debug)]
+pub(crate) struct PinnedPool {
+    base: usize,
+    page_bytes: usize,
+    free: Mutex<Vec<u32>>,
+}
+
+impl PinnedPool {
+    /// A pool over `pages` pages at `base`.
+    ///
+    /// # Safety
+    /// The memory is there as long as the process, and nobody else uses it.
+    pub(crate) unsafe fn new(base: *mut u8, page_bytes: usize, pages: usize) -> Self {
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+        Self { base: base as usize, page_bytes, free: Mutex::new((0..pages).rev().collect()) }
+    }
+
+    /// Copies `bytes` into free pages; `None` if there are too few.
+    fn store(self: &Arc<Self>, bytes: &[u8]) -> Option<PinnedPages> {
+        let pages = bytes.len() / self.page_bytes;
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let keep = free.len().checked_sub(pages)?;
+        let taken = free.split_off(keep);
+        drop(free);
+        let stored = PinnedPages { pool: Arc::clone(self), pages: taken };
+        for (index, bytes) in bytes.chunks_exact(self.page_bytes).enumerate() {
+            // SAFETY: the page is in the pool's memory and belongs to `stored` alone, which nobody has seen yet.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), stored.at(index), bytes.len()) };
+        }
+        Some(stored)
+    }
+}
+
+/// Pages of the pool; they go back when this is dropped.
+#[derive(Debug)]
+struct PinnedPages {
+    pool: Arc<PinnedPool>,
+    pages: Vec<u32>,
+}
+
+impl PinnedPages {
+    fn at(&self, index: usize) -> *mut u8 {
+        (self.pool.base + self.pages[index] as usize * self.pool.page_bytes) as *mut u8
+    }
+}
+
+impl Drop for PinnedPages {
+    fn drop(&mut self) {
+        self.pool.free.lock().unwrap_or_else(PoisonError::into_inner).append(&mut self.pages);
+    }
+}
+
+/// An adapter ready to be copied to a device.
+#[derive(Debug)]
+pub(crate) struct SlabImage {
+    image: AdapterImage,
+    /// Where its pages are, if not in `image`.
+    pinned: Option<PinnedPages>,
+}
+
+impl SlabImage {
+    fn new(mut image: AdapterImage, pool: Option<&Arc<PinnedPool>>) -> Self {
+        let Some(pool) = pool else { return Self { image, pinned: None } };
+        let bytes: Vec<u8> = image.take_bytes();
+        match pool.store(&bytes) {
+            Some(pinned) => Self { image, pinned: Some(pinned) },
+            None => {
+                image.put_bytes(bytes);
+                Self { image, pinned: None }
+            }
+        }
+    }
+
+    /// For the CPU's table.
+    pub(crate) fn image(&self) -> &AdapterImage {
+        &self.image
+    }
+
+    pub(crate) fn pages_needed(&self) -> usize {
+        self.image.pages_needed()
+    }
+
+    pub(crate) fn page_bytes(&self) -> usize {
+        self.image.page_bytes()
+    }
+
+    /// One page.
+    pub(crate) fn page(&self, index: usize) -> &[u8] {
+        match &self.pinned {
+            // SAFETY: a page of the pool that is this image's until it is dropped; nothing writes it.
+            Some(pinned) => unsafe { std::slice::from_raw_parts(pinned.at(index), pinned.pool.page_bytes) },
+            None => self.image.pages().nth(index).unwrap_or_default(),
+        }
+    }
+
+    /// See [`AdapterImage::block_descs`].
+    pub(crate) fn block_descs(&self, pages: &[u32]) -> Result<Vec<Vec<BlockDesc>>, OpError> {
+        self.image.block_descs(pages)
+    }
+}
+
 /// Page images by content.
 pub(crate) struct Slab {
     spec: DecoderSpec,
-    dtype: ArenaDtype,
+    layout: ImageLayout,
     page_bytes: usize,
-    images: RwLock<HashMap<[u8; 32], Arc<AdapterImage>>>,
+    pool: Option<Arc<PinnedPool>>,
+    images: RwLock<HashMap<[u8; 32], Arc<SlabImage>>>,
 }
 
 impl Slab {
-    pub(crate) fn new(spec: DecoderSpec, dtype: ArenaDtype, page_bytes: usize) -> Self {
-        Self { spec, dtype, page_bytes, images: RwLock::default() }
+    pub(crate) fn new(
+        spec: DecoderSpec,
+        layout: impl Into<ImageLayout>,
+        page_bytes: usize,
+        pool: Option<Arc<PinnedPool>>,
+    ) -> Self {
+        Self { spec, layout: layout.into(), page_bytes, pool, images: RwLock::default() }
     }
 
-    pub(crate) fn get(&self, content: &[u8]) -> Option<Arc<AdapterImage>> {
+    pub(crate) fn get(&self, content: &[u8]) -> Option<Arc<SlabImage>> {
         self.images.read().unwrap_or_else(PoisonError::into_inner).get(content).map(Arc::clone)
     }
 
@@ -51,15 +161,15 @@ impl Slab {
         let read = adapter::read(Path::new(&request.dir), &self.spec, &limits)?;
         let image = match self.get(&read.content_id) {
             Some(image) => image,
-            None => Arc::new(read.pack(self.dtype, self.page_bytes)?),
+            None => Arc::new(SlabImage::new(read.pack(self.layout, self.page_bytes)?, self.pool.as_ref())),
         };
         let report = AdapterReport {
             content_id: read.content_id.to_vec(),
             pages_needed: saturating(image.pages_needed()),
-            rank_blocks: saturating(image.rank_blocks()),
+            rank_blocks: saturating(image.image().rank_blocks()),
             rank_min: saturating(read.rank_min),
             rank_max: saturating(read.rank_max),
-            host_bytes: image.bytes() as u64,
+            host_bytes: image.image().bytes() as u64,
             modules: read.module_names.clone(),
             base_model: read.base_model.clone(),
         };

@@ -348,8 +348,8 @@ static void start_launch(Machine& m, const Kernel& kernel, const EmuLaunch& laun
     if (m.fibers.size() < m.threads) m.fibers.resize(m.threads);
     for (u32 i = 0; i < m.threads; ++i) m.fibers[i].thread = i, m.fibers[i].stack = m.stacks.at(i);
     if (m.racing) {
-        m.shared_shadow.reset(ARENA_BYTES);
-        m.global_shadow.reset();
+        m.shared_shadow.start_launch(ARENA_BYTES);
+        m.global_shadow.start_launch();
     }
 #ifdef EMU_ASAN
     ASAN_POISON_MEMORY_REGION(m.arena, ARENA_BYTES);
@@ -383,7 +383,10 @@ int launch(const Kernel& kernel, const EmuLaunch& launch, const void* args, char
         run_grid(*mine);
         return 0;
     } catch (const std::exception& failure) {
-        if (mine) mine->stacks.forget_frames();
+        if (mine) {
+            mine->stacks.forget_frames();
+            mine->shared_shadow.forget();
+        }
         if (error_bytes > 0) std::snprintf(error, error_bytes, "%s", failure.what());
         return 1;
     }

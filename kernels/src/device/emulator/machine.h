@@ -198,15 +198,13 @@ inline std::string name_of_address(const Machine& m, uintptr_t at) {
 
 inline void check_global(Machine& m, const void* at, size_t bytes, Access kind) {
     if (!m.racing) return;
-    u32 other = 0;
-    size_t byte = 0;
-    const char* wrong = m.global_shadow.access(at, bytes, kind, m.linear_block(), u16(m.running->thread), m.barrier_generation,
-                                               other, byte);
-    if (wrong == nullptr) return;
-    char name[160];  // `fail` does not return: no string may own memory here
-    std::snprintf(name, sizeof name, "%s", name_of_address(m, uintptr_t(at) + byte).c_str());
-    fail("race in global memory: %s %s, %s; the other is block (%u,%u)", verb(kind), name, wrong, other % m.launch.grid_x,
-         other / m.launch.grid_x);
+    const GlobalCollision hit = m.global_shadow.access(at, bytes, kind, m.linear_block(), u16(m.running->thread), m.now());
+    if (hit.wrong == nullptr) return;
+    char name[160], other[48];  // `fail` does not return: no string may own memory here
+    std::snprintf(name, sizeof name, "%s", name_of_address(m, uintptr_t(at) + hit.byte).c_str());
+    if (hit.thread != NOBODY) std::snprintf(other, sizeof other, "thread %u", hit.thread);
+    else std::snprintf(other, sizeof other, "block (%u,%u)", hit.block % m.launch.grid_x, hit.block / m.launch.grid_x);
+    fail("race in global memory: %s %s, %s; the other is %s", verb(kind), name, hit.wrong, other);
 }
 
 /// An access by kernel code, whichever memory it turns out to be.

@@ -3,8 +3,9 @@
 // Shared memory: two accesses by different threads, at least one of them a write, must lie in different barrier intervals
 // (block) or, within a warp, in different intervals between `__syncwarp`s. Shuffles, votes and mma order no memory.
 // Global memory: blocks order nothing among themselves, except by atomics and by this pattern: write, `__threadfence`,
-// atomic in one block; atomic, then a `*_fresh` (or volatile) load in another. Within a block it is not checked, save that
-// a read-only load must not see what this launch wrote.
+// atomic in one block; atomic, then a `*_fresh` (or volatile) load in another. Within a block, what one thread wrote
+// another may read or write by the rule of shared memory, and a read-only load must not see what this launch wrote. A read
+// by one thread and then a write by another of its block is not looked at.
 #pragma once
 
 #include "emulator.h"
@@ -28,6 +29,11 @@ struct Moment {
     u32 barrier, meeting;
 };
 
+inline bool together(u16 other, Moment then, u16 thread, Moment now) {
+    if (other == NOBODY || other == thread || then.barrier != now.barrier) return false;
+    return other / 32 != thread / 32 || then.meeting == now.meeting;
+}
+
 struct SharedCell {
     Moment written, read;  // `barrier` 0: never
     u16 writer;
@@ -49,7 +55,11 @@ struct Collision {
 
 class SharedShadow {
 public:
-    void reset(size_t bytes) { cells_.assign(bytes, SharedCell{}); }
+    /// Old marks may stay: their moments never come again.
+    void start_launch(size_t bytes) { cells_.resize(bytes); }
+
+    /// After an error, copies were left in flight.
+    void forget() { cells_.clear(); }
 
     Collision access(u32 offset, u32 bytes, Access kind, u16 thread, Moment now) {
         for (u32 i = offset; i < offset + bytes; ++i) {
@@ -71,11 +81,6 @@ public:
     }
 
 private:
-    static bool together(u16 other, Moment then, u16 thread, Moment now) {
-        if (other == NOBODY || other == thread || then.barrier != now.barrier) return false;
-        return other / 32 != thread / 32 || then.meeting == now.meeting;
-    }
-
     static Collision access_byte(SharedCell& cell, Access kind, u16 thread, Moment now) {
         if (cell.in_flight) return {true, 0, cell.writer, true, true};
         const bool atomic = kind == Access::Atomic, writes = atomic || kind == Access::Write;
@@ -142,10 +147,18 @@ enum GlobalState : u32 {
 };
 constexpr u32 BLOCK_BITS = 29, BLOCK_MASK = (1u << BLOCK_BITS) - 1;
 
+/// What an access collided with, or `wrong` null.
+struct GlobalCollision {
+    const char* wrong = nullptr;
+    size_t byte = 0;
+    u32 block = 0;
+    u16 thread = NOBODY;  // unless the block matters
+};
+
 class GlobalShadow {
 public:
     /// Forgets the last launch.
-    void reset() {
+    void start_launch() {
         if (pages_.size() > MAX_KEPT_PAGES) {
             pages_.clear();
             std::memset(recent_, 0, sizeof recent_);
@@ -159,23 +172,27 @@ public:
         acquired_ = false;
     }
 
-    /// Null, or what is wrong, with the other block in `other` and the byte in `byte`.
-    const char* access(const void* at, size_t bytes, Access kind, u32 block, u16 thread, u32 barrier, u32& other, size_t& byte) {
+    GlobalCollision access(const void* at, size_t bytes, Access kind, u32 block, u16 thread, Moment now) {
         const uintptr_t first = uintptr_t(at);
         if (kind == Access::Atomic) acquired_ = true;
         for (size_t i = 0; i < bytes; ++i) {
-            u32& cell = this->cell(first + i);
+            Page& page = this->page(first + i);
+            u32& cell = page.cells[(first + i) % PAGE];
             const char* wrong = nullptr;
             const u32 next = step(cell, kind, block, wrong);
-            if (wrong != nullptr) {
-                other = cell & BLOCK_MASK;
-                byte = i;
-                return wrong;
+            if (wrong != nullptr) return {wrong, i, cell & BLOCK_MASK, NOBODY};
+            const u32 state = cell >> BLOCK_BITS;
+            const bool written_here = (state == WRITTEN || state == PUBLISHED) && (cell & BLOCK_MASK) == block;
+            if (written_here || kind == Access::Write) {
+                WriteMark& mark = page.mark((first + i) % PAGE);
+                if (written_here && together(mark.thread, mark.moment, thread, now))
+                    return {"written by another thread of this block with no barrier between", i, block, mark.thread};
+                if (kind == Access::Write) mark = {now, thread};
             }
             cell = next;
         }
-        if (kind == Access::Write) note_write(first, bytes, thread, barrier);
-        return nullptr;
+        if (kind == Access::Write) note_write(first, bytes, thread, now.barrier);
+        return {};
     }
 
     /// `__threadfence`: publishes the thread's writes, and the block's from before the last barrier (fences are cumulative).
@@ -187,17 +204,27 @@ public:
                 continue;
             }
             for (uintptr_t at = write.first; at < write.first + write.bytes; ++at)
-                if (u32& cell = this->cell(at); cell >> BLOCK_BITS == WRITTEN) cell = PUBLISHED << BLOCK_BITS | (cell & BLOCK_MASK);
+                if (u32& cell = page(at).cells[at % PAGE]; cell >> BLOCK_BITS == WRITTEN) cell = PUBLISHED << BLOCK_BITS | (cell & BLOCK_MASK);
         }
         writes_.resize(kept);
     }
 
 private:
     static constexpr size_t PAGE = 4096, RECENT = 64, MAX_KEPT_PAGES = 4096;
+    struct WriteMark {
+        Moment moment;
+        u16 thread;
+    };
     struct Page {
         uintptr_t number;
         u64 epoch;
         u32 cells[PAGE];
+        std::unique_ptr<WriteMark[]> marks;  // of the bytes that a block wrote; most pages are only read
+
+        WriteMark& mark(size_t i) {
+            if (!marks) marks.reset(new WriteMark[PAGE]());
+            return marks[i];
+        }
     };
     struct UnpublishedWrite {
         uintptr_t first;
@@ -206,19 +233,19 @@ private:
         u32 barrier;
     };
 
-    u32& cell(uintptr_t at) {
+    Page& page(uintptr_t at) {
         const uintptr_t number = at / PAGE;
         Page*& recent = recent_[number % RECENT];
         if (recent == nullptr || recent->number != number) {
             std::unique_ptr<Page>& page = pages_[number];
-            if (!page) page.reset(new Page{number, 0, {}});
+            if (!page) page.reset(new Page{number, 0, {}, nullptr});
             recent = page.get();
         }
         if (recent->epoch != epoch_) {
             std::memset(recent->cells, 0, sizeof recent->cells);
             recent->epoch = epoch_;
         }
-        return recent->cells[at % PAGE];
+        return *recent;
     }
 
     void note_write(uintptr_t first, size_t bytes, u16 thread, u32 barrier) {

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use loramux_proto::Step;
 
 use super::super::Scheduler;
-use super::super::ids::{RequestId, SeqKey};
+use super::super::ids::{BlockId, RequestId, SeqKey};
 use super::super::pages::Role;
-use super::super::sequence::{Job, Sequence};
+use super::super::sequence::{Ahead, Job, Sequence};
 use crate::engine::ContentId;
 
 impl Scheduler {
@@ -21,7 +21,7 @@ impl Scheduler {
         self.audit_places();
     }
 
-    /// (run, request) of the step in flight.
+    /// (run, request) of the steps in flight.
     pub(super) fn members_by_run(&self) -> impl Iterator<Item = (u64, RequestId)> {
         let members = self.in_flight.iter().flat_map(|flight| &flight.members);
         members.filter_map(|m| Some((self.seq(m.key).holding()?.seq.0, self.seq(m.key).job.id)))
@@ -34,7 +34,7 @@ impl Scheduler {
 
     /// Whose death a death of the shard would be now.
     pub(super) fn solo_request(&self) -> Option<RequestId> {
-        let solo = self.in_flight.as_ref()?.solo?;
+        let solo = self.in_flight.iter().find_map(|flight| flight.solo)?;
         Some(self.seq(solo).job.id)
     }
 
@@ -139,7 +139,15 @@ impl Scheduler {
             assert_eq!(places.iter().filter(|p| **p).count(), 1, "sequence {key:?} is in {places:?}");
             assert_eq!(seq.is_running(), places[0]);
             assert_eq!(seq.suspect.is_some(), self.suspects.contains(&key));
-            assert!(!seq.in_flight || seq.is_running());
+            let flights = self.in_flight.iter().flat_map(|flight| &flight.members);
+            let ahead = flights.filter(|member| member.key == key).fold(Ahead::default(), |sum, member| Ahead {
+                steps: sum.steps + 1,
+                positions: sum.positions + member.len,
+                tokens: sum.tokens + usize::from(member.samples),
+            });
+            assert_eq!(ahead, seq.ahead);
+            assert!(!seq.is_in_flight() || seq.is_running());
+            assert!(!seq.leaving || seq.is_in_flight());
             let listed = self.requests.get(&seq.job.id).is_some_and(|r| r.sequences.contains(&Some(key)));
             assert_eq!(listed, !seq.leaving, "a sequence is listed until it leaves");
         }
@@ -173,11 +181,45 @@ impl Scheduler {
                 assert_eq!(self.pool.role(block / self.limits.blocks_per_page), Role::Kv);
             }
         }
-        let flight = self.in_flight.as_ref().expect("a planned step is in flight");
+        let flight = self.in_flight.back().expect("a planned step is in flight");
+        assert!(flight.solo.is_none() || self.in_flight.len() == 1, "a suspect has the shard for itself");
         for member in &flight.members {
             let suspect = self.seq(member.key).suspect.is_some();
             assert_eq!(suspect, flight.solo == Some(member.key), "a suspect runs alone");
             assert!(!suspect || flight.members.len() == 1, "a suspect runs alone");
+        }
+    }
+
+    /// Panics unless everything that a step in flight may touch still belongs to whom it belonged to when it was planned.
+    pub(super) fn audit_flight(&self, step: &Step) {
+        let kept = |block: u32| self.in_flight.iter().any(|f| f.copy_sources.contains(&BlockId(block)));
+        let holdings = || self.live().filter_map(|(_, seq)| Some((seq, seq.holding()?)));
+        for chunk in &step.chunks {
+            let (seq, holding) =
+                holdings().find(|(_, h)| h.seq.0 == chunk.seq).expect("it runs until no step names it");
+            let writes = chunk.start / self.limits.block_tokens..;
+            assert!(chunk.start as usize >= seq.computed, "a computed position is computed again");
+            for (at, block) in chunk.blocks.iter().enumerate() {
+                let owned = holding.blocks.get(at) == Some(&BlockId(*block));
+                assert!(owned || kept(*block), "block {block} of {chunk:?} was given back");
+                assert!(!writes.contains(&(at as u32)) || !self.pool.is_published(*block), "{block} is still written");
+            }
+            assert_eq!(chunk.adapters, holding.adapters, "adapters of a step in flight");
+        }
+        for copy in &step.copies {
+            assert!(kept(copy.src), "the source of {copy:?} was given back");
+            assert!(
+                holdings().any(|(_, h)| h.blocks.contains(&BlockId(copy.dst))),
+                "the target of {copy:?} was given back"
+            );
+        }
+        for upload in &step.uploads {
+            assert!(self.adapters.held().any(|(_, at, pages, _, _)| at.slot == upload.slot
+                && at.generation == upload.generation
+                && pages == upload.pages));
+        }
+        for run in &step.finishes {
+            assert!(!holdings().any(|(_, holding)| holding.seq.0 == *run), "{run} was told to be forgotten and runs");
         }
     }
 }

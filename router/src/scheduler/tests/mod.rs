@@ -3,8 +3,10 @@
 mod audit;
 mod client;
 mod fairness;
+mod flight;
 mod marker;
 mod oracle;
+mod pipeline;
 mod plans;
 mod shard;
 mod sim;

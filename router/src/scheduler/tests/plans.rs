@@ -20,6 +20,7 @@ pub(super) fn limits() -> SchedulerLimits {
         queued_requests_max: 100,
         queued_tokens_max: u64::MAX,
         context_tokens: 64,
+        pipeline_depth: 1,
         prefix_caching: false,
         prefix_key: [7; 32],
     }
@@ -115,7 +116,7 @@ impl Bench {
 }
 
 /// What a shard that draws token 1 each time reports.
-fn result_of(step: &Step) -> StepResult {
+pub(super) fn result_of(step: &Step) -> StepResult {
     let sample = |seq| Sample { seq, token: 1, logprob: 0.0, top: Vec::new() };
     let uploaded = step.uploads.iter().map(|u| SlotGeneration { slot: u.slot, generation: u.generation });
     StepResult {
@@ -127,7 +128,7 @@ fn result_of(step: &Step) -> StepResult {
 }
 
 /// `s1[0..8]@2!` = positions 0..8 of run 1 under slot 2, sampled; blocks are listed where a test looks at them.
-fn show(step: &Step) -> String {
+pub(super) fn show(step: &Step) -> String {
     let mut text = String::new();
     for seq in &step.finishes {
         let _ = write!(text, "-s{seq} ");

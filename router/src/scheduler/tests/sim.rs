@@ -30,7 +30,7 @@ fn seeds() -> Option<std::ops::Range<u64>> {
     }
 }
 
-fn run(seeds: std::ops::Range<u64>, steps: u64) -> Totals {
+fn run(seeds: std::ops::Range<u64>, steps: u64, depth: u32) -> Totals {
     let (next, totals) = (AtomicU64::new(seeds.start), Mutex::new(Totals::default()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
@@ -41,7 +41,7 @@ fn run(seeds: std::ops::Range<u64>, steps: u64) -> Totals {
                     if seed >= seeds.end {
                         break;
                     }
-                    let done = run_seed(seed, steps);
+                    let done = run_seed(seed, steps, depth);
                     totals.lock().unwrap_or_else(PoisonError::into_inner).add(&done);
                 }
             });
@@ -50,51 +50,78 @@ fn run(seeds: std::ops::Range<u64>, steps: u64) -> Totals {
     totals.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn run_seed(seed: u64, steps: u64) -> Totals {
-    struct Replay(u64, u64);
+fn run_seed(seed: u64, steps: u64, depth: u32) -> Totals {
+    struct Replay(u64, u64, u32);
     impl Drop for Replay {
         fn drop(&mut self) {
             if std::thread::panicking() {
-                let Self(seed, steps) = self;
+                let Self(seed, steps, depth) = self;
                 eprintln!(
-                    "seed {seed} failed; replay: LORAMUX_SIM_SEEDS={seed} LORAMUX_SIM_STEPS={steps} \
+                    "seed {seed} failed at depth {depth}; replay: LORAMUX_SIM_SEEDS={seed} LORAMUX_SIM_STEPS={steps} \
                      cargo test --release -p loramux-router scheduler::tests::sim::sim_long"
                 );
             }
         }
     }
-    let replay = Replay(seed, steps);
-    let mut world = World::random(seed);
+    let replay = Replay(seed, steps, depth);
+    let mut world = World::random(seed, depth);
     world.run(steps);
     drop(replay);
     world.totals
 }
 
-fn report(seeds: u64, totals: &Totals, since: Instant) {
+fn timed(seeds: std::ops::Range<u64>, steps: u64, depth: u32) -> Totals {
+    let (since, count) = (Instant::now(), seeds.end - seeds.start);
+    let totals = run(seeds, steps, depth);
     let seconds = since.elapsed().as_secs_f64();
-    println!("{seeds} seeds, {:.0} steps/s, {seconds:.1} s: {totals:?}", totals.steps as f64 / seconds);
+    let rate = totals.steps as f64 / seconds;
+    println!("depth {depth}: {count} seeds, {rate:.0} steps/s, {seconds:.1} s: {totals:?}");
+    totals
 }
 
-#[test]
-fn sim_ci() {
-    let since = Instant::now();
+fn check_ci(depth: u32) {
     let optimised = !cfg!(debug_assertions);
     let (seeds, steps) = if optimised { (CI_SEEDS, CI_STEPS) } else { (CI_SEEDS / 16, CI_STEPS / 4) };
-    let totals = run(0..seeds, steps);
-    report(seeds, &totals, since);
+    let totals = timed(0..seeds, steps, depth);
     assert!(totals.steps >= seeds * steps);
     // A world where these never happen tests nothing.
     let rare = [totals.deaths, totals.cancels, totals.preemptions, totals.evictions, totals.deadlines, totals.numerics];
     assert!(rare.iter().all(|count| *count > seeds / 2), "{totals:?}");
     assert!(totals.shard_faults > 0 && totals.forks > seeds && totals.prefix_hit_tokens > seeds, "{totals:?}");
+    let ahead = if depth > 1 { totals.steps / 4..totals.steps } else { 0..1 };
+    assert!(ahead.contains(&totals.ahead), "{totals:?}");
+}
+
+#[test]
+fn sim_ci() {
+    check_ci(1);
+}
+
+#[test]
+fn sim_ci_pipelined() {
+    check_ci(2);
+}
+
+#[test]
+fn a_request_gets_the_same_tokens_with_one_step_in_flight_and_with_two() {
+    let (mut sequences, mut wasted) = (0, 0);
+    for seed in 0..400 {
+        let (mut one, mut two) = (World::random(seed, 1), World::random(seed, 2));
+        let (alone, pipelined) = (one.run_calmly(24), two.run_calmly(24));
+        assert_eq!(alone, pipelined, "seed {seed}");
+        sequences += alone.len();
+        assert_eq!(one.totals.wasted_positions, 0, "seed {seed}: nothing was cancelled");
+        wasted += two.totals.wasted_positions;
+    }
+    // End tokens cannot be foreseen, `max_tokens` can.
+    assert!(sequences > 1_000 && wasted > 100, "{sequences} sequences, {wasted} positions for nothing");
 }
 
 /// The long run of `just sim`; without its variables it runs a few seeds that `sim_ci` does not.
 #[test]
 fn sim_long() {
-    let since = Instant::now();
-    let seeds = seeds().unwrap_or(1_000_000..1_000_008);
-    let totals = run(seeds.clone(), number("LORAMUX_SIM_STEPS", 2_000));
-    report(seeds.end - seeds.start, &totals, since);
-    assert!(totals.tokens > 0);
+    for depth in [1, 2] {
+        let totals = timed(seeds().unwrap_or(1_000_000..1_000_008), number("LORAMUX_SIM_STEPS", 2_000), depth);
+        assert!(totals.tokens > 0);
+    }
 }

@@ -20,6 +20,9 @@ pub(super) struct Totals {
     pub(super) uploads: u64,
     pub(super) evictions: u64,
     pub(super) prefix_hit_tokens: u64,
+    pub(super) wasted_positions: u64,
+    /// Steps that were planned while another one was in flight.
+    pub(super) ahead: u64,
 }
 
 impl Totals {
@@ -39,6 +42,8 @@ impl Totals {
         self.uploads += o.uploads;
         self.evictions += o.evictions;
         self.prefix_hit_tokens += o.prefix_hit_tokens;
+        self.wasted_positions += o.wasted_positions;
+        self.ahead += o.ahead;
     }
 }
 

@@ -1,13 +1,14 @@
 //! One simulated server: random clients, a scheduler, a marker shard that dies, adapters that come and go.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use loramux_proto::{Sampling, SeqFault, Step, StepResult};
+use loramux_proto::Sampling;
 
 use super::super::{NewRequest, RequestId, Scheduler, SchedulerEvent, SchedulerLimits};
 use super::client::Client;
-use super::marker::{Rng, VOCAB, owner_mark};
+use super::flight::{self, Sent};
+use super::marker::{Rng, VOCAB};
 use super::oracle::Oracle;
 use super::shard::FakeShard;
 use super::weather::{Totals, Weather};
@@ -20,26 +21,30 @@ const DRAIN_STEPS_MAX: u64 = 20_000;
 const AUDIT_PLAN_EVERY: u64 = 8;
 
 pub(super) struct World {
-    rng: Rng,
-    weather: Weather,
+    pub(super) rng: Rng,
+    pub(super) weather: Weather,
     pub(super) scheduler: Scheduler,
-    limits: SchedulerLimits,
-    shard: FakeShard,
+    pub(super) limits: SchedulerLimits,
+    pub(super) shard: FakeShard,
+    /// Steps in flight, oldest first.
+    pub(super) sent: VecDeque<Sent>,
     /// Open requests: an event for any other is a fault.
-    clients: BTreeMap<RequestId, Client>,
+    pub(super) clients: BTreeMap<RequestId, Client>,
     next_request: u64,
-    contents: Vec<(ContentId, u32)>,
+    pub(super) contents: Vec<(ContentId, u32)>,
     prompts: Vec<Vec<u32>>,
     /// Contents on their way to the host slab, and in how many steps.
-    preparing: Vec<(ContentId, u32)>,
-    now_ms: u64,
+    pub(super) preparing: Vec<(ContentId, u32)>,
+    pub(super) now_ms: u64,
     pub(super) totals: Totals,
-    calm: bool,
+    pub(super) calm: bool,
     drained_for: u64,
+    /// Tokens of each sequence that came in calm weather.
+    delivered: BTreeMap<(RequestId, u32), Vec<u32>>,
 }
 
 impl World {
-    pub(super) fn random(seed: u64) -> Self {
+    pub(super) fn random(seed: u64, pipeline_depth: u32) -> Self {
         let mut rng = Rng::new(seed);
         let pages_total = rng.range(8, 64);
         let limits = SchedulerLimits {
@@ -52,6 +57,7 @@ impl World {
             queued_requests_max: rng.range(1, 24) as usize,
             queued_tokens_max: u64::from(rng.range(50, 2000)),
             context_tokens: 64,
+            pipeline_depth,
             prefix_caching: rng.chance(700),
             prefix_key: [seed as u8; 32],
         };
@@ -60,13 +66,14 @@ impl World {
             .collect();
         let prompts = (0..3).map(|_| (0..48).map(|_| rng.range(0, VOCAB as u32 - 1)).collect()).collect();
         let weather = Weather::random(&mut rng);
-        let shard = new_shard(&limits);
+        let shard = flight::new_shard(&limits);
         let mut world = Self {
             rng,
             weather,
             scheduler: Scheduler::new(limits.clone()),
             limits,
             shard,
+            sent: VecDeque::new(),
             clients: BTreeMap::new(),
             next_request: 1,
             contents,
@@ -76,11 +83,25 @@ impl World {
             totals: Totals::default(),
             calm: false,
             drained_for: 0,
+            delivered: BTreeMap::new(),
         };
         for (content, _) in world.contents.clone() {
             world.prepare(content);
         }
         world
+    }
+
+    /// Submits `requests` requests at once, lets them end without weather, and returns the tokens of each sequence.
+    pub(super) fn run_calmly(&mut self, requests: usize) -> BTreeMap<(RequestId, u32), Vec<u32>> {
+        while !self.preparing.is_empty() {
+            self.bring_contents();
+        }
+        (self.weather.deadline, self.weather.poison, self.calm) = (0, 0, true);
+        for _ in 0..requests {
+            self.submit();
+        }
+        self.run(0);
+        std::mem::take(&mut self.delivered)
     }
 
     /// Runs `steps` steps of weather, then lets everything end.
@@ -100,6 +121,7 @@ impl World {
         self.totals.uploads = stats.adapter_uploads;
         self.totals.evictions = stats.adapter_evictions;
         self.totals.prefix_hit_tokens = stats.prefix_hit_tokens;
+        self.totals.wasted_positions = stats.wasted_positions;
     }
 
     fn check_nothing_is_left(&mut self) {
@@ -115,7 +137,7 @@ impl World {
         assert_eq!(self.scheduler.stats().pages_adapters as usize, copying.len(), "pages of adapters come back");
     }
 
-    /// One turn of the engine: messages, a plan, messages while it runs, its result or the shard's death.
+    /// One turn of the engine: messages, a plan, messages while steps run, a result or the shard's death.
     fn tick(&mut self) {
         self.totals.steps += 1;
         if !self.calm {
@@ -127,32 +149,25 @@ impl World {
         let events = self.scheduler.take_events();
         self.check_events(events);
         if self.totals.steps.is_multiple_of(AUDIT_PLAN_EVERY) {
-            self.scheduler.audit();
+            self.audit_all();
         }
-        let Some(step) = step else {
-            self.check_may_rest();
-            return;
-        };
-        self.scheduler.audit_step(&step);
-        self.totals.switches += step.chunks.iter().filter(|c| !c.adapters.is_empty()).count() as u64;
-        assert!(self.scheduler.plan(self.now_ms).is_none(), "one step in flight at a time");
-        let result = self.execute(&step);
-        if !self.calm {
-            self.messages();
-        }
-        match result {
-            Ok(result) => {
-                let mut stale = result.clone();
-                stale.id = stale.id.wrapping_sub(1);
-                let events = self.scheduler.commit(self.now_ms, stale);
-                self.check_events(events);
-                let events = self.scheduler.commit(self.now_ms, result);
-                self.check_events(events);
+        match step {
+            None if self.sent.is_empty() => return self.check_may_rest(),
+            None => {}
+            Some(step) => {
+                self.scheduler.audit_step(&step);
+                self.scheduler.audit_flight(&step);
+                self.totals.switches += step.chunks.iter().filter(|c| !c.adapters.is_empty()).count() as u64;
+                self.totals.ahead += u64::from(!self.sent.is_empty());
+                self.sent.push_back(Sent::new(step));
+                if self.sent.len() == self.limits.pipeline_depth as usize {
+                    assert!(self.scheduler.plan(self.now_ms).is_none(), "enough steps are in flight");
+                } else if self.rng.chance(700) {
+                    return; // the next one is planned before a result is read
+                }
             }
-            Err(weight) => self.lose_shard(weight),
         }
-        self.scheduler.audit();
-        self.poison_free_memory();
+        self.answer();
     }
 
     /// Nothing was planned: then nothing can run, or only contents are missing that are on their way.
@@ -170,7 +185,7 @@ impl World {
 
     // ---- clients ----
 
-    fn messages(&mut self) {
+    pub(super) fn messages(&mut self) {
         if self.rng.chance(self.weather.submit) {
             self.submit();
         }
@@ -203,12 +218,13 @@ impl World {
             match self.scheduler.adapter_forget(content) {
                 Ok(()) => {
                     assert!(!used, "a content in use was forgotten");
-                    self.shard.host.remove(&content);
+                    self.drop_content(content);
                     if !self.preparing.iter().any(|(c, _)| *c == content) {
                         self.prepare(content);
                     }
                 }
-                Err(_) => assert!(used || self.totals.cancels + self.totals.deadlines > 0),
+                // What ended may be in flight still.
+                Err(_) => assert!(used || self.totals.cancels + self.totals.deadlines + self.totals.ahead > 0),
             }
         }
     }
@@ -248,7 +264,8 @@ impl World {
                 );
             }
             Failure::AdapterGone(..) => {
-                assert!(request.adapters.iter().any(|a| !self.shard.host.contains_key(&a.content)));
+                let gone = |c: &ContentId| !self.shard.host.contains_key(c) || self.is_to_be_dropped(c);
+                assert!(request.adapters.iter().any(|a| gone(&a.content)));
             }
             other => panic!("submit refused with {other:?}"),
         }
@@ -292,71 +309,17 @@ impl World {
         }
     }
 
-    // ---- the shard ----
+    // ---- contents ----
 
-    /// Result, or the weight of the shard's death.
-    fn execute(&mut self, step: &Step) -> Result<StepResult, u32> {
-        let owners: BTreeMap<u64, RequestId> = self.scheduler.members_by_run().collect();
-        for chunk in &step.chunks {
-            let Some(client) = self.clients.get_mut(&owners[&chunk.seq]) else { continue };
-            let covers = |at: u32| chunk.start + chunk.len > at && !self.calm;
-            if client.poison_at.is_some_and(covers) {
-                client.deaths_caused += 1;
-                assert!(client.deaths_caused <= 3, "one request killed the shard more than three times");
-                return Err(2);
-            }
-        }
-        if !self.calm && self.rng.chance(self.weather.crash) {
-            return Err(2);
-        }
-        if !self.calm && self.rng.chance(self.weather.kill) {
-            return Err(1);
-        }
-        let scheduler = &self.scheduler;
-        let owner_of = |run: u64| {
-            let job = scheduler.job_of_run(run);
-            owner_mark(job.request.tenant, job.request.cache_salt.as_deref())
-        };
-        let (rng, delay_max) = (&mut self.rng, self.weather.upload_delay_max);
-        let mut result = self.shard.run(step, owner_of, || rng.range(0, delay_max));
-        if !self.calm && self.rng.chance(self.weather.numerics) && !step.chunks.is_empty() {
-            let seq = self.rng.pick(&step.chunks).seq;
-            result.samples.retain(|sample| sample.seq != seq);
-            result.faults.push(SeqFault { seq, reason: "NaN".into() });
-            if let Some(client) = self.clients.get_mut(&owners[&seq]) {
-                client.numerics_due = true;
-            }
-        }
-        Ok(result)
-    }
-
-    fn lose_shard(&mut self, weight: u32) {
-        self.totals.deaths += 1;
-        if let Some(id) = self.scheduler.solo_request()
-            && let Some(client) = self.clients.get_mut(&id)
-        {
-            client.blame += weight;
-        }
-        self.scheduler.shard_lost(weight);
-        self.scheduler.audit();
-        let events = self.scheduler.take_events();
-        self.check_events(events);
-        self.shard = new_shard(&self.limits);
-        self.preparing.clear();
-        for (content, _) in self.contents.clone() {
-            self.prepare(content);
-        }
-    }
-
-    fn prepare(&mut self, content: ContentId) {
+    pub(super) fn prepare(&mut self, content: ContentId) {
         let delay = self.rng.range(0, self.weather.ready_delay_max);
         self.preparing.push((content, delay));
     }
 
     fn bring_contents(&mut self) {
         for (content, delay) in std::mem::take(&mut self.preparing) {
-            if delay > 0 {
-                self.preparing.push((content, delay - 1));
+            if delay > 0 || self.is_to_be_dropped(&content) {
+                self.preparing.push((content, delay.saturating_sub(1)));
             } else if !self.calm
                 && self.scheduler.contents_needed().contains(&content)
                 && self.rng.chance(self.weather.gone)
@@ -381,19 +344,9 @@ impl World {
         assert!(!self.clients.values().any(|c| c.request.adapters.iter().any(|a| a.content == content)));
     }
 
-    /// Nobody may read what is free: it is overwritten, so that whoever does gives a wrong token.
-    fn poison_free_memory(&mut self) {
-        for block in self.scheduler.unowned_blocks() {
-            self.shard.poison_block(block as usize);
-        }
-        for page in self.scheduler.unowned_pages() {
-            self.shard.poison_page(page as usize);
-        }
-    }
-
     // ---- events ----
 
-    fn check_events(&mut self, events: Vec<SchedulerEvent>) {
+    pub(super) fn check_events(&mut self, events: Vec<SchedulerEvent>) {
         for SchedulerEvent { request, event } in events {
             let client =
                 self.clients.get_mut(&request).unwrap_or_else(|| panic!("{event:?} for {request:?}, which ended"));
@@ -408,7 +361,12 @@ impl World {
                     true
                 }
                 event => {
-                    self.totals.tokens += u64::from(matches!(event, GenerateEvent::Token { .. }));
+                    if let GenerateEvent::Token { index, token, .. } = event {
+                        self.totals.tokens += 1;
+                        if self.calm {
+                            self.delivered.entry((request, index)).or_default().push(token);
+                        }
+                    }
                     self.totals.forks += u64::from(matches!(event, GenerateEvent::Finished { index: 1.., .. }));
                     client.check_event(event)
                 }
@@ -418,10 +376,6 @@ impl World {
             }
         }
     }
-}
-
-fn new_shard(limits: &SchedulerLimits) -> FakeShard {
-    FakeShard::new(limits.pages_total, limits.blocks_per_page, limits.block_tokens, limits.slots_max)
 }
 
 fn content(seed: u64, i: u32) -> ContentId {
