@@ -198,7 +198,8 @@ KERNEL_ENTRY(attn_prefill, AttnPrefillArgs, PREFILL_THREADS, RESIDENT) {
     const u32 kv_heads = args.kv.kv_heads, work = args.counts->prefill_tiles * kv_heads;
     for (u32 index = blockIdx.x; index < work; index += gridDim.x) {
         const u32 kv_head = index % kv_heads;
-        const PrefillTile tile = args.tiles[index / kv_heads];
+        // A chunk's later tiles see more keys: they go first, so that the last blocks to run are short ones.
+        const PrefillTile tile = args.tiles[args.counts->prefill_tiles - 1 - index / kv_heads];
         const u32* table = args.block_table + tile.blocks;
 
         Rows rows;
