@@ -2,9 +2,7 @@
 
 use std::rc::Rc;
 
-use loramux_kernels::device::{
-    Asynchrony, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice,
-};
+use loramux_kernels::device::{Asynchrony, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice};
 
 use super::Execute;
 use super::device::DeviceExecutor;
