@@ -334,16 +334,14 @@ KERNEL_ENTRY(attn_decode, AttnDecodeArgs, DECODE_THREADS, RESIDENT) {
         }
         if (unit.parts == 1) continue;  // the same for the whole block
 
-        __threadfence();  // this block's part before its arrival
-        __syncthreads();
+        __threadfence();  // this block's part, complete since the last barrier, before its arrival
         u32* arrived = args.arrived + u64(unit.row) * kv_heads + kv_head;
         if (thread == 0) is_last[0] = atomicAdd(arrived, 1u) + 1 == unit.parts;
         __syncthreads();
-        if (is_last[0]) {
+        if (is_last[0]) {  // written again only after the barriers of the next unit
             __threadfence();  // all arrivals before the parts
             join_parts(args, unit.row, kv_head, index / kv_heads - unit.part, unit.parts);
             if (thread == 0) atomicExch(arrived, 0u);  // for the next layer's launch
         }
-        __syncthreads();  // `is_last` is free again
     }
 }

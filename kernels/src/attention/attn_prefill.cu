@@ -29,7 +29,10 @@ constexpr u32 VALUE_STRIDE = TILE_KEYS + 8;       // of a V row
 constexpr u32 KEY_ELEMS = TILE_KEYS * KEY_STRIDE;
 constexpr u32 BUFFER_ELEMS = KEY_ELEMS + HEAD_DIM * VALUE_STRIDE;
 constexpr u32 DIM_STEPS = HEAD_DIM / 16;          // mmas along the dims
-constexpr u32 KEY_OCTETS = TILE_KEYS / 8;
+constexpr u32 RESIDENT = HEAD_DIM <= 64 ? 2 : 1;  // blocks a multiprocessor must hold: 128 registers a thread, or 255
+// Keys from scores to output together. With 64 dims (128 registers) and 256 (O alone is 128) 32 of them spill.
+constexpr u32 SCORE_KEYS = HEAD_DIM == 64 || HEAD_DIM == 256 ? 16 : 32;
+constexpr u32 KEY_OCTETS = SCORE_KEYS / 8;
 constexpr u32 OUT_TILES = HEAD_DIM / 8;
 constexpr bool QUERY_STAYS = HEAD_DIM <= 128;     // in registers; with 256 dims it comes from L1 for each key tile,
 constexpr int STEPS_UNROLLED = QUERY_STAYS ? 8 : 1;  // and in a rolled loop, or all of it is loaded ahead and spills
@@ -70,13 +73,14 @@ struct Rows {
 
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
+DEVICE u32 lesser(u32 a, u32 b) { return a < b ? a : b; }
+
 DEVICE u32 first_seen(u32 position, u32 window) { return position + 1 > window ? position + 1 - window : 0; }
 
 /// Starts the copies of a key tile. Keys from `end` on are zero, and so is V in whole octets.
 DEVICE void start_tile(elem* buffer, const AttnPrefillArgs& args, const u32* table, u32 kv_head, u32 key0, u32 end) {
     constexpr u32 ROW_CHUNKS = HEAD_DIM / 8;  // of 16 bytes in a key
     constexpr u32 BLOCK_CHUNKS = BLOCK_TOKENS * ROW_CHUNKS;
-#pragma unroll 1
     for (u32 i = threadIdx.x; i < TILE_BLOCKS * BLOCK_CHUNKS; i += PREFILL_THREADS) {
         const u32 token0 = i / BLOCK_CHUNKS * BLOCK_TOKENS, chunk = i % BLOCK_CHUNKS;
         const u32 id = key0 + token0 < end ? table[(key0 + token0) / BLOCK_TOKENS] : 0;
@@ -145,6 +149,7 @@ DEVICE void mask_scores(float (&s)[KEY_OCTETS][4], const Rows& rows, u32 key0) {
 
 /// Scores to weights of the running maximum; the sums so far are scaled down where the maximum grew.
 DEVICE void weigh(float (&s)[KEY_OCTETS][4], Softmax& state) {
+    float shrink[2];
     UNROLL
     for (u32 h = 0; h < 2; ++h) {
         float max = state.max[h];
@@ -152,7 +157,7 @@ DEVICE void weigh(float (&s)[KEY_OCTETS][4], Softmax& state) {
         for (u32 j = 0; j < KEY_OCTETS; ++j) max = larger(max, larger(s[j][2 * h], s[j][2 * h + 1]));
         max = larger(max, __shfl_xor_sync(0xffffffffu, max, 1));
         max = larger(max, __shfl_xor_sync(0xffffffffu, max, 2));
-        const float shrink = fast_exp2(state.max[h] - max);
+        shrink[h] = fast_exp2(state.max[h] - max);
         state.max[h] = max;
         float sum = 0.0f;
         UNROLL
@@ -161,42 +166,40 @@ DEVICE void weigh(float (&s)[KEY_OCTETS][4], Softmax& state) {
             s[j][2 * h + 1] = fast_exp2(s[j][2 * h + 1] - max);
             sum += s[j][2 * h] + s[j][2 * h + 1];
         }
-        state.sum[h] = state.sum[h] * shrink + sum;
+        state.sum[h] = state.sum[h] * shrink[h] + sum;
+    }
+    // Maxima seldom grow after the first tiles.
+    if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
         UNROLL
-        for (u32 i = 0; i < OUT_TILES; ++i) {
-            state.out[i][2 * h] *= shrink;
-            state.out[i][2 * h + 1] *= shrink;
-        }
+        for (u32 i = 0; i < OUT_TILES * 4; ++i) state.out[i / 4][i % 4] *= shrink[i % 4 / 2];
     }
 }
 
 DEVICE void add_values(Softmax& state, const float (&p)[KEY_OCTETS][4], const elem* values) {
     const u32 lane = threadIdx.x % 32;
-    u32 a[KEY_OCTETS / 2][4];
     UNROLL
-    for (u32 k = 0; k < KEY_OCTETS / 2; ++k) {
+    for (u32 k = 0; k < KEY_OCTETS; k += 2) {
+        u32 a[4];
         UNROLL
-        for (u32 i = 0; i < 4; ++i) a[k][i] = pack2(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
-    }
-    UNROLL
-    for (u32 i = 0; i < OUT_TILES; ++i) {
+        for (u32 i = 0; i < 4; ++i) a[i] = pack2(p[k + i / 2][i % 2 * 2], p[k + i / 2][i % 2 * 2 + 1]);
         UNROLL
-        for (u32 k = 0; k < KEY_OCTETS / 2; k += 2) {
-            u32 b[4];  // four octets of keys
-            ldmatrix_x4(b, values + (i * 8 + lane % 8) * VALUE_STRIDE + k * 16 + lane / 8 * 8);
-            mma_16x8x16(state.out[i], a[k], {b[0], b[1]});
-            mma_16x8x16(state.out[i], a[k + 1], {b[2], b[3]});
+        for (u32 i = 0; i < OUT_TILES; i += 2) {
+            u32 b[4];  // two octets of keys of two octets of dims
+            ldmatrix_x4(b, values + ((i + lane / 16) * 8 + lane % 8) * VALUE_STRIDE + k * 8 + lane / 8 % 2 * 8);
+            mma_16x8x16(state.out[i], a, {b[0], b[1]});
+            mma_16x8x16(state.out[i + 1], a, {b[2], b[3]});
         }
     }
 }
 
-KERNEL_ENTRY(attn_prefill, AttnPrefillArgs, PREFILL_THREADS, 1) {
+KERNEL_ENTRY(attn_prefill, AttnPrefillArgs, PREFILL_THREADS, RESIDENT) {
     DYNAMIC_SHARED(elem, buffers);  // [2][BUFFER_ELEMS]
 
     const u32 kv_heads = args.kv.kv_heads, work = args.counts->prefill_tiles * kv_heads;
     for (u32 index = blockIdx.x; index < work; index += gridDim.x) {
         const u32 kv_head = index % kv_heads;
-        const PrefillTile tile = args.tiles[index / kv_heads];
+        // A chunk's later tiles see more keys: they go first, so that the last blocks to run are short ones.
+        const PrefillTile tile = args.tiles[args.counts->prefill_tiles - 1 - index / kv_heads];
         const u32* table = args.block_table + tile.blocks;
 
         Rows rows;
@@ -219,9 +222,11 @@ KERNEL_ENTRY(attn_prefill, AttnPrefillArgs, PREFILL_THREADS, 1) {
         state.max[0] = state.max[1] = NO_SCORE;
         state.sum[0] = state.sum[1] = 0.0f;
 
-        // Keys below `all_from` leave the window of the last row, keys from `all_to` on are after the first row.
-        const u32 end = tile.position + tile.row_count, all_from = first_seen(end - 1, args.window);
-        const u32 all_to = tile.position + 1;
+        // This warp's rows at `first` to `last`: some see keys, all of them see those of [all_from, first].
+        const u32 end = tile.position + tile.row_count;
+        const u32 first = tile.position + threadIdx.x / 32 * 16 / GROUP;
+        const u32 last = lesser(tile.position + (threadIdx.x / 32 * 16 + 15) / GROUP, end - 1);
+        const u32 any_from = first_seen(first, args.window), all_from = first_seen(last, args.window);
         const u32 seen_from = first_seen(tile.position, args.window);
         u32 buffer = 0, key0 = seen_from / BLOCK_TOKENS * BLOCK_TOKENS;  // blocks before that may be another's by now
         start_tile(buffers, args, table, kv_head, key0, end);
@@ -239,13 +244,17 @@ KERNEL_ENTRY(attn_prefill, AttnPrefillArgs, PREFILL_THREADS, 1) {
                 if (key0 + TILE_KEYS > end) clear_values(here, end - key0, (end - key0 + 7) / 8 * 8);
                 __syncthreads();
             }
-            float s[KEY_OCTETS][4];
-            scores(s, args, query, rows, here);
-            UNROLL
-            for (u32 i = 0; i < KEY_OCTETS * 4; ++i) s[i / 4][i % 4] *= args.scale;
-            if (key0 < all_from || key0 + TILE_KEYS > all_to) mask_scores(s, rows, key0);
-            weigh(s, state);
-            add_values(state, s, here + KEY_ELEMS);
+#pragma unroll 1
+            for (u32 key = key0; key < key0 + TILE_KEYS; key += SCORE_KEYS) {
+                if (key + SCORE_KEYS <= any_from || key > last || first > last) continue;
+                float s[KEY_OCTETS][4];
+                scores(s, args, query, rows, here + (key - key0) * KEY_STRIDE);
+                UNROLL
+                for (u32 i = 0; i < KEY_OCTETS * 4; ++i) s[i / 4][i % 4] *= args.scale;
+                if (key < all_from || key + SCORE_KEYS > first + 1) mask_scores(s, rows, key);
+                weigh(s, state);
+                add_values(state, s, here + KEY_ELEMS + (key - key0));
+            }
             __syncthreads();  // the buffer is free for the tile after the next
         }
         cp_async_wait<0>();

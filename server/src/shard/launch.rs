@@ -16,19 +16,20 @@ pub(super) fn load(
     options: &ShardOptions,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Box<dyn Execute>, StartError> {
+    let mut notes = Vec::new();
     let opened = match options.device {
         DeviceChoice::Cpu => None,
         DeviceChoice::Auto => match open_cuda(options, 0) {
             Ok(device) => Some(device),
             Err(error) => {
-                tracing::info!("running on the CPU: {error}");
+                notes.push(format!("no GPU, so the CPU computes: {error}"));
                 None
             }
         },
         DeviceChoice::Cuda(index) => Some(open_cuda(options, index).map_err(|error| refused(options, error))?),
         DeviceChoice::Emulated => Some(open_emulated(options).map_err(|error| refused(options, error))?),
     };
-    let Some(device) = opened else { return Ok(Box::new(Executor::load(options, progress)?)) };
+    let Some(device) = opened else { return Ok(Box::new(Executor::load(options, notes, progress)?)) };
     Ok(Box::new(DeviceExecutor::load(&device, elem(options.dtype)?, options, progress)?))
 }
 
