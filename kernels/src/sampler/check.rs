@@ -119,7 +119,7 @@ impl Case {
         let neutral = random.below(2) == 0;
         let penalties = match neutral {
             true => [1.0, 0.0, 0.0],
-            false => [any(random, &[1.0, 1.3, 0.7]), any(random, &[0.0, 0.6]), any(random, &[0.0, 0.35, -0.2])],
+            false => [any(random, &[1.0, 1.3, 0.7]), any(random, &[0.0, 3.0]), any(random, &[0.0, 2.0, -1.0])],
         };
         let mut bias: Vec<(u32, f32)> =
             tokens(random, 20, vocab).into_iter().map(|token| (token, random.uniform() * 9.0)).collect();
@@ -135,6 +135,10 @@ impl Case {
         {
             *logit += 7.0; // likely again, unless a penalty acts
         }
+        let mut prompt = tokens(random, 100, vocab);
+        if random.below(2) == 0 {
+            prompt.extend(generated.last());
+        }
         let case = Self {
             logits,
             temperature: any(random, &[0.0, 9e-6, 1e-5, 0.1, 0.7, 1.0, 1.0, 1.3, 5.0]),
@@ -147,7 +151,7 @@ impl Case {
             ban: tokens(random, 5, vocab),
             bias,
             allowed: tokens(random, 300, vocab),
-            prompt: tokens(random, 100, vocab),
+            prompt,
             pending: !generated.is_empty() && random.below(2) == 0,
             generated,
             logprobs: any(random, &[None, None, Some(0), Some(1), Some(5), Some(TOP_MAX as u32)]),
