@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use loramux_kernels::device::{
-    Asynchrony, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice,
+    Asynchrony, CudaDevice, CudaOptions, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice,
 };
 
 use super::Execute;
@@ -47,8 +47,14 @@ fn elem(choice: DtypeChoice) -> Result<Elem, StartError> {
     }
 }
 
-fn open_cuda(_: &ShardOptions, _: u32) -> Result<SharedDevice, DeviceError> {
-    Err(DeviceError::NoDevice("not yet".into()))
+fn open_cuda(options: &ShardOptions, index: u32) -> Result<SharedDevice, DeviceError> {
+    let cuda = CudaOptions {
+        libraries: options.cuda_paths.libraries(),
+        ordinal: index,
+        cache_dir: Some(options.kernel_cache_dir.clone()),
+        time_products: true,
+    };
+    Ok(Rc::new(CudaDevice::open(&cuda)?))
 }
 
 fn open_emulated(options: &ShardOptions) -> Result<SharedDevice, DeviceError> {

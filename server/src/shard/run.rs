@@ -9,8 +9,8 @@ use loramux_kernels::{AdapterTable, Arena, ArenaDtype, Dtype, KvLayout, OpError,
 use loramux_models::{Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelError};
 use loramux_proto::{Info, SlotGeneration, Step, StepResult};
 
-use super::batch::{BatchBuffers, BatchLimits, SeqState};
 use super::Execute;
+use super::batch::{BatchBuffers, BatchLimits, SeqState};
 use super::memory;
 use super::options::{DtypeChoice, LoadFormatChoice, ShardOptions};
 use super::sampling::Sampler;
@@ -105,7 +105,8 @@ impl Execute for Executor {
 impl Executor {
     /// Reads the weights and reserves the arena.
     pub(super) fn load(options: &ShardOptions, mut progress: impl FnMut(&str, u64, u64)) -> Result<Self, StartError> {
-        let load = LoadOptions { dtype: dtype(options.dtype)?, format: format(options.load_format), seed: options.seed };
+        let load =
+            LoadOptions { dtype: dtype(options.dtype)?, format: format(options.load_format), seed: options.seed };
         let model = loramux_models::load(&options.model, &load, &mut |p| {
             progress(&p.what, p.done_bytes, p.total_bytes);
         })?;
@@ -222,9 +223,10 @@ fn dtype(choice: DtypeChoice) -> Result<Option<Dtype>, StartError> {
         DtypeChoice::Auto => Ok(None),
         DtypeChoice::Bf16 => Ok(Some(Dtype::Bf16)),
         DtypeChoice::F32 => Ok(Some(Dtype::F32)),
-        DtypeChoice::F16 => {
-            Err(StartError::Dtype { dtype: "float16", reason: "the CPU computes in bfloat16 or float32; use one of these" })
-        }
+        DtypeChoice::F16 => Err(StartError::Dtype {
+            dtype: "float16",
+            reason: "the CPU computes in bfloat16 or float32; use one of these",
+        }),
     }
 }
 

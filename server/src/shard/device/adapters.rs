@@ -139,7 +139,8 @@ impl DeviceAdapters {
         arena: ArenaPlace,
         after: Option<Event>,
     ) -> Result<(), ShardFault> {
-        let fits = upload.pages.len() == image.pages_needed() && upload.pages.iter().all(|p| (*p as usize) < arena.pages);
+        let fits =
+            upload.pages.len() == image.pages_needed() && upload.pages.iter().all(|p| (*p as usize) < arena.pages);
         if !fits {
             return Err(ShardFault::Malformed(format!("upload into slot {}: wrong pages", upload.slot)));
         }

@@ -1,9 +1,7 @@
 //! The lists of a step on their way to the device: packed into page-locked memory, spread over their places by one launch.
 
 use loramux_kernels::cuda::{BundleSection, UnpackKernel};
-use loramux_kernels::device::{
-    Address, DeviceBuffer, DeviceError, Event, HostBuffer, HostUse, SharedDevice, Stream,
-};
+use loramux_kernels::device::{Address, DeviceBuffer, DeviceError, Event, HostBuffer, HostUse, SharedDevice, Stream};
 
 use super::super::run::ShardFault;
 

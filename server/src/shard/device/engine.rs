@@ -1,6 +1,7 @@
 //! The model on a device: weights, kernels, workspaces, and the launches of one step. Everything is made at start; a step
 //! only launches.
 
+use loramux_kernels::AttnSpec;
 use loramux_kernels::cuda::{
     AttnDecodeKernel, AttnPrefillKernel, EmbeddingKernel, GatherRowsKernel, HeadShape, RmsNormKernel, RopeCacheKernel,
     SampleOut, SamplerKernel, SiluMulKernel, TOP_MAX, TopLogprob,
@@ -10,7 +11,6 @@ use loramux_kernels::device::step::{DECODE_PARTS_MAX, KvShape};
 use loramux_kernels::device::{
     Address, DeviceBuffer, DeviceError, Elem, Event, GemmOut, GemmPlan, GemmShape, Priority, SharedDevice, Stream,
 };
-use loramux_kernels::AttnSpec;
 use loramux_models::{DecoderSpec, Model, Site, inv_freq};
 
 use super::lists::{DECODE_TILE_ROWS, PREFILL_TILE_ROWS};
@@ -178,11 +178,8 @@ pub(super) fn site_cols(spec: &DecoderSpec, site: Site) -> (Vec<(usize, usize)>,
 impl Kernels {
     fn load(device: &SharedDevice, spec: &DecoderSpec, elem: Elem, limits: &EngineLimits) -> Result<Self, DeviceError> {
         let device = &**device;
-        let attention = AttnSpec {
-            heads: spec.heads,
-            scale: (spec.head_dim as f32).sqrt().recip(),
-            window: spec.window,
-        };
+        let attention =
+            AttnSpec { heads: spec.heads, scale: (spec.head_dim as f32).sqrt().recip(), window: spec.window };
         let shape = heads(spec);
         let site = |site| SiteKernels::load(device, spec, elem, site, limits);
         Ok(Self {
@@ -265,13 +262,33 @@ pub(super) struct EnginePlace {
 
 impl Engine {
     /// Compiles the kernels, plans the products and takes the workspaces.
-    pub(super) fn new(model: Model<DeviceStore>, place: EnginePlace, limits: EngineLimits) -> Result<Self, DeviceError> {
+    pub(super) fn new(
+        model: Model<DeviceStore>,
+        place: EnginePlace,
+        limits: EngineLimits,
+    ) -> Result<Self, DeviceError> {
         let EnginePlace { device, stream, elem, arena, kv, descs } = place;
         let spec = model.spec.clone();
         let kernels = Kernels::load(&device, &spec, elem, &limits)?;
         let plans = Plans::new(&device, &spec, elem, &limits)?;
         let space = Space::new(&device, stream, &spec, &kernels, &limits)?;
         let (side, fork, join) = (device.stream(Priority::High)?, device.event()?, device.event()?);
-        Ok(Self { device, stream, side, fork, join, spec, elem, model, kernels, plans, space, limits, arena, kv, descs })
+        Ok(Self {
+            device,
+            stream,
+            side,
+            fork,
+            join,
+            spec,
+            elem,
+            model,
+            kernels,
+            plans,
+            space,
+            limits,
+            arena,
+            kv,
+            descs,
+        })
     }
 }

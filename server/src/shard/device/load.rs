@@ -8,9 +8,7 @@ use loramux_kernels::cuda::{AttnPrefillKernel, SampleRow, TOP_MAX, TokenEdit, Un
 use loramux_kernels::device::step::{
     BLOCK_TOKENS, DECODE_PARTS_MAX, DecodeUnit, KvShape, LoraItem, PrefillTile, RowTile, StepCounts,
 };
-use loramux_kernels::device::{
-    DeviceBuffer, DeviceError, Elem, HostBuffer, HostUse, Priority, SharedDevice,
-};
+use loramux_kernels::device::{DeviceBuffer, DeviceError, Elem, HostBuffer, HostUse, Priority, SharedDevice};
 use loramux_kernels::{ImageLayout, RANK_BLOCK, SLICES};
 use loramux_models::{DecoderSpec, LoadOptions, Site};
 use loramux_proto::Info;

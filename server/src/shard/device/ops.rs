@@ -48,16 +48,14 @@ impl StepOps<'_> {
     /// rows of the batch themselves.
     pub(super) fn sample(&self, first: usize, count: usize, gather: bool) -> Result<(), DeviceError> {
         let Engine { device, stream, kernels, plans, space, model, spec, .. } = self.engine;
-        let (bucket, plan) = plans
-            .head(count)
-            .ok_or_else(|| DeviceError::Unsupported(format!("{count} rows of logits at a time")))?;
+        let (bucket, plan) =
+            plans.head(count).ok_or_else(|| DeviceError::Unsupported(format!("{count} rows of logits at a time")))?;
         // The counts of this group of rows lie behind those of the step and its LoRA passes.
         let counts = self.counts(1 + self.shape.passes.len() + first / self.engine.limits.logit_rows_max);
         let weight = model.weights.head.as_ref().unwrap_or(&model.weights.embedding).address();
         let rows = if gather {
             let index = self.bundles.place(List::LogitRows) + 4 * first as u64;
-            let buffers =
-                GatherBuffers { picked: space.picked.address(), rows: space.normed.address(), index, counts };
+            let buffers = GatherBuffers { picked: space.picked.address(), rows: space.normed.address(), index, counts };
             // SAFETY: the lists were checked against the capacities of these buffers, which live as long as the engine.
             unsafe { kernels.gather.launch(&**device, *stream, &buffers, bucket, self.shape.rows)? };
             space.picked.address()
@@ -127,7 +125,14 @@ impl StepOps<'_> {
     }
 
     /// The base product of a site with the shrink of the first pass beside it, then the deltas.
-    fn launch_site(&self, layer: usize, site: Site, y: Address, x: Address, weight: Address) -> Result<(), DeviceError> {
+    fn launch_site(
+        &self,
+        layer: usize,
+        site: Site,
+        y: Address,
+        x: Address,
+        weight: Address,
+    ) -> Result<(), DeviceError> {
         let Engine { device, stream, side, fork, join, kernels, plans, .. } = self.engine;
         let Shape { bucket, tiles, passes, .. } = self.shape;
         let kernels = &kernels.sites[site as usize];

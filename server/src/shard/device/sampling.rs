@@ -93,7 +93,8 @@ impl SampleLists {
         edits.clear();
         let entry = |token: u32| TokenEdit { token, ..TokenEdit::default() };
         for (&token, &count) in seq.seen.iter().flatten() {
-            edits.entry(token).or_insert_with(|| entry(token)).flags |= TokenEdit::SEEN | count.min(TokenEdit::SEEN - 1);
+            edits.entry(token).or_insert_with(|| entry(token)).flags |=
+                TokenEdit::SEEN | count.min(TokenEdit::SEEN - 1);
         }
         for bias in &seq.sampling.logit_bias {
             edits.entry(bias.token).or_insert_with(|| entry(bias.token)).bias += bias.bias;

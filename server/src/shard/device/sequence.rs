@@ -23,9 +23,8 @@ impl DeviceSequence {
     pub(super) fn new(start: &SeqStart, slot: u32) -> Self {
         let sampling = start.sampling.clone().unwrap_or_default();
         let prompt_tokens = (start.prompt_tokens as usize).min(start.tokens.len());
-        let penalised = sampling.repetition_penalty != 1.0
-            || sampling.presence_penalty != 0.0
-            || sampling.frequency_penalty != 0.0;
+        let penalised =
+            sampling.repetition_penalty != 1.0 || sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0;
         let seen = penalised.then(|| {
             let (prompt, generated) = start.tokens.split_at(prompt_tokens);
             let prompt = if sampling.repetition_penalty == 1.0 { &[] } else { prompt };
