@@ -1,5 +1,5 @@
-// What the sampler reads and writes, what its block shares, and the passes over a row of logits. Part of sampler.cu: cuda.rs puts
-// row.cuh, select.cuh and sampler.cu into one source, in this order.
+// What the sampler reads and writes, what its block shares, and the passes over a row of logits. The first part of one
+// source: cuda.rs puts row.cuh, select.cuh and sampler.cu behind each other.
 
 #include "portable.cuh"
 #include "step.cuh"

@@ -1,18 +1,17 @@
-// From one row of logits to a token: the rules of mod.rs, and given the same logits the same token.
+// From one row of logits to a token: the rules of mod.rs and, given the same logits, the same token.
 //
 // One block of 1024 threads takes a row. Logits are f32 in global memory, most of a row in L2: a pass over 128k of them is
-// 512 KiB, about 5 us for one multiprocessor, and rows run beside each other. So the passes are what counts, and a row
-// makes only those it needs:
+// 512 KiB, an estimated 5 us for one multiprocessor, and rows run beside each other. So a row makes only the passes it needs:
 //
-//   scan     broken logits, the largest                          every row; greedy rows need no other
-//   sum      sum of e^(logit - max)                              rows that want log-probabilities
-//   select   histograms, see select.cuh; 2, of flat rows to 6                  top-k, top-p, alternatives
-//   draw     Gumbel-max over what is left                        rows that draw
+//   scan     the largest logit, and broken ones     every row, and again if edits or a mask changed it after the first
+//   sum      sum of e^(logit - max)                 rows that want log-probabilities
+//   select   two, for flat rows up to seven         each of: top-k, top-p, alternatives; see select.cuh
+//   draw     Gumbel-max over what is left           rows that draw
 //
-// Thread t holds the quads t, t + 1024, ... of four tokens: 16 bytes of a load and, as it is, the four random words of one
-// Philox block. Edits (bias, bans, penalties) and the mask are written into the row, which nobody needs afterwards; the raw
-// logits of edited tokens go back into the list of edits, because log-probabilities are the raw model's.
-// Exact products (no fused multiply-add) keep the values those of the CPU.
+// Thread t holds the quads t, t + 1024, ... of four tokens: 16 bytes of a load and, as it happens, the four random words of
+// one Philox block. Edits (bias, bans, penalties) and the mask are written into the row, which nobody needs afterwards; the
+// raw logits of edited tokens go back into the list of edits, because log-probabilities are the raw model's. Products that
+// are not fused with the sums around them keep the values those of the CPU.
 
 // ---- The draw ---------------------------------------------------------------------------------------------------
 

@@ -63,11 +63,7 @@ DEVICE void for_each_candidate(const Shared& shared, const View& view, Visit vis
         const u32 next = unit + SAMPLE_THREADS;
         const Float4 v = ahead;
         if (next < units) ahead = fetch(next);
-        if (listed) {
-            visit(shared.list[unit].token, v, 1u);
-        } else {
-            visit(unit * 4, v, 4u);
-        }
+        visit(listed ? shared.list[unit].token : unit * 4, v, listed ? 1u : 4u);
         unit = next;
     }
 }
