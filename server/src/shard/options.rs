@@ -34,6 +34,10 @@ pub(crate) struct ShardOptions {
     pub(crate) kernel_cache_dir: PathBuf,
     /// Where CUDA's libraries may be.
     pub(crate) cuda_paths: CudaPaths,
+    /// Expand the MLP's deltas in the activation.
+    pub(crate) fuse_activation: bool,
+    /// Expand the deltas of o and down in the norm behind them.
+    pub(crate) fuse_norm: bool,
 }
 
 /// What command line and environment say about CUDA's libraries.

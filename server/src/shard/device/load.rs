@@ -18,7 +18,7 @@ use super::super::run::{StartError, format};
 use super::super::slab::{PinnedPool, Slab};
 use super::adapters::{ArenaPlace, DeviceAdapters};
 use super::bundle::Bundles;
-use super::engine::{DECODE_BUCKETS, Engine, EngineLimits, EnginePlace, heads, site_cols};
+use super::engine::{DECODE_BUCKETS, Engine, EngineLimits, EnginePlace, Fusions, heads, site_cols};
 use super::flight::Landing;
 use super::graphs::Graphs;
 use super::lists::{ListLimits, Lists};
@@ -63,7 +63,8 @@ impl DeviceExecutor {
         let context = model.spec.context.min(asked);
         let limits = limits(options, context);
         let kv = kv_shape(&model.spec);
-        let place = EnginePlace { device: device.clone(), stream, elem, arena: 0, kv, descs: 0 };
+        let fusions = Fusions { activation: options.fuse_activation, norm: options.fuse_norm };
+        let place = EnginePlace { device: device.clone(), stream, elem, fusions, arena: 0, kv, descs: 0 };
         let mut engine = Engine::new(model, place, limits)?;
         let unpack = UnpackKernel::load(&**device, elem)?;
         let bundles = Bundles::new(device, unpack, capacities(&engine))?;
