@@ -62,7 +62,7 @@ impl ShardLauncher for FakeLauncher {
 }
 
 const NEVER: Duration = Duration::from_secs(3600);
-const NO_OTHER_COMES: Duration = Duration::from_millis(2);
+const NO_OTHER_COMES: Duration = Duration::from_millis(10);
 
 fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports) -> &'static str {
     let say = |body| reports.message(FromShard { body: Some(body) });
@@ -312,8 +312,8 @@ fn the_next_step_is_sent_before_the_last_one_is_answered() {
         assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(request));
     }
     let (steps, ahead) = (world.script.steps.load(Ordering::SeqCst), world.script.ahead.load(Ordering::SeqCst));
-    // Each step but the first, and those around an arrival, finds another one there.
-    assert!(ahead >= 25 && ahead < steps && steps <= 40, "{ahead} of {steps} steps");
+    // 30 steps and a few around each arrival, on an idle machine nearly all ahead; half batches would take 60.
+    assert!(ahead >= 15 && ahead < steps && steps < 55, "{ahead} of {steps} steps");
     poll("steps are counted once", || {
         let counters = world.handle.status().counters;
         (counters.steps, counters.step_tokens) == (u64::from(steps), 4 * (20 + 29))
@@ -322,9 +322,9 @@ fn the_next_step_is_sent_before_the_last_one_is_answered() {
 
 #[test]
 fn a_step_that_waits_behind_a_slow_one_is_not_late() {
-    let script = Script { pipeline_depth: 2, step_time: Duration::from_millis(200), ..Script::default() };
-    let world = world(script, |options| options.step_watchdog = Duration::from_millis(350));
-    let request = request(1, 6);
+    let script = Script { pipeline_depth: 2, step_time: Duration::from_millis(400), ..Script::default() };
+    let world = world(script, |options| options.step_watchdog = Duration::from_millis(700));
+    let request = request(1, 4);
     let generation = world.handle.submit(request.clone()).unwrap();
     assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
     assert_eq!(
