@@ -125,13 +125,6 @@ impl CudaDevice {
         Ok(device)
     }
 
-    /// What the user should know since the last call: a cache that cannot be used, code that the driver has to translate.
-    pub fn take_warnings(&self) -> Vec<String> {
-        let mut warnings = self.warnings.take();
-        warnings.extend(self.cache.take_warnings());
-        warnings
-    }
-
     fn check(&self, call: &'static str, code: c_int) -> Result<(), DeviceError> {
         self.driver.check(call, code)?;
         self.late.take().map_or(Ok(()), Err)

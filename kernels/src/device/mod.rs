@@ -156,6 +156,11 @@ pub trait Device: Debug {
     /// What it is.
     fn info(&self) -> &DeviceInfo;
 
+    /// What the user should know since the last call, such as a cache that cannot be written.
+    fn take_warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Device memory that nobody uses, bytes.
     ///
     /// # Errors

@@ -52,6 +52,12 @@ impl Device for CudaDevice {
         &self.info
     }
 
+    fn take_warnings(&self) -> Vec<String> {
+        let mut warnings = self.warnings.take();
+        warnings.extend(self.cache.take_warnings());
+        warnings
+    }
+
     fn free_bytes(&self) -> Result<u64, DeviceError> {
         let (mut free, mut total) = (0usize, 0usize);
         // SAFETY: places for two numbers.
