@@ -151,6 +151,10 @@ fn a_launch_passes_its_struct_and_shape_also_through_a_graph() {
     let wrong = unsafe { launch(&*device, stream, kernel, Grid::x(1), 0, &1u32) };
     assert_eq!(wrong, Err(DeviceError::Arguments { got: 4, want: 16 }));
 
+    // Another define, so another program; the stand-in's kernels all take 16 bytes.
+    let mistaken = Program { args_bytes: 8, ..record().define("OTHER", 1) };
+    assert_eq!(device.load(&mistaken), Err(DeviceError::Arguments { got: 8, want: 16 }));
+
     device.begin_capture(stream).unwrap();
     given(Grid::x(9), 0).unwrap();
     // SAFETY: inside the buffer.

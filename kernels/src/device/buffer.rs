@@ -123,7 +123,7 @@ impl<T: Copy> HostBuffer<T> {
         Ok(Self { device: device.clone(), pointer, len, of: PhantomData })
     }
 
-    /// For [`Device::upload`] and [`Device::download`].
+    /// For [`Device::upload`](super::Device::upload) and [`Device::download`](super::Device::download).
     #[must_use]
     pub const fn as_ptr(&self) -> *mut u8 {
         self.pointer

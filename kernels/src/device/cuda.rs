@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 use cudarc::driver::sys as cu;
 
-use self::api::{CublasLt, Driver, ElapsedTime};
+use self::api::{CublasLt, Driver, Extras};
 use self::gemm::Products;
 use super::cache::CodeCache;
 use super::libraries::{open_cublas_lt, open_driver};
@@ -43,7 +43,7 @@ pub struct CudaOptions {
 pub struct CudaDevice {
     info: DeviceInfo,
     driver: Driver,
-    elapsed_time: ElapsedTime,
+    extras: Extras,
     gpu: cu::CUdevice,
     nvrtc: Nvrtc,
     target: Target,
@@ -83,7 +83,7 @@ impl CudaDevice {
     /// [`DeviceError::Unsupported`] if a library or the GPU is too old.
     pub fn open(options: &CudaOptions) -> Result<Self, DeviceError> {
         let library = open_driver(&options.libraries)?;
-        let (driver, elapsed_time) = Driver::bind(&library)?;
+        let (driver, extras) = Driver::bind(&library)?;
         // SAFETY: the driver's first call.
         let code = unsafe { (driver.cuInit)(0) };
         driver.check("cuInit", code).map_err(|error| DeviceError::NoDevice(error.to_string()))?;
@@ -104,7 +104,7 @@ impl CudaDevice {
         let device = Self {
             info,
             driver,
-            elapsed_time,
+            extras,
             gpu: gpu.handle,
             nvrtc,
             warnings: RefCell::new(target.note.iter().cloned().collect()),
@@ -182,6 +182,18 @@ impl CudaDevice {
         // SAFETY: the module was just loaded; the name ends with NUL.
         let code = unsafe { (self.driver.cuModuleGetFunction)(&raw mut function, module, entry.as_ptr()) };
         self.check("cuModuleGetFunction", code)?;
+        if let Some(load) = self.extras.load_function {
+            // SAFETY: the function was just found.
+            self.check("cuFuncLoad", unsafe { load(function) })?;
+        }
+        if let Some(parameter) = self.extras.parameter {
+            let (mut offset, mut bytes) = (0, 0);
+            // SAFETY: as above, and places for two numbers.
+            self.check("cuFuncGetParamInfo", unsafe { parameter(function, 0, &raw mut offset, &raw mut bytes) })?;
+            if bytes != program.args_bytes {
+                return Err(DeviceError::Arguments { got: program.args_bytes, want: bytes });
+            }
+        }
         if program.shared_bytes_max > 0 {
             use cu::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC_SHARED;
             let bytes = program.shared_bytes_max as c_int;

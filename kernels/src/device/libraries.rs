@@ -17,7 +17,7 @@ use super::DeviceError;
 const MAJORS: [u32; 2] = [13, 12];
 
 /// How long `python3` may take to say where its packages are.
-const PYTHON_LIMIT: Duration = Duration::from_secs(5);
+const PYTHON_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where to look, before the places that are always tried (the toolkit's folder and the loader's own path).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

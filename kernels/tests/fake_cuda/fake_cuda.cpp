@@ -41,6 +41,7 @@ struct Module {
 struct Function {
     Module* module;
     int dynamic_shared_max = 48 << 10;
+    bool loaded = false;
 };
 struct Graph {
     std::vector<Work> nodes;
@@ -291,6 +292,16 @@ API int cuModuleUnload(Module* module) {
     delete module;
     return OK;
 }
+API int cuFuncLoad(Function* function) {
+    BEGIN_IN_CONTEXT(cuFuncLoad);
+    function->loaded = true;
+    return OK;
+}
+API int cuFuncGetParamInfo(Function* function, size_t index, size_t* offset, size_t* bytes) {
+    BEGIN_IN_CONTEXT(cuFuncGetParamInfo);
+    *offset = 0, *bytes = 16;
+    return function->loaded && index == 0 ? OK : INVALID;
+}
 API int cuFuncSetAttribute(Function* function, u32 attribute, int value) {
     BEGIN_IN_CONTEXT(cuFuncSetAttribute);
     if (attribute != 8) return INVALID;
@@ -300,7 +311,7 @@ API int cuFuncSetAttribute(Function* function, u32 attribute, int value) {
 API int cuLaunchKernel(Function* function, u32 gx, u32 gy, u32 gz, u32 bx, u32 by, u32 bz, u32 shared, Stream* stream,
                        void** parameters, void** extra) {
     BEGIN_IN_CONTEXT(cuLaunchKernel);
-    if (!function || extra || gz != 1 || by != 1 || bz != 1 || int(shared) > function->dynamic_shared_max) return INVALID;
+    if (!function || !function->loaded || extra || gz != 1 || by != 1 || bz != 1 || int(shared) > function->dynamic_shared_max) return INVALID;
     struct {
         u64 to;
         u32 value;

@@ -122,17 +122,32 @@ functions! {
     fn cuGraphLaunch(cu::CUgraphExec, cu::CUstream);
 }
 
-/// `cuEventElapsedTime`: not in the table because cudarc has only its second version, which drivers before 12.8 lack. Both
-/// take the same.
-pub(super) type ElapsedTime = unsafe extern "C" fn(*mut f32, cu::CUevent, cu::CUevent) -> c_int;
+/// Functions that are not in the table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Extras {
+    /// `cuEventElapsedTime`: cudarc has only its second version, which drivers before 12.8 lack. Both take the same.
+    pub(super) elapsed_time: unsafe extern "C" fn(*mut f32, cu::CUevent, cu::CUevent) -> c_int,
+    /// `cuFuncLoad`, from 12.4 on: loads a kernel now and not at its first launch, which may be in a capture.
+    pub(super) load_function: Option<unsafe extern "C" fn(cu::CUfunction) -> c_int>,
+    /// `cuFuncGetParamInfo`, from 12.4 on: offset and size of a kernel's parameter.
+    pub(super) parameter: Option<unsafe extern "C" fn(cu::CUfunction, usize, *mut usize, *mut usize) -> c_int>,
+}
+
 const _: unsafe fn(*mut f32, cu::CUevent, cu::CUevent) -> cu::CUresult = cu::cuEventElapsedTime_v2;
+const _: unsafe fn(cu::CUfunction) -> cu::CUresult = cu::cuFuncLoad;
+const _: unsafe fn(cu::CUfunction, usize, *mut usize, *mut usize) -> cu::CUresult = cu::cuFuncGetParamInfo;
 
 impl Driver {
-    pub(super) fn bind(library: &OpenLibrary) -> Result<(Self, ElapsedTime), DeviceError> {
-        // SAFETY: the types are those of cuda.h.
+    pub(super) fn bind(library: &OpenLibrary) -> Result<(Self, Extras), DeviceError> {
+        // SAFETY: the types are those of cuda.h, checked above where cudarc has them.
         unsafe {
             let error_text = ErrorText::Driver(library.symbol("cuGetErrorString")?);
-            Ok((Self::with(library, error_text)?, library.symbol("cuEventElapsedTime")?))
+            let extras = Extras {
+                elapsed_time: library.symbol("cuEventElapsedTime")?,
+                load_function: library.symbol("cuFuncLoad").ok(),
+                parameter: library.symbol("cuFuncGetParamInfo").ok(),
+            };
+            Ok((Self::with(library, error_text)?, extras))
         }
     }
 }

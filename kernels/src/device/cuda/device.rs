@@ -148,7 +148,7 @@ impl Device for CudaDevice {
         let (start, end) = (self.event_handle(start)?, self.event_handle(end)?);
         let mut milliseconds = 0.0f32;
         // SAFETY: both were made here; a place for the number.
-        self.check("cuEventElapsedTime", unsafe { (self.elapsed_time)(&raw mut milliseconds, start, end) })?;
+        self.check("cuEventElapsedTime", unsafe { (self.extras.elapsed_time)(&raw mut milliseconds, start, end) })?;
         Ok(milliseconds)
     }
 

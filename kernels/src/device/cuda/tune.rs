@@ -64,9 +64,12 @@ impl CudaDevice {
             return Ok(());
         }
         let scratch = match Scratch::new(self, plan) {
-            Err(DeviceError::OutOfMemory { bytes, .. }) => {
-                let text = format!("{:?} was not timed: {bytes} bytes are not free", plan.shape);
-                self.warnings.borrow_mut().push(text);
+            Err(DeviceError::OutOfMemory { .. }) => {
+                let text = "products are not timed: plan them before other memory is taken";
+                let mut warnings = self.warnings.borrow_mut();
+                if !warnings.iter().any(|warning| warning == text) {
+                    warnings.push(text.to_owned());
+                }
                 return Ok(());
             }
             scratch => scratch?,
