@@ -109,3 +109,37 @@ impl SiteShape<'_> {
 }
 
 const _: () = assert!(size_of::<SiteWork>() == 64 && size_of::<LoraItem>() == 16, "as in lora.cuh and step.cuh");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_split_has_at_least_512_inputs() {
+        for d_in in (32..=65_536).step_by(32) {
+            let splits = splits(d_in);
+            assert!((1..=8).contains(&splits) && (splits == 1 || d_in / splits >= 512), "{d_in}: {splits}");
+        }
+        assert_eq!([576, 896, 2048, 4096, 4864, 14_336].map(splits), [1, 1, 2, 4, 4, 8]);
+    }
+
+    #[test]
+    fn extents_that_the_kernels_cannot_take_are_refused() {
+        let good = SiteShape { d_in: 576, cols: &[(0, 576), (576, 192)], tile_rows: 8 };
+        assert_eq!(good.check("op"), Ok(()));
+        let four = [(0, 16); 4];
+        let bad = [
+            SiteShape { d_in: 0, ..good },
+            SiteShape { d_in: 48, ..good },
+            SiteShape { tile_rows: 16, ..good },
+            SiteShape { cols: &[], ..good },
+            SiteShape { cols: &four, ..good },
+            SiteShape { cols: &[(0, 24)], ..good },
+            SiteShape { cols: &[(0, 0)], ..good },
+            SiteShape { cols: &[(4, 16)], ..good },
+        ];
+        for shape in bad {
+            assert!(matches!(shape.check("op"), Err(DeviceError::Unsupported(_))), "{shape:?}");
+        }
+    }
+}

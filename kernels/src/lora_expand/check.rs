@@ -51,7 +51,7 @@ pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
             count += 1;
         }
     }
-    Ok(Summary { cases: count, worst, unit: "of |y| / 2 + the products' rounding" })
+    Ok(Summary { cases: count, worst, unit: "of the rounding of y and of f32 sums" })
 }
 
 struct Expand<'a> {
