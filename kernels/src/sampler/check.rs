@@ -30,24 +30,51 @@ const LOGPROB_ERROR: f32 = 1e-4;
 pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes = if checker.effort == Effort::Quick { &SHAPES[..1] } else { SHAPES };
     let is_emulated = checker.device.info().arch == "emulated";
-    let (mut worst, mut cases) = (0.0f64, 0);
+    let mut summary = Summary { cases: 0, worst: 0.0, unit: "absolute, of log-probabilities; tokens are equal" };
+    compare_launch(checker, &repeats(), 2, &mut summary)?;
     for &(vocab, rows, launches, blocks) in shapes {
         for launch in 0..if is_emulated { launches } else { launches * GPU_LAUNCHES } {
             let mut random = Random::new((launch * 1_000_003 + vocab) as u64);
-            let cases_of_launch: Vec<Case> = (0..rows).map(|_| Case::random(&mut random, vocab)).collect();
-            let got = run(checker, &cases_of_launch, vocab, blocks)?;
-            for (row, case) in cases_of_launch.iter().enumerate() {
-                worst = worst.max(f64::from(case.compare(&got[row])?));
-            }
-            let alone = random.below(rows);
-            let again = run(checker, &cases_of_launch[alone..=alone], vocab, 1)?;
-            expect(again[0].bits() == got[alone].bits(), || {
-                format!("sampler: vocabulary {vocab}, row {alone} of {rows} has other bits alone")
-            })?;
-            cases += rows;
+            let cases: Vec<Case> = (0..rows).map(|_| Case::random(&mut random, vocab)).collect();
+            compare_launch(checker, &cases, blocks, &mut summary)?;
         }
     }
-    Ok(Summary { cases, worst, unit: "absolute, of log-probabilities; tokens are equal" })
+    Ok(summary)
+}
+
+/// Runs rows of one vocabulary, and one of them alone.
+fn compare_launch(checker: &Checker, cases: &[Case], blocks: usize, summary: &mut Summary) -> Result<(), CheckError> {
+    let vocab = cases[0].logits.len();
+    let got = run(checker, cases, vocab, blocks)?;
+    for (case, got) in cases.iter().zip(&got) {
+        summary.worst = summary.worst.max(f64::from(case.compare(got)?));
+    }
+    let alone = (cases[0].seed % cases.len() as u64) as usize;
+    let again = run(checker, &cases[alone..=alone], vocab, 1)?;
+    summary.cases += cases.len() + 1;
+    expect(again[0].bits() == got[alone].bits(), || {
+        format!("sampler: vocabulary {vocab}, row {alone} of {} has other bits alone", cases.len())
+    })
+}
+
+/// Token 3 is the likeliest unless its penalty counts every occurrence, also one that only the device knows.
+fn repeats() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let sequences: [(&[u32], &[u32]); 4] = [(&[], &[3]), (&[3], &[3]), (&[], &[3, 3]), (&[3, 9], &[3, 5, 3])];
+    for penalties in [[2.0, 0.0, 0.0], [1.0, 5.0, 0.0], [1.0, 0.0, 3.0]] {
+        for (prompt, generated) in sequences {
+            for pending in [false, true] {
+                let mut case = Case::random(&mut Random::new(1), 16);
+                case.logits =
+                    (0..16u8).map(|token| [1.0, 10.0, 5.5][usize::from(token.saturating_sub(2).min(2))]).collect();
+                (case.temperature, case.penalties, case.pending, case.target) = (0.0, penalties, pending, None);
+                (case.prompt, case.generated) = (prompt.to_vec(), generated.to_vec());
+                (case.ban, case.bias, case.allowed) = Default::default();
+                cases.push(case);
+            }
+        }
+    }
+    cases
 }
 
 /// One row and how it is sampled.

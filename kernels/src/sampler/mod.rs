@@ -4,6 +4,7 @@
 //! the largest logit wins, the lowest id among equals. Otherwise the draw is Gumbel-max: the token with the largest
 //! `logit / T - ln(-ln u)`, where `u` depends on (seed, position, token) only, so a draw is the same in every batch and
 //! whatever the filters left beside the token.
+//! On a device one kernel does all of it (`sampler.cu`) and draws the same token from the same logits.
 //! Penalties follow vLLM: repetition looks at prompt and output, presence and frequency at the output.
 
 pub(crate) mod check;
