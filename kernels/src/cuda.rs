@@ -1,6 +1,7 @@
 //! Every op as a launch on a [`Device`](crate::device::Device), the programs of all of them, and their checks.
 
 pub use crate::activation::cuda::SiluMulKernel;
+pub use crate::activation::cuda_lora::SiluMulLoraKernel;
 pub use crate::attention::cuda::{
     AttnDecodeKernel, AttnDecodeLaunch, AttnPrefillKernel, AttnPrefillLaunch, HeadShape, KvCache,
 };
@@ -9,6 +10,7 @@ pub use crate::gather_rows::cuda::{GatherBuffers, GatherRowsKernel};
 pub use crate::lora_expand::cuda::ExpandAddKernel;
 pub use crate::lora_shrink::cuda::ShrinkKernel;
 pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
+pub use crate::norm::cuda_lora::AddRmsNormLoraKernel;
 pub use crate::rope::cuda::{RopeCacheKernel, RopeCacheLaunch};
 pub use crate::sampler::cuda::{
     NONE, SampleOut, SampleRow, SamplerBuffers, SamplerKernel, TOP_MAX, TokenEdit, TopLogprob, VOCAB_MAX,
@@ -24,10 +26,12 @@ use crate::device::{ModelShape, Program};
 pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "embedding", run: crate::embedding::check::check },
     OpCheck { name: "rms_norm", run: crate::norm::check::check },
+    OpCheck { name: "add_rms_norm_lora", run: crate::norm::check_lora::check },
     OpCheck { name: "rope_cache", run: crate::rope::check::check },
     OpCheck { name: "attn_decode", run: crate::attention::check::check_decode },
     OpCheck { name: "attn_prefill", run: crate::attention::check::check_prefill },
     OpCheck { name: "silu_mul", run: crate::activation::check::check },
+    OpCheck { name: "silu_mul_lora", run: crate::activation::check_lora::check },
     OpCheck { name: "lora_shrink", run: crate::lora_shrink::check::check },
     OpCheck { name: "lora_expand", run: crate::lora_expand::check::check },
     OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
@@ -45,6 +49,11 @@ const PROGRAMS: &[fn(&ModelShape) -> Vec<Program>] = &[
     |shape| vec![SiluMulKernel::program(shape.elem)],
     |shape| lora(shape, ShrinkKernel::program),
     |shape| lora(shape, ExpandAddKernel::program),
+    |shape| vec![SiluMulLoraKernel::program(shape.elem, shape.hidden)],
+    |shape| {
+        let inputs = [shape.heads * shape.head_dim, shape.intermediate];
+        inputs.map(|d_in| AddRmsNormLoraKernel::program(shape.elem, d_in, shape.hidden)).into()
+    },
     |_| vec![SamplerKernel::program()],
     |shape| vec![UnpackKernel::program(shape.elem)],
 ];

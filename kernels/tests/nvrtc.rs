@@ -55,7 +55,7 @@ fn nvrtc() -> Option<Nvrtc> {
 fn every_program_compiles_without_spills_and_within_its_budget() {
     let Some(nvrtc) = nvrtc() else { return };
     let (programs, budgets) = (programs(&ModelShape::tested()), budgets());
-    let cache = CodeCache::new(None);
+    let cache = CodeCache::new(Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kernels")));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let (mut most, mut wrong) = (BTreeMap::<&str, Usage>::new(), Vec::new());
     for arch in TESTED_ARCHS {

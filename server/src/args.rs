@@ -51,6 +51,15 @@ pub(crate) enum ShardMode {
     InProcess,
 }
 
+/// An op that can expand LoRA deltas on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Fusion {
+    /// silu(gate) * up
+    Activation,
+    /// Residual and norm
+    Norm,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
@@ -95,6 +104,9 @@ pub(crate) struct ModelArgs {
     /// Where compiled CUDA kernels are kept. Default: ~/.cache/loramux/kernels
     #[arg(long, env = "LORAMUX_KERNEL_CACHE", value_name = "DIR")]
     pub(crate) kernel_cache_dir: Option<PathBuf>,
+    /// LoRA expands that are fused into the op behind them on a GPU: activation, norm (to measure them; none by default)
+    #[arg(long, env = "LORAMUX_CUDA_FUSE", value_enum, value_delimiter = ',', value_name = "OP", hide = true)]
+    pub(crate) cuda_fuse: Vec<Fusion>,
     /// A folder with CUDA's libraries (NVRTC, cuBLASLt), looked at before the usual ones; repeat for more
     #[arg(long, env = "LORAMUX_CUDA_LIBRARIES", value_name = "DIR", value_delimiter = ',')]
     pub(crate) cuda_libraries: Vec<PathBuf>,

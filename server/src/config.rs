@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use loramux_router::adapters::is_valid_name;
 
-use crate::args::{LogFormat, ServeArgs, ShardMode};
+use crate::args::{Fusion, LogFormat, ServeArgs, ShardMode};
 use crate::demo;
-use crate::shard::{ShardOptions, is_gguf};
+use crate::shard::{CudaPaths, ShardOptions, is_gguf};
 
 /// A mistake of the operator: what was found, what is accepted, what to change.
 #[derive(Debug, thiserror::Error)]
@@ -233,7 +233,9 @@ fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOpt
         device: args.model.device,
         host_adapter_bytes: args.adapters.host_adapter_memory,
         kernel_cache_dir: args.model.kernel_cache_dir.clone().unwrap_or_else(default_kernel_cache_dir),
-        cuda_library_dirs: cuda_library_dirs(&args.model.cuda_libraries),
+        cuda_paths: cuda_paths(&args.model.cuda_libraries),
+        fuse_activation: args.model.cuda_fuse.contains(&Fusion::Activation),
+        fuse_norm: args.model.cuda_fuse.contains(&Fusion::Norm),
     }
 }
 
@@ -242,18 +244,14 @@ pub(crate) fn default_kernel_cache_dir() -> PathBuf {
     default_data_dir().join("kernels")
 }
 
-/// Folders to look for CUDA's libraries in: those typed, then those that the environment names.
-pub(crate) fn cuda_library_dirs(typed: &[PathBuf]) -> Vec<PathBuf> {
-    let mut dirs = typed.to_vec();
-    for name in ["CUDA_HOME", "CUDA_PATH"] {
-        if let Some(home) = std::env::var_os(name).filter(|value| !value.is_empty()) {
-            dirs.push(PathBuf::from(home).join("lib64"));
-        }
+/// Where CUDA's libraries may be: the folders typed, and what the environment says.
+pub(crate) fn cuda_paths(typed: &[PathBuf]) -> CudaPaths {
+    let path = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    CudaPaths {
+        dirs: typed.to_vec(),
+        cuda_home: path("CUDA_HOME").or_else(|| path("CUDA_PATH")),
+        virtual_env: path("VIRTUAL_ENV"),
     }
-    if let Some(home) = std::env::var_os("VIRTUAL_ENV").filter(|value| !value.is_empty()) {
-        dirs.push(PathBuf::from(home));
-    }
-    dirs
 }
 
 #[cfg(test)]

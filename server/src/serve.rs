@@ -147,6 +147,9 @@ fn shown_address(host: &str, address: SocketAddr) -> String {
 
 /// A page for people unless logs are JSON, and one structured line in the log.
 fn announce(config: &Config, summary: &Summary<'_>) {
+    for note in &summary.info.notes {
+        tracing::info!("{note}");
+    }
     if config.args.network.api_key.is_empty() {
         tracing::warn!("no --api-key: everyone who can reach this address can use the server");
     }

@@ -3,7 +3,9 @@
 //! `gate_up: [rows, 2 i]` f32, `out: [rows, i]` f32. Elementwise, with the one `exp` of this crate. Allocates nothing.
 
 pub(crate) mod check;
+pub(crate) mod check_lora;
 pub(crate) mod cuda;
+pub(crate) mod cuda_lora;
 
 use crate::error::{OpError, same};
 use crate::parallel::{self, SharedMut};
@@ -89,6 +91,11 @@ mod tests {
     #[test]
     fn the_kernel_agrees_on_the_emulator() {
         crate::device::testing::on_every_schedule(check::check);
+    }
+
+    #[test]
+    fn the_kernel_with_deltas_agrees_on_the_emulator() {
+        crate::device::testing::on_every_schedule(check_lora::check);
     }
 
     #[test]

@@ -70,18 +70,6 @@ impl OpenLibrary {
         }
     }
 
-    /// Checks that all of these functions are there: the bindings panic where one is missing.
-    ///
-    /// # Errors
-    /// [`DeviceError::Unsupported`] naming the first that is not.
-    pub(super) fn require(&self, names: &[&str]) -> Result<(), DeviceError> {
-        for name in names {
-            // SAFETY: looked up and not called.
-            unsafe { self.symbol::<*const ()>(name)? };
-        }
-        Ok(())
-    }
-
     fn lacks(&self, name: &str) -> DeviceError {
         DeviceError::Unsupported(format!("{} is too old: it has no {name}", self.found.path.display()))
     }

@@ -7,11 +7,13 @@
 mod buffer;
 mod cache;
 pub mod check;
+mod cuda;
 mod emulated;
 mod error;
 mod libraries;
 pub mod lora;
 mod nvrtc;
+pub mod probe;
 mod program;
 mod shape;
 pub mod step;
@@ -23,6 +25,7 @@ use std::rc::Rc;
 
 pub use buffer::{DeviceBuffer, HostBuffer};
 pub use cache::CodeCache;
+pub use cuda::{CudaDevice, CudaOptions};
 pub use emulated::{Asynchrony, EmulatedDevice, EmulatedOptions, Schedule};
 pub use error::DeviceError;
 pub use libraries::{FoundLibrary, LibraryPaths};
@@ -152,6 +155,11 @@ impl Grid {
 pub trait Device: Debug {
     /// What it is.
     fn info(&self) -> &DeviceInfo;
+
+    /// What the user should know since the last call, such as a cache that cannot be written.
+    fn take_warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Device memory that nobody uses, bytes.
     ///

@@ -287,7 +287,7 @@ DEVICE void store8(void* to, Words2 v) { emu::store8(to, __builtin_bit_cast(u64,
 DEVICE void storef4(float* to, Float4 v) { emu::store16(to, __builtin_bit_cast(emu::Bytes16, v)); }
 
 // Fragments travel by value: an array whose address left this file would have to live in memory.
-DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], int line = __builtin_LINE()) {
     const emu::Bytes16 sums = __builtin_bit_cast(emu::Bytes16, Float4{d[0], d[1], d[2], d[3]});
     const emu::Bytes16 left = __builtin_bit_cast(emu::Bytes16, Words4{a[0], a[1], a[2], a[3]});
 #ifdef ELEM_F16
@@ -295,7 +295,7 @@ DEVICE void mma_16x8x16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #else
     const bool is_f16 = false;
 #endif
-    const Float4 r = __builtin_bit_cast(Float4, emu::mma_16x8x16(sums, left, b[0] | u64(b[1]) << 32, is_f16));
+    const Float4 r = __builtin_bit_cast(Float4, emu::mma_16x8x16(sums, left, b[0] | u64(b[1]) << 32, is_f16, line));
     d[0] = r.x, d[1] = r.y, d[2] = r.z, d[3] = r.w;
 }
 
@@ -306,20 +306,20 @@ DEVICE void cp_async_wait() {
     emu::cp_async_wait(N);
 }
 
-DEVICE void ldmatrix_x4(u32 (&r)[4], const void* shared_row) {
-    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 4, false));
+DEVICE void ldmatrix_x4(u32 (&r)[4], const void* shared_row, int line = __builtin_LINE()) {
+    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 4, false, line));
     r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
 }
-DEVICE void ldmatrix_x4_trans(u32 (&r)[4], const void* shared_row) {
-    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 4, true));
+DEVICE void ldmatrix_x4_trans(u32 (&r)[4], const void* shared_row, int line = __builtin_LINE()) {
+    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 4, true, line));
     r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
 }
-DEVICE void ldmatrix_x2(u32 (&r)[2], const void* shared_row) {
-    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 2, false));
+DEVICE void ldmatrix_x2(u32 (&r)[2], const void* shared_row, int line = __builtin_LINE()) {
+    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 2, false, line));
     r[0] = v.x, r[1] = v.y;
 }
-DEVICE void ldmatrix_x2_trans(u32 (&r)[2], const void* shared_row) {
-    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 2, true));
+DEVICE void ldmatrix_x2_trans(u32 (&r)[2], const void* shared_row, int line = __builtin_LINE()) {
+    const Words4 v = __builtin_bit_cast(Words4, emu::ldmatrix(shared_row, 2, true, line));
     r[0] = v.x, r[1] = v.y;
 }
 

@@ -73,6 +73,7 @@ impl Program {
         ("step.cuh", include_str!("step.cuh")),
         ("kv.cuh", include_str!("kv.cuh")),
         ("lora.cuh", include_str!("lora.cuh")),
+        ("norm.cuh", include_str!("../norm/norm.cuh")),
         ("silu.cuh", include_str!("../activation/silu.cuh")),
     ];
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use super::check::{CheckError, Checker, Effort, Summary};
-use super::{Asynchrony, EmulatedDevice, EmulatedOptions, LibraryPaths, Nvrtc, Schedule, SharedDevice};
+use super::{Asynchrony, DeviceError, EmulatedDevice, EmulatedOptions, LibraryPaths, Nvrtc, Schedule, SharedDevice};
 
 /// The emulator with threads in this order. A check that forgets to wait fails under one of the orders.
 pub(crate) fn emulator(schedule: Schedule, races: bool) -> SharedDevice {
@@ -33,20 +33,18 @@ pub(crate) fn on_every_schedule(check: fn(&Checker) -> Result<Summary, CheckErro
     }
 }
 
-/// The compiler for GPUs, if it is installed; says where it was looked for if not. With `LORAMUX_REQUIRE_NVRTC` set, it has
-/// to be there. `LORAMUX_CUDA_LIB_DIR` names its folder.
+/// The compiler for GPUs, if it is installed. With `LORAMUX_REQUIRE_NVRTC` set, it has to be there.
 pub(crate) fn nvrtc() -> Option<Nvrtc> {
-    match Nvrtc::find(&library_paths()) {
-        Ok(nvrtc) => Some(nvrtc),
-        Err(error) => {
-            assert!(std::env::var_os("LORAMUX_REQUIRE_NVRTC").is_none(), "{error}");
-            println!("SKIPPED: {error}");
-            None
-        }
-    }
+    or_skip(Nvrtc::find(&library_paths()), "LORAMUX_REQUIRE_NVRTC")
 }
 
-/// Where tests look for CUDA's libraries.
+/// What was found, or a line that says where it was looked for. With the variable set, it has to be there.
+pub(crate) fn or_skip<T>(found: Result<T, DeviceError>, required_by: &str) -> Option<T> {
+    assert!(found.is_ok() || std::env::var_os(required_by).is_none(), "{}", found.err().unwrap());
+    found.inspect_err(|error| println!("SKIPPED: {error}")).ok()
+}
+
+/// Where tests look for CUDA's libraries: `LORAMUX_CUDA_LIB_DIR` first.
 pub(crate) fn library_paths() -> LibraryPaths {
     let path = |name| std::env::var_os(name).map(PathBuf::from);
     LibraryPaths {

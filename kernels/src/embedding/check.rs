@@ -13,7 +13,7 @@ const SHAPES: &[(usize, usize, usize, usize)] =
 ///
 /// # Errors
 /// [`CheckError`].
-pub fn check(checker: &Checker) -> Result<Summary, CheckError> {
+pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes = if checker.effort == Effort::Quick { &SHAPES[..1] } else { SHAPES };
     for &shape in shapes {
         for elem in [Elem::Bf16, Elem::F16] {

@@ -13,7 +13,7 @@ const SHAPES: &[(usize, usize, usize, usize, usize)] =
 ///
 /// # Errors
 /// [`CheckError`].
-pub fn check(checker: &Checker) -> Result<Summary, CheckError> {
+pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes = if checker.effort == Effort::Quick { &SHAPES[..1] } else { SHAPES };
     for &shape in shapes {
         one(checker, shape)?;
@@ -32,9 +32,12 @@ fn one(
     }
     let mut random = Random::new((places * width) as u64);
     let rows: Vec<u16> = (0..rows_total * width).map(|_| random.word() as u16).collect();
-    // What lies behind the count is not to be used: it names no row.
-    let mut index = vec![u32::MAX; places];
+    // What lies behind the count is not to be used.
+    let mut index = vec![rows_total as u32 - 1; places];
     index[..wanted].fill_with(|| random.below(rows_total) as u32);
+    if wanted > 1 {
+        index[1] = rows_total as u32 + 3; // no such row
+    }
     let counts = StepCounts { sample_rows: wanted as u32, ..StepCounts::default() };
     let picked = checker.poisoned((places + 1) * width * 2)?;
     let (rows_device, index_device, counts_device) =
@@ -50,7 +53,8 @@ fn one(
     let got: Vec<u16> = picked.read(checker.stream, 0, (places + 1) * width)?;
     expect(got[places * width..].iter().all(|&bits| bits == 0xffff), || "gather_rows wrote behind the places".into())?;
     for place in 0..places {
-        let row = if place < wanted { index[place] as usize } else { 0 };
+        let row = index[place] as usize;
+        let row = if place < wanted && row < rows_total { row } else { 0 };
         expect(got[place * width..][..width] == rows[row * width..][..width], || {
             format!("gather_rows, width {width}: place {place} of {wanted} is not row {row}")
         })?;

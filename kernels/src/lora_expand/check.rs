@@ -1,12 +1,10 @@
 //! The kernel against the formula in double precision, alone and behind the shrink.
 
 use super::cuda::ExpandAddKernel;
+use crate::device::Elem;
 use crate::device::check::{CheckError, Checker, Effort, Random, Summary, expect};
-use crate::device::lora::{PREFILL_TILE_ROWS, SiteShape, splits};
-use crate::device::{DeviceBuffer, Elem};
-use crate::lora::RANK_BLOCK;
-use crate::lora_shrink::batch::{Batch, Run, Site, mixes, rows_of};
-use crate::lora_shrink::cuda::ShrinkKernel;
+use crate::device::lora::{PREFILL_TILE_ROWS, SiteShape};
+use crate::lora_shrink::batch::{Batch, Deltas, Run, Site, mixes, rows_of};
 
 /// Largest error of f32 sums, of the sum of absolute terms.
 const SUM_TOLERANCE: f64 = 1e-5;
@@ -70,9 +68,21 @@ impl Expand<'_> {
         self.site.shape.cols.iter().map(|&(first, d_out)| first + d_out).max().unwrap_or(0) + GAP
     }
 
-    /// `y` with random values and a row behind it. The columns of no matrix hold values too: they must stay.
-    fn outputs(&self, rows: usize) -> Vec<u16> {
-        Random::new(11).elems(self.site.elem, (rows + 1) * self.stride(), 2.0)
+    /// `y` with random values, and a NaN that no arithmetic makes wherever nothing is to be added: in rows without items,
+    /// in matrices that no item targets, between the matrices and behind them.
+    fn outputs(&self, batch: &Batch<'_>) -> Vec<u16> {
+        let (site, stride, mut random) = (self.site, self.stride(), Random::new(11));
+        let mut y = vec![0xff81; batch.rows * stride];
+        for (tile, row) in batch.tiles.iter().flat_map(|tile| rows_of(tile).map(move |row| (tile, row))) {
+            let items = &batch.items[tile.first_item as usize..][..tile.item_count as usize];
+            for (slice, &(first, d_out)) in site.shape.cols.iter().enumerate() {
+                if items.iter().any(|item| site.desc(item, slice).is_some()) {
+                    let values = random.elems(site.elem, d_out, 2.0);
+                    y[row * stride + first..][..d_out].copy_from_slice(&values);
+                }
+            }
+        }
+        y
     }
 
     /// `y` after the launch.
@@ -89,38 +99,18 @@ impl Expand<'_> {
         Ok(y_device.read(checker.stream, 0, y.len())?)
     }
 
-    /// Random V, NaN wherever the shrink would not have written. The reference rounds V as the kernel must, so that only
-    /// the order of f32 sums and the rounding of y are left.
+    /// Random V. The reference rounds it as the kernel must, so that only the order of f32 sums and the rounding of y are
+    /// left.
     fn alone(&self, runs: &[Run]) -> Result<f64, CheckError> {
-        let (site, checker) = (self.site, self.site.checker);
-        let (batch, splits) = (site.batch(runs)?, splits(site.shape.d_in));
-        let mut random = Random::new(3);
-        let mut v = vec![f32::NAN; batch.v.bytes() / 4];
-        for (index, item) in batch.items.iter().enumerate() {
-            for slice in (0..site.shape.cols.len()).filter(|&slice| site.desc(item, slice).is_some()) {
-                for at in (0..item.row_count as usize).flat_map(|row| (0..splits).map(move |split| (split, row))) {
-                    let at = batch.v_at(index, slice, at.0, at.1);
-                    v[at..][..RANK_BLOCK].iter_mut().for_each(|v| *v = random.uniform());
-                }
-            }
-        }
-        batch.v.write(checker.stream, 0, &v)?;
-        let y = self.outputs(batch.rows);
+        let batch = self.site.batch(runs)?;
+        let deltas = batch.random_v(3)?;
+        let y = self.outputs(&batch);
         let got = self.launch(&batch, &y, 0)?;
         for blocks in [1, 3, 1000] {
             let again = self.launch(&batch, &y, blocks)?;
             expect(again == got, || format!("{}: {blocks} blocks give other bits", self.name()))?;
         }
-        let of_rank = |index: usize, slice: usize, row: usize, scale: f32, rank: usize| {
-            let sum = (0..splits).map(|split| v[batch.v_at(index, slice, split, row) + rank]).reduce(|sum, v| sum + v);
-            f64::from(site.elem.from_bits(site.elem.to_bits(sum.unwrap_or(0.0) * scale)))
-        };
-        self.compare(&batch, &y, &got, |index, slice, row| {
-            let item = &batch.items[index];
-            let desc = site.desc(item, slice)?;
-            let scale = item.scale * desc.scale;
-            Some((0..RANK_BLOCK).map(|rank| of_rank(index, slice, row, scale, rank)).collect())
-        })
+        self.compare(&batch, &deltas, &y, &got)
     }
 
     /// Both halves, against the product that rounds nothing in between; and rows alone.
@@ -130,8 +120,8 @@ impl Expand<'_> {
         let runs = mixes(PREFILL_TILE_ROWS).pop().unwrap_or_default();
         let batch = site.batch(&runs)?;
         let stride = site.shape.d_in;
-        let (x, y) = (batch.inputs(stride, 9), self.outputs(batch.rows));
-        self.shrink(&batch, &x, stride)?;
+        let (x, y) = (batch.inputs(stride, 9), self.outputs(&batch));
+        batch.shrink(&x, stride)?;
         let got = self.launch(&batch, &y, 0)?;
         let rows = self.sums(&batch, &x, stride);
         let half = site.elem.epsilon() / 2.0;
@@ -139,6 +129,9 @@ impl Expand<'_> {
             for (slice, &(first, d_out)) in site.shape.cols.iter().enumerate() {
                 for output in 0..d_out {
                     let at = row * self.stride() + first + output;
+                    if y[at] == got[at] && site.elem.from_bits(y[at]).is_nan() {
+                        continue; // nothing to add
+                    }
                     let (mut want, mut size) = (f64::from(site.elem.from_bits(y[at])), 0.0);
                     for index in tile.first_item as usize..(tile.first_item + tile.item_count) as usize {
                         let item = &batch.items[index];
@@ -185,16 +178,6 @@ impl Expand<'_> {
         sums
     }
 
-    fn shrink(&self, batch: &Batch<'_>, x: &[u16], stride: usize) -> Result<DeviceBuffer, CheckError> {
-        let (site, checker) = (self.site, self.site.checker);
-        let kernel = ShrinkKernel::load(&*checker.device, site.elem, site.shape, batch.items.len())?;
-        let x = checker.buffer(x)?;
-        // SAFETY: the lists are the batch's own; x has its rows of `stride` elements.
-        unsafe { kernel.launch(&*checker.device, checker.stream, &batch.work(), x.address(), stride)? };
-        checker.wait()?;
-        Ok(x)
-    }
-
     /// The last row of each run, in a batch of its own.
     fn rows_alone(
         &self,
@@ -208,7 +191,7 @@ impl Expand<'_> {
         for run in runs {
             row += run.rows;
             let alone = self.site.batch(&[Run { rows: 1, ..run.clone() }])?;
-            self.shrink(&alone, &x[(row - 1) * stride..][..2 * stride], stride)?;
+            alone.shrink(&x[(row - 1) * stride..row * stride], stride)?;
             let of_row = (row - 1) * self.stride()..row * self.stride();
             let got_alone = self.launch(&alone, &y[of_row.clone()], 0)?;
             expect(got_alone == got[of_row], || {
@@ -218,41 +201,23 @@ impl Expand<'_> {
         Ok(())
     }
 
-    /// Compares every element of `y`; `v` gives what an item contributes to a row for each rank, scaled and rounded.
-    fn compare(
-        &self,
-        batch: &Batch<'_>,
-        y: &[u16],
-        got: &[u16],
-        v: impl Fn(usize, usize, usize) -> Option<Vec<f64>>,
-    ) -> Result<f64, CheckError> {
+    /// Compares every element of `y`.
+    fn compare(&self, batch: &Batch<'_>, deltas: &Deltas, y: &[u16], got: &[u16]) -> Result<f64, CheckError> {
         let (site, stride) = (self.site, self.stride());
         let (mut worst, mut changed) = (0.0f64, vec![false; y.len()]);
-        for tile in &batch.tiles {
+        for (tile, row) in batch.tiles.iter().flat_map(|tile| rows_of(tile).map(move |row| (tile, row))) {
             for (slice, &(first, d_out)) in site.shape.cols.iter().enumerate() {
-                for row in rows_of(tile) {
-                    let items = tile.first_item as usize..(tile.first_item + tile.item_count) as usize;
-                    let parts: Vec<_> = items
-                        .filter_map(|index| {
-                            let values = v(index, slice, row - tile.first_row as usize)?;
-                            Some((site.desc(&batch.items[index], slice)?, values))
-                        })
-                        .collect();
-                    for output in (0..d_out).filter(|_| !parts.is_empty()) {
-                        let at = row * stride + first + output;
-                        let (mut want, mut size) = (f64::from(site.elem.from_bits(y[at])), 0.0);
-                        for (b, v) in parts.iter().flat_map(|(desc, v)| site.b(desc, output).zip(v)) {
-                            want += b * v;
-                            size += (b * v).abs();
-                        }
-                        let got = f64::from(site.elem.from_bits(got[at]));
-                        let limit = want.abs() * site.elem.epsilon() / 2.0 + size * SUM_TOLERANCE + ABSOLUTE;
-                        expect((got - want).abs() <= limit, || {
-                            format!("{}: row {row} column {}: got {got}, want {want}", self.name(), first + output)
-                        })?;
-                        worst = worst.max((got - want).abs() / limit);
-                        changed[at] = true;
-                    }
+                for output in 0..d_out {
+                    let Some((delta, size)) = batch.delta(deltas, tile, slice, row, output) else { break };
+                    let at = row * stride + first + output;
+                    let want = f64::from(site.elem.from_bits(y[at])) + delta;
+                    let got = f64::from(site.elem.from_bits(got[at]));
+                    let limit = want.abs() * site.elem.epsilon() / 2.0 + size * SUM_TOLERANCE + ABSOLUTE;
+                    expect((got - want).abs() <= limit, || {
+                        format!("{}: row {row} column {}: got {got}, want {want}", self.name(), first + output)
+                    })?;
+                    worst = worst.max((got - want).abs() / limit);
+                    changed[at] = true;
                 }
             }
         }

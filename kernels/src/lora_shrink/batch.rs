@@ -7,6 +7,8 @@ use crate::device::step::{BlockDesc, LoraItem, NOT_TARGETED, RowTile, StepCounts
 use crate::device::{DeviceBuffer, Elem};
 use crate::lora::RANK_BLOCK;
 
+use super::cuda::ShrinkKernel;
+
 /// Elements of an arena unit.
 const UNIT: usize = 128;
 
@@ -92,6 +94,7 @@ impl<'a> Site<'a> {
             }
             blocks.push(own);
         }
+        arena.truncate(arena.len() - UNIT); // the arena ends with a block, so that a sanitizer sees reads behind it
         let on_device = (checker.buffer(&arena)?, checker.buffer(&descs)?);
         Ok(Self { checker, elem, shape, arena, descs, desc_stride, desc_first, blocks, on_device })
     }
@@ -135,12 +138,12 @@ impl<'a> Site<'a> {
     }
 }
 
-/// Adds a block that is filled up with zeros, then NaN up to the next unit and one unit more.
+/// Adds a block that is filled up with zeros (whole units, as its extents are multiples of 16), then a unit of NaN.
 fn push(arena: &mut Vec<u16>, mut block: Vec<u16>, elements: usize) -> u32 {
     block.resize(elements, 0);
     let unit = arena.len() / UNIT;
     arena.append(&mut block);
-    arena.resize((arena.len().div_ceil(UNIT) + 1) * UNIT, 0xffff);
+    arena.resize(arena.len() + UNIT, 0xffff);
     unit as u32
 }
 
@@ -196,10 +199,10 @@ impl<'a> Batch<'a> {
         (tile * shape.tile_rows + row) * RANK_BLOCK
     }
 
-    /// Inputs `[rows + 1][stride]`: NaN in rows without items and behind `d_in`.
+    /// Inputs `[rows][stride]`: NaN in rows without items and behind `d_in`.
     pub(crate) fn inputs(&self, stride: usize, seed: u64) -> Vec<u16> {
         let mut random = Random::new(seed);
-        let mut x = vec![0xffff; (self.rows + 1) * stride];
+        let mut x = vec![0xffff; self.rows * stride];
         for row in self.tiles.iter().filter(|tile| tile.item_count > 0).flat_map(rows_of) {
             let values = random.elems(self.site.elem, self.site.shape.d_in, 1.0);
             x[row * stride..][..values.len()].copy_from_slice(&values);
@@ -215,6 +218,74 @@ impl<'a> Batch<'a> {
             terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()))
         };
         (0..RANK_BLOCK).map(of_rank).collect()
+    }
+}
+
+/// What the items of a batch hand to the expand: `[item][slice][row of the tile][16]`, summed over splits, scaled and
+/// rounded as the kernels must.
+pub(crate) struct Deltas(Vec<f64>);
+
+impl Batch<'_> {
+    /// Fills V with random values, NaN wherever the shrink writes nothing.
+    pub(crate) fn random_v(&self, seed: u64) -> Result<Deltas, CheckError> {
+        let (site, shape) = (self.site, &self.site.shape);
+        let splits = splits(shape.d_in);
+        let mut random = Random::new(seed);
+        let mut v = vec![f32::NAN; self.v.bytes() / 4];
+        let mut deltas = Vec::new();
+        for (index, item) in self.items.iter().enumerate() {
+            for slice in 0..shape.cols.len() {
+                let scale = site.desc(item, slice).map(|desc| item.scale * desc.scale);
+                for row in 0..shape.tile_rows {
+                    let mut sums = [0.0; RANK_BLOCK];
+                    for split in (0..splits).filter(|_| scale.is_some() && row < item.row_count as usize) {
+                        let at = self.v_at(index, slice, split, row);
+                        for (v, sum) in v[at..].iter_mut().zip(&mut sums) {
+                            *v = random.uniform();
+                            *sum += *v;
+                        }
+                    }
+                    let rounded = |sum: f32| site.elem.from_bits(site.elem.to_bits(sum * scale.unwrap_or(0.0)));
+                    deltas.extend(sums.map(|sum| f64::from(rounded(sum))));
+                }
+            }
+        }
+        self.v.write(site.checker.stream, 0, &v)?;
+        Ok(Deltas(deltas))
+    }
+
+    /// What the items of a tile add to one output of one of its rows, and the sum of the absolute terms. None if no item
+    /// targets the slice.
+    pub(crate) fn delta(
+        &self,
+        deltas: &Deltas,
+        tile: &RowTile,
+        slice: usize,
+        row: usize,
+        output: usize,
+    ) -> Option<(f64, f64)> {
+        let shape = &self.site.shape;
+        let mut delta = None;
+        for index in tile.first_item as usize..(tile.first_item + tile.item_count) as usize {
+            let Some(desc) = self.site.desc(&self.items[index], slice) else { continue };
+            let row = row - tile.first_row as usize;
+            let v =
+                &deltas.0[((index * shape.cols.len() + slice) * shape.tile_rows + row) * RANK_BLOCK..][..RANK_BLOCK];
+            let terms = self.site.b(&desc, output).zip(v).map(|(b, v)| b * v);
+            let before = delta.unwrap_or((0.0, 0.0));
+            delta = Some(terms.fold(before, |(sum, size), term| (sum + term, size + term.abs())));
+        }
+        delta
+    }
+
+    /// Fills V from inputs `[rows][stride]`.
+    pub(crate) fn shrink(&self, x: &[u16], stride: usize) -> Result<(), CheckError> {
+        let (site, checker) = (self.site, self.site.checker);
+        let kernel = ShrinkKernel::load(&*checker.device, site.elem, site.shape, self.items.len())?;
+        let x = checker.buffer(x)?;
+        // SAFETY: the lists are this batch's own; x has its rows of `stride` elements and lives until the launch is done.
+        unsafe { kernel.launch(&*checker.device, checker.stream, &self.work(), x.address(), stride)? };
+        Ok(checker.wait()?)
     }
 }
 

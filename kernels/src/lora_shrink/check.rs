@@ -75,7 +75,7 @@ fn one(site: &Site<'_>, runs: &[Run]) -> Result<f64, CheckError> {
         let row = first_row + of_mix.rows - 1;
         first_row += of_mix.rows;
         let alone = site.batch(&[Run { rows: 1, ..of_mix.clone() }])?;
-        let got = run(site, &alone, &x[row * stride..], stride, 0)?;
+        let got = run(site, &alone, &x[row * stride..][..stride], stride, 0)?;
         let tile = batch.tiles.iter().find(|tile| super::batch::rows_of(tile).contains(&row));
         let tile = tile.ok_or_else(|| CheckError::Wrong("a row without a tile".into()))?;
         for (item, slice, split) in planes(site, tile.item_count as usize) {

@@ -36,30 +36,36 @@ struct LoraShrinkArgs {
     u32 reserved;
 };
 
-/// Adds AHEAD steps of one warp, from `k` on. sum[n][i] is, for lane (g, t), ranks {g, g, g + 8, g + 8} and rows 8 n +
-/// {2 t, 2 t + 1, 2 t, 2 t + 1}. (2 + GROUPS) * AHEAD loads of 16 bytes a lane come before the first mma that uses one:
-/// 12 of them (GROUPS 1, AHEAD 4) are 6 KiB a warp and, with 16 warps, 96 KiB a multiprocessor; 26 KiB are needed to
-/// cover 4.3 TB/s at 800 ns. GROUPS 8 has 10 with AHEAD 1.
-template <u32 GROUPS, u32 AHEAD>
-DEVICE void add_steps(float (&sum)[GROUPS][4], const elem* a, const elem* const (&x_rows)[GROUPS], u32 k) {
+/// Adds AHEAD steps of one warp, from `k` on; those from `k_end` on are left out, of which the compiler knows that there
+/// are none if WHOLE. sum[n][i] is, for lane (g, t), ranks {g, g, g + 8, g + 8} and rows 8 n + {2 t, 2 t + 1, 2 t, 2 t + 1}.
+/// (2 + GROUPS) * AHEAD loads of 16 bytes a lane come before the first mma that uses one: 12 of them (GROUPS 1, AHEAD 4)
+/// are 6 KiB a warp and, with 16 warps, 96 KiB a multiprocessor; 26 KiB are needed to cover 4.3 TB/s at 800 ns. GROUPS 8
+/// has 10 with AHEAD 1.
+template <u32 GROUPS, u32 AHEAD, bool WHOLE>
+DEVICE void add_steps(float (&sum)[GROUPS][4], const elem* a, const elem* const (&x_rows)[GROUPS], u32 k, u32 k_end) {
     Words4 low[AHEAD], high[AHEAD], x[AHEAD][GROUPS];
     UNROLL
     for (u32 i = 0; i < AHEAD; ++i) {
-        low[i] = load16_once(a + k + i * WARPS_STEP);
-        high[i] = load16_once(a + k + i * WARPS_STEP + 8 * SHRINK_K);
-        UNROLL
-        for (u32 n = 0; n < GROUPS; ++n) x[i][n] = load16(x_rows[n] + k + i * WARPS_STEP);
+        const u32 at = k + i * WARPS_STEP;
+        if (WHOLE || at < k_end) {
+            low[i] = load16_once(a + at);
+            high[i] = load16_once(a + at + 8 * SHRINK_K);
+            UNROLL
+            for (u32 n = 0; n < GROUPS; ++n) x[i][n] = load16(x_rows[n] + at);
+        }
     }
     UNROLL
     for (u32 i = 0; i < AHEAD; ++i) {
-        // Two mma that see the same (permuted) order of k in A and in x.
-        const u32 a_first[4] = {low[i].x, high[i].x, low[i].y, high[i].y};
-        const u32 a_second[4] = {low[i].z, high[i].z, low[i].w, high[i].w};
-        UNROLL
-        for (u32 n = 0; n < GROUPS; ++n) {
-            const u32 x_first[2] = {x[i][n].x, x[i][n].y}, x_second[2] = {x[i][n].z, x[i][n].w};
-            mma_16x8x16(sum[n], a_first, x_first);
-            mma_16x8x16(sum[n], a_second, x_second);
+        if (WHOLE || k + i * WARPS_STEP < k_end) {
+            // Two mma that see the same (permuted) order of k in A and in x.
+            const u32 a_first[4] = {low[i].x, high[i].x, low[i].y, high[i].y};
+            const u32 a_second[4] = {low[i].z, high[i].z, low[i].w, high[i].w};
+            UNROLL
+            for (u32 n = 0; n < GROUPS; ++n) {
+                const u32 x_first[2] = {x[i][n].x, x[i][n].y}, x_second[2] = {x[i][n].z, x[i][n].w};
+                mma_16x8x16(sum[n], a_first, x_first);
+                mma_16x8x16(sum[n], a_second, x_second);
+            }
         }
     }
 }
@@ -87,14 +93,13 @@ DEVICE void shrink_unit(const LoraShrinkArgs& args, const LoraItem& item, const 
     }
     // A plain unrolled loop would not keep the loads of AHEAD steps together: its bounds are known at run time only, so
     // every step would keep its own exit and wait for its own loads.
-    const u32 end = STEPS * (split + 1) / LORA_SPLITS;
-    u32 step = STEPS * split / LORA_SPLITS + warp;
+    const u32 k_end = STEPS * (split + 1) / LORA_SPLITS * K_STEP;
+    u32 k = (STEPS * split / LORA_SPLITS + warp) * K_STEP;
     ROLLED
-    for (; step + (AHEAD - 1) * SHRINK_WARPS < end; step += AHEAD * SHRINK_WARPS) {
-        add_steps<GROUPS, AHEAD>(sum, a_row, x_rows, step * K_STEP);
+    for (; k + (AHEAD - 1) * WARPS_STEP < k_end; k += AHEAD * WARPS_STEP) {
+        add_steps<GROUPS, AHEAD, true>(sum, a_row, x_rows, k, k_end);
     }
-    ROLLED
-    for (; step < end; step += SHRINK_WARPS) add_steps<GROUPS, 1>(sum, a_row, x_rows, step * K_STEP);
+    if (AHEAD > 1 && k < k_end) add_steps<GROUPS, AHEAD, false>(sum, a_row, x_rows, k, k_end);
 
     UNROLL
     for (u32 n = 0; n < GROUPS; ++n) {

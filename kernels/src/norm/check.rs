@@ -14,7 +14,7 @@ const EPS: f32 = 1e-5;
 ///
 /// # Errors
 /// [`CheckError`].
-pub fn check(checker: &Checker) -> Result<Summary, CheckError> {
+pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes = if checker.effort == Effort::Quick { &SHAPES[..1] } else { SHAPES };
     let (mut worst, mut cases) = (0.0f64, 0);
     for &(rows, width, blocks) in shapes {

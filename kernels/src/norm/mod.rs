@@ -5,8 +5,10 @@
 //! `k % 16`, which are then added by halves. Allocates nothing.
 
 pub(crate) mod check;
+pub(crate) mod check_lora;
 mod cpu;
 pub(crate) mod cuda;
+pub(crate) mod cuda_lora;
 #[cfg(test)]
 mod tests;
 

@@ -57,3 +57,8 @@ fn shapes_that_disagree_are_refused() {
     assert!(matches!(rms_norm(&mut Rows::zeros(1, 8), &x, &[1.0; 8], 0.0), Err(OpError::Limit { .. })));
     assert!(matches!(add(&mut Rows::zeros(1, 8), &x), Err(OpError::Shape { .. })));
 }
+
+#[test]
+fn the_kernel_with_deltas_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(check_lora::check);
+}

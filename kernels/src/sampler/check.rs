@@ -8,12 +8,12 @@ use crate::device::step::StepCounts;
 
 /// Vocabulary, rows of a launch, launches on the emulator, blocks.
 const SHAPES: &[(usize, usize, usize, usize)] = &[
-    (2048, 40, 2, 3),
+    (2048, 40, 4, 3),
     (1, 5, 1, 9),
-    (7, 12, 1, 12),
-    (130, 30, 1, 1),
-    (32_001, 10, 1, 4),
-    (49_152, 8, 1, 8),
+    (7, 20, 3, 12),
+    (130, 40, 3, 1),
+    (32_001, 10, 2, 4),
+    (49_152, 8, 2, 8),
     (128_256, 2, 1, 2),
 ];
 
@@ -27,7 +27,7 @@ const LOGPROB_ERROR: f32 = 1e-4;
 ///
 /// # Errors
 /// [`CheckError`].
-pub fn check(checker: &Checker) -> Result<Summary, CheckError> {
+pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
     let shapes = if checker.effort == Effort::Quick { &SHAPES[..1] } else { SHAPES };
     let is_emulated = checker.device.info().arch == "emulated";
     let (mut worst, mut cases) = (0.0f64, 0);
@@ -115,11 +115,11 @@ fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
 
 impl Case {
     fn random(random: &mut Random, vocab: usize) -> Self {
-        let logits = logits(random, vocab);
+        let mut logits = logits(random, vocab);
         let neutral = random.below(2) == 0;
         let penalties = match neutral {
             true => [1.0, 0.0, 0.0],
-            false => [any(random, &[1.0, 1.3, 0.7]), any(random, &[0.0, 0.6]), any(random, &[0.0, 0.35, -0.2])],
+            false => [any(random, &[1.0, 1.3, 0.7]), any(random, &[0.0, 3.0]), any(random, &[0.0, 2.0, -1.0])],
         };
         let mut bias: Vec<(u32, f32)> =
             tokens(random, 20, vocab).into_iter().map(|token| (token, random.uniform() * 9.0)).collect();
@@ -130,7 +130,16 @@ impl Case {
             let again = generated.first().copied().unwrap_or(0);
             generated.push(any(random, &[again, vocab as u32 / 2]));
         }
-        Self {
+        if let Some(logit) = generated.last().and_then(|&last| logits.get_mut(last as usize))
+            && random.below(2) == 0
+        {
+            *logit += 7.0; // likely again, unless a penalty acts
+        }
+        let mut prompt = tokens(random, 100, vocab);
+        if random.below(2) == 0 {
+            prompt.extend(generated.last());
+        }
+        let case = Self {
             logits,
             temperature: any(random, &[0.0, 9e-6, 1e-5, 0.1, 0.7, 1.0, 1.0, 1.3, 5.0]),
             top_k: any(random, &[0, 0, 0, 1, 2, 40, 1000, vocab as u32, vocab as u32 + 5]),
@@ -142,12 +151,13 @@ impl Case {
             ban: tokens(random, 5, vocab),
             bias,
             allowed: tokens(random, 300, vocab),
-            prompt: tokens(random, 100, vocab),
+            prompt,
             pending: !generated.is_empty() && random.below(2) == 0,
             generated,
             logprobs: any(random, &[None, None, Some(0), Some(1), Some(5), Some(TOP_MAX as u32)]),
             target: (random.below(6) == 0).then(|| random.below(vocab + 1) as u32),
-        }
+        };
+        if random.below(3) == 0 { Self { top_k: 0, top_p: 1.0, min_p: 0.0, ..case } } else { case }
     }
 
     fn params(&self) -> SampleParams<'_> {

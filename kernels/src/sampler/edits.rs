@@ -23,7 +23,7 @@ pub fn push_edits(edits: &mut Vec<TokenEdit>, params: &SampleParams, history: &H
         if end > first && edits[end - 1].token == next.token {
             let last = &mut edits[end - 1];
             let marks = TokenEdit::BAN | TokenEdit::SEEN;
-            last.flags = (last.flags | next.flags) & marks | (last.flags & !marks) + (next.flags & !marks);
+            last.flags = ((last.flags | next.flags) & marks) | ((last.flags & !marks) + (next.flags & !marks));
             last.bias += next.bias;
         } else {
             edits[end] = next;

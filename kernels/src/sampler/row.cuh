@@ -1,5 +1,5 @@
-// What the sampler reads and writes, what its block shares, and the passes over a row of logits. Part of sampler.cu: cuda.rs puts
-// row.cuh, select.cuh and sampler.cu into one source, in this order.
+// What the sampler reads and writes, what its block shares, and the passes over a row of logits. The first part of one
+// source: cuda.rs puts row.cuh, select.cuh and sampler.cu behind each other.
 
 #include "portable.cuh"
 #include "step.cuh"
@@ -9,6 +9,7 @@ constexpr u32 SAMPLE_WARPS = SAMPLE_THREADS / 32;
 constexpr u32 BINS = 2048;
 constexpr u32 GROUPS = 32, GROUP_BINS = BINS / GROUPS;
 constexpr u32 TOP_MAX = 20;
+constexpr u32 LIST_MAX = 2048;
 constexpr u32 NONE = 0xffffffffu;
 constexpr float GREEDY_BELOW = 1e-5f;
 constexpr float NOISE_MAX = 22.88f;                  // -ln(-ln(1 - 2^-33)), rounded up
@@ -111,6 +112,12 @@ struct View {
     float inv_temperature;
     float max;        // the largest z
     bool absent_too;  // whether minus infinity counts as a token
+    u32 listed;       // tokens in the list, which then are all that a filter has left; or NONE, and the row is walked
+};
+
+struct Candidate {
+    u32 token;
+    float logit;
 };
 
 /// 41 KiB, of 48. What is the same for all threads and lives long is here too: 1024 threads have 64 registers each.
@@ -124,7 +131,9 @@ struct Shared {
         double sums[SAMPLE_WARPS + 1][32];
         Draw draws[SAMPLE_WARPS + 1][32];
         Scan scans[SAMPLE_WARPS + 1][32];
+        Candidate list[LIST_MAX];  // from `select` to the draw, which have no use for the others
     };
+    u32 list_count;
     TopLogprob top[TOP_MAX];  // not in order
     u32 top_count;
     float raw, pending_raw;
@@ -181,16 +190,6 @@ DEVICE void for_each_quad(const float* logits, u32 vocab, Visit visit) {
 }
 
 DEVICE float element(const Float4& v, u32 i) { return i < 2 ? (i == 0 ? v.x : v.y) : i == 2 ? v.z : v.w; }
-
-/// Calls visit(token, logit). Not unrolled: with exponentials in double precision inside, four copies side by side would
-/// need more registers than 1024 threads have.
-template <class Visit>
-DEVICE void for_each_token(const float* logits, u32 vocab, Visit visit) {
-    for_each_quad(logits, vocab, [&](u32 quad, const Float4& v) {
-        ROLLED
-        for (u32 i = 0; i < 4; ++i) visit(quad * 4 + i, element(v, i));
-    });
-}
 
 /// Whether a logit is NaN or infinity; minus infinity is a token that cannot come.
 DEVICE bool is_broken(float logit) { return !(logit < bits_float(0x7f800000u)); }

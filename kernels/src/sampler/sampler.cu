@@ -1,18 +1,17 @@
-// From one row of logits to a token: the rules of mod.rs, and given the same logits the same token.
+// From one row of logits to a token: the rules of mod.rs and, given the same logits, the same token.
 //
 // One block of 1024 threads takes a row. Logits are f32 in global memory, most of a row in L2: a pass over 128k of them is
-// 512 KiB, about 5 us for one multiprocessor, and rows run beside each other. So the passes are what counts, and a row
-// makes only those it needs:
+// 512 KiB, an estimated 5 us for one multiprocessor, and rows run beside each other. So a row makes only the passes it needs:
 //
-//   scan     broken logits, the largest                          every row; greedy rows need no other
-//   sum      sum of e^(logit - max)                              rows that want log-probabilities
-//   select   histograms, see select.cuh; 2 to 6 passes                top-k, top-p, alternatives
-//   draw     Gumbel-max over what is left                        rows that draw
+//   scan     the largest logit, and broken ones     every row, and again if edits or a mask changed it after the first
+//   sum      sum of e^(logit - max)                 rows that want log-probabilities
+//   select   two, for flat rows up to seven         each of: top-k, top-p, alternatives; see select.cuh
+//   draw     Gumbel-max over what is left           rows that draw
 //
-// Thread t holds the quads t, t + 1024, ... of four tokens: 16 bytes of a load and, as it is, the four random words of one
-// Philox block. Edits (bias, bans, penalties) and the mask are written into the row, which nobody needs afterwards; the raw
-// logits of edited tokens go back into the list of edits, because log-probabilities are the raw model's.
-// Exact products (no fused multiply-add) keep the values those of the CPU.
+// Thread t holds the quads t, t + 1024, ... of four tokens: 16 bytes of a load and, as it happens, the four random words of
+// one Philox block. Edits (bias, bans, penalties) and the mask are written into the row, which nobody needs afterwards; the
+// raw logits of edited tokens go back into the list of edits, because log-probabilities are the raw model's. Products that
+// are not fused with the sums around them keep the values those of the CPU.
 
 // ---- The draw ---------------------------------------------------------------------------------------------------
 
@@ -75,20 +74,22 @@ DEVICE u32 draw(Shared& shared, const SampleRow& row, const View& view, u32 like
         __syncthreads();
         best = shared.first;
     }
-    for_each_quad(view.logits, view.vocab, [&](u32 quad, const Float4& v) {
+    for_each_candidate(shared, view, [&](u32 first, const Float4& v, u32 tokens) {
         const float least = float(best.key) - NOISE_MAX;
         u32 left = 0;  // one bit each
         ROLLED
-        for (u32 i = 0; i < 4; ++i) {
+        for (u32 i = 0; i < tokens; ++i) {
             const float z = product(element(v, i), view.inv_temperature);
             const bool may_win = z > minus_infinity() && z >= least;
-            left |= u32(may_win && (!filtered || is_kept(kept, view.max, z, quad * 4 + i))) << i;
+            left |= u32(may_win && (!filtered || is_kept(kept, view.max, z, first + i))) << i;
         }
         if (left == 0) return;
-        const Words4 words = philox(row.seed, row.position, quad);
+        const Words4 words = philox(row.seed, row.position, first / 4);
         ROLLED
-        for (u32 i = 0; i < 4; ++i)
-            if (left >> i & 1) offer(best, quad * 4 + i, product(element(v, i), view.inv_temperature), word_of(words, i));
+        for (u32 i = 0; i < tokens; ++i) {
+            const float z = product(element(v, i), view.inv_temperature);
+            if (left >> i & 1) offer(best, first + i, z, word_of(words, (first + i) % 4));
+        }
     });
     best = reduce(shared.draws, best, [](const Draw& a, const Draw& b) { return better(a, b); });
     return best.token == NONE ? likeliest : best.token;
@@ -169,10 +170,14 @@ DEVICE u32 write_top(Shared& shared, TopLogprob* top, const View& view, u32 want
     const Place last = select(shared, view, wanted, false, 0.0f, everything());
     if (threadIdx.x == 0) shared.top_count = 0;
     __syncthreads();
-    for_each_token(view.logits, view.vocab, [&](u32 token, float logit) {
-        if (token >= view.vocab || !not_behind(place_of(view.max, logit, token), last)) return;
-        const u32 at = atomicAdd(&shared.top_count, 1u);
-        if (at < TOP_MAX) shared.top[at] = {token, logit};
+    for_each_candidate(shared, view, [&](u32 first, const Float4& v, u32 tokens) {
+        for (u32 i = 0; i < tokens; ++i) {
+            const float logit = element(v, i);
+            const Place place = place_of(view.max, logit, first + i);
+            if (!is_there(view, logit, place.token) || !not_behind(place, last)) continue;
+            const u32 at = atomicAdd(&shared.top_count, 1u);
+            if (at < TOP_MAX) shared.top[at] = {place.token, logit};
+        }
     });
     __syncthreads();
     if (threadIdx.x < wanted) {
@@ -204,7 +209,7 @@ DEVICE SampleOut sample_row(Shared& shared, const SamplerArgs& args, const Sampl
     if (wants_logprobs) {
         const float ln_sum = ln_sum_of(shared, logits, args.vocab, scan.max);
         if (threadIdx.x == 0) shared.raw_max = scan.max, shared.ln_sum = ln_sum;
-        const View& view = set_view(shared, {logits, args.vocab, 1.0f, scan.max, true});
+        const View& view = set_view(shared, {logits, args.vocab, 1.0f, scan.max, true, NONE});
         out.top_count = write_top(shared, top, view, row.logprobs == NONE ? 0 : row.logprobs);
     }
     if (!draws) {
@@ -222,7 +227,7 @@ DEVICE SampleOut sample_row(Shared& shared, const SamplerArgs& args, const Sampl
     out.token = scan.token;
     if (row.temperature >= GREEDY_BELOW) {
         const float largest = product(scan.max, row.inv_temperature);
-        const View& view = set_view(shared, {logits, args.vocab, row.inv_temperature, largest, false});
+        const View& view = set_view(shared, {logits, args.vocab, row.inv_temperature, largest, false, NONE});
         out.token = draw(shared, row, view, scan.token);
     }
     if (wants_logprobs) out.logprob = raw_logit(shared, edits, logits, out.token) - shared.raw_max - shared.ln_sum;

@@ -4,7 +4,8 @@
 // A place in the order is a tuple of digits, and each level of a radix search counts the tokens that share the digits found
 // so far: the distance below the maximum in steps of 1/64, three digits of the float, two of the id. A float's leading bits
 // alone would put most of a row into a few bins, where threads wait for each other; distances spread it. A search mostly
-// ends after three or four levels, at a bin of which everything stays.
+// ends after three or four levels, at a bin of which everything stays. Only the first walks the row: tokens that are still
+// in question after it are few, are listed, and later levels and the draw look at the list.
 //
 // Masses are fixed-point integers, 2^44 for the likeliest token: integers may be added in any order.
 
@@ -48,6 +49,30 @@ DEVICE Level level_of(u32 level) {
     return {NONE, NONE, 0xffffff80u, 0, 127};
 }
 
+/// Calls visit(first token, logits, how many) for this thread's part of the list, token by token, or of the row, by quads.
+template <class Visit>
+DEVICE void for_each_candidate(const Shared& shared, const View& view, Visit visit) {
+    const bool listed = view.listed != NONE;
+    const u32 units = listed ? view.listed : (view.vocab + 3) / 4;
+    const auto fetch = [&](u32 unit) {
+        return listed ? Float4{shared.list[unit].logit, 0.0f, 0.0f, 0.0f} : load_quad(view.logits, view.vocab, unit);
+    };
+    u32 unit = threadIdx.x;
+    Float4 ahead = unit < units ? fetch(unit) : Float4{};
+    while (unit < units) {
+        const u32 next = unit + SAMPLE_THREADS;
+        const Float4 v = ahead;
+        if (next < units) ahead = fetch(next);
+        visit(listed ? shared.list[unit].token : unit * 4, v, listed ? 1u : 4u);
+        unit = next;
+    }
+}
+
+/// Whether a token takes part at all.
+DEVICE bool is_there(const View& view, float z, u32 token) {
+    return view.absent_too ? token < view.vocab : z > minus_infinity();
+}
+
 /// Fills the histograms of one level.
 DEVICE void count_level(Shared& shared, const View& view, const Place& known, const Place& within, u32 level,
                         bool by_mass) {
@@ -56,22 +81,24 @@ DEVICE void count_level(Shared& shared, const View& view, const Place& known, co
     for (u32 bin = threadIdx.x; bin < BINS; bin += SAMPLE_THREADS) shared.count[bin] = 0, shared.mass[bin] = 0;
     __syncthreads();
     u32 far = 0;  // the last bin of the first level, which most of a cold row falls into: counted apart
-    for_each_token(view.logits, view.vocab, [&](u32 token, float logit) {
-        const float z = product(logit, view.inv_temperature);
-        if (view.absent_too ? token >= view.vocab : !(z > minus_infinity())) return;
-        const Place place = place_of(view.max, z, token);
-        const u32 unlike = ((place.distance ^ known.distance) & look.distance_known) |
-                           ((place.rank ^ known.rank) & look.rank_known) |
-                           ((place.token ^ known.token) & look.token_known);
-        if (unlike || !not_behind(place, within)) return;
-        if (level == 0 && place.distance == BINS - 1) {
-            ++far;
-            return;
+    for_each_candidate(shared, view, [&](u32 first, const Float4& v, u32 tokens) {
+        ROLLED  // four exponentials side by side need more registers than there are
+        for (u32 i = 0; i < tokens; ++i) {
+            const float z = product(element(v, i), view.inv_temperature);
+            const Place place = place_of(view.max, z, first + i);
+            const u32 unlike = ((place.distance ^ known.distance) & look.distance_known) |
+                               ((place.rank ^ known.rank) & look.rank_known) |
+                               ((place.token ^ known.token) & look.token_known);
+            if (unlike || !is_there(view, z, first + i) || !not_behind(place, within)) continue;
+            if (level == 0 && place.distance == BINS - 1) {
+                ++far;
+                continue;
+            }
+            const u32 word = level == 0 ? place.distance : level < 4 ? place.rank : place.token;
+            const u32 bin = word >> look.shift & look.digits;
+            atomicAdd(&shared.count[bin], 1u);
+            if (by_mass) atomicAdd(&shared.mass[bin], mass_of(view.max, z));
         }
-        const u32 word = level == 0 ? place.distance : level < 4 ? place.rank : place.token;
-        const u32 bin = word >> look.shift & look.digits;
-        atomicAdd(&shared.count[bin], 1u);
-        if (by_mass) atomicAdd(&shared.mass[bin], mass_of(view.max, z));
     });
     if (far) atomicAdd(&shared.count[BINS - 1], far);
     __syncthreads();
@@ -86,8 +113,31 @@ DEVICE void count_level(Shared& shared, const View& view, const Place& known, co
     __syncthreads();
 }
 
+/// Lists the tokens down to this distance, if they are not too many. Their order is by chance and means nothing.
+DEVICE void list_candidates(Shared& shared, const View& view, u32 distance, const Place& within) {
+    if (view.listed != NONE) return;
+    if (threadIdx.x == 0) shared.list_count = 0;
+    __syncthreads();
+    bool full = false;  // a thread that found no room looks no further
+    for_each_quad(view.logits, view.vocab, [&](u32 quad, const Float4& v) {
+        ROLLED
+        for (u32 i = 0; i < 4 && !full; ++i) {
+            const float logit = element(v, i), z = product(logit, view.inv_temperature);
+            const Place place = place_of(view.max, z, quad * 4 + i);
+            if (place.distance > distance || !is_there(view, z, place.token) || !not_behind(place, within)) continue;
+            const u32 at = atomicAdd(&shared.list_count, 1u);
+            full = at >= LIST_MAX;
+            if (!full) shared.list[at] = {place.token, logit};
+        }
+    });
+    __syncthreads();
+    if (threadIdx.x == 0 && shared.list_count <= LIST_MAX) shared.view.listed = shared.list_count;
+    __syncthreads();
+}
+
 /// The last place that stays if the likeliest tokens do: `count` of them or, with `by_mass`, as few as hold `part` of the
-/// mass; at least one. Looks at tokens not behind `within` and never reaches farther. Every thread gets the answer.
+/// mass; at least one. Looks at tokens not behind `within` and never reaches farther. Every thread gets the answer. `view` is
+/// the shared one.
 DEVICE Place select(Shared& shared, const View& view, u32 count, bool by_mass, float part, const Place& within) {
     Place place = {0, 0, 0};
     u64 wanted = count;
@@ -113,7 +163,10 @@ DEVICE Place select(Shared& shared, const View& view, u32 count, bool by_mass, f
         }
         const u32 shared_by = shared.count[bin];
         const Level look = level_of(level);
-        if (level == 0) place.distance = bin;
+        if (level == 0) {
+            place.distance = bin;
+            list_candidates(shared, view, bin, within);
+        }
         if (level > 0 && level < 4) place.rank |= bin << look.shift;
         if (level >= 4) place.token |= bin << look.shift;
         if (by_mass && level == 3) {  // those that are left are equals: from here on it is a matter of how many

@@ -1,8 +1,9 @@
 //! The shard died: everything it held is gone, every token is kept, and somebody may be to blame.
 //!
-//! The sequences of all steps in flight become *suspects*: no result says how far the shard got. Each runs alone, one at a time, until it is past the place where
-//! the shard died; all others go on in their own steps, turn by turn. A death in a suspect's own step adds to its strikes,
-//! and at `STRIKES_MAX` of all siblings its request fails alone. So one poisoned request costs at most three restarts.
+//! The sequences of all steps in flight become *suspects*: no result says how far the shard got. Each runs alone, one at a
+//! time, until it is past the place where the shard died; all others go on in their own steps, turn by turn. A death in a
+//! suspect's own step adds to its strikes, and at `STRIKES_MAX` of all siblings its request fails alone. So one poisoned
+//! request costs at most three restarts.
 
 use super::ids::{RequestId, SeqKey};
 use super::limits::STRIKES_MAX;

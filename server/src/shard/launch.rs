@@ -2,7 +2,9 @@
 
 use std::rc::Rc;
 
-use loramux_kernels::device::{Asynchrony, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice};
+use loramux_kernels::device::{
+    Asynchrony, CudaDevice, CudaOptions, DeviceError, Elem, EmulatedDevice, EmulatedOptions, Schedule, SharedDevice,
+};
 
 use super::Execute;
 use super::device::DeviceExecutor;
@@ -14,19 +16,20 @@ pub(super) fn load(
     options: &ShardOptions,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Box<dyn Execute>, StartError> {
+    let mut notes = Vec::new();
     let opened = match options.device {
         DeviceChoice::Cpu => None,
         DeviceChoice::Auto => match open_cuda(options, 0) {
             Ok(device) => Some(device),
             Err(error) => {
-                tracing::info!("running on the CPU: {error}");
+                notes.push(format!("no GPU, so the CPU computes: {error}"));
                 None
             }
         },
         DeviceChoice::Cuda(index) => Some(open_cuda(options, index).map_err(|error| refused(options, error))?),
         DeviceChoice::Emulated => Some(open_emulated(options).map_err(|error| refused(options, error))?),
     };
-    let Some(device) = opened else { return Ok(Box::new(Executor::load(options, progress)?)) };
+    let Some(device) = opened else { return Ok(Box::new(Executor::load(options, notes, progress)?)) };
     Ok(Box::new(DeviceExecutor::load(&device, elem(options.dtype)?, options, progress)?))
 }
 
@@ -45,8 +48,14 @@ fn elem(choice: DtypeChoice) -> Result<Elem, StartError> {
     }
 }
 
-fn open_cuda(_: &ShardOptions, _: u32) -> Result<SharedDevice, DeviceError> {
-    Err(DeviceError::NoDevice("not yet".into()))
+fn open_cuda(options: &ShardOptions, index: u32) -> Result<SharedDevice, DeviceError> {
+    let cuda = CudaOptions {
+        libraries: options.cuda_paths.libraries(),
+        ordinal: index,
+        cache_dir: Some(options.kernel_cache_dir.clone()),
+        time_products: true,
+    };
+    Ok(Rc::new(CudaDevice::open(&cuda)?))
 }
 
 fn open_emulated(options: &ShardOptions) -> Result<SharedDevice, DeviceError> {

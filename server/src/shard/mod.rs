@@ -24,7 +24,7 @@ use loramux_proto::{
     Fatal, FromShard, Info, Loading, Pong, PrepareAdapter, Step, StepResult, ToShard, from_shard, to_shard,
 };
 
-pub(crate) use options::{DeviceChoice, DtypeChoice, LoadFormatChoice, ShardOptions};
+pub(crate) use options::{CudaPaths, DeviceChoice, DtypeChoice, LoadFormatChoice, ShardOptions};
 use run::ShardFault;
 use slab::Slab;
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use loramux_kernels::device::LibraryPaths;
 use serde::{Deserialize, Serialize};
 
 /// Settings of one shard.
@@ -31,8 +32,31 @@ pub(crate) struct ShardOptions {
     pub(crate) host_adapter_bytes: u64,
     /// Where compiled kernels are kept.
     pub(crate) kernel_cache_dir: PathBuf,
-    /// Folders to look for CUDA's libraries in, before the usual ones.
-    pub(crate) cuda_library_dirs: Vec<PathBuf>,
+    /// Where CUDA's libraries may be.
+    pub(crate) cuda_paths: CudaPaths,
+    /// Expand the MLP's deltas in the activation.
+    pub(crate) fuse_activation: bool,
+    /// Expand the deltas of o and down in the norm behind them.
+    pub(crate) fuse_norm: bool,
+}
+
+/// What command line and environment say about CUDA's libraries.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CudaPaths {
+    /// Folders that were typed; looked at first.
+    pub(crate) dirs: Vec<PathBuf>,
+    /// `CUDA_HOME` or `CUDA_PATH`.
+    pub(crate) cuda_home: Option<PathBuf>,
+    /// `VIRTUAL_ENV`.
+    pub(crate) virtual_env: Option<PathBuf>,
+}
+
+impl CudaPaths {
+    /// For the kernels' look-up.
+    pub(crate) fn libraries(&self) -> LibraryPaths {
+        let Self { dirs, cuda_home, virtual_env } = self.clone();
+        LibraryPaths { dirs, cuda_home, virtual_env, ask_python: true }
+    }
 }
 
 /// Where steps are computed.

@@ -104,7 +104,11 @@ impl Execute for Executor {
 
 impl Executor {
     /// Reads the weights and reserves the arena.
-    pub(super) fn load(options: &ShardOptions, mut progress: impl FnMut(&str, u64, u64)) -> Result<Self, StartError> {
+    pub(super) fn load(
+        options: &ShardOptions,
+        notes: Vec<String>,
+        progress: &mut dyn FnMut(&str, u64, u64),
+    ) -> Result<Self, StartError> {
         let load =
             LoadOptions { dtype: dtype(options.dtype)?, format: format(options.load_format), seed: options.seed };
         let model = loramux_models::load(&options.model, &load, &mut |p| {
@@ -146,6 +150,7 @@ impl Executor {
             base_content_id: content_id.to_vec(),
             kernel_path: isa_name().to_owned(),
             pipeline_depth: 1,
+            notes,
         };
         Ok(Self {
             decoder,

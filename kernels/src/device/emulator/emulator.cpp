@@ -15,13 +15,21 @@ EmuIndex grid_extent() noexcept { return {machine->launch.grid_x, machine->launc
 
 // ---- Meetings -------------------------------------------------------------------------------------------------
 
-/// Stricter than the hardware: a thread that left the kernel early does not count as arrived.
-int block_barrier(Barrier kind, bool vote) {
+static void flush_traffic(Machine& m) {
+    if (!m.counting) return;
+    for (size_t warp = 0; warp < m.warps.size(); ++warp) m.traffic.flush(warp);
+}
+
+/// Stricter than the hardware: a thread that left the kernel early does not count as arrived, and all threads must be at
+/// one call.
+int block_barrier(Barrier kind, bool vote, int line) {
     static const char* const NAMES[] = {"__syncthreads", "__syncthreads_or", "__syncthreads_and", "__syncthreads_count"};
     Machine& m = *machine;
     const char* name = NAMES[int(kind)];
-    if (m.barrier_arrived > 0 && m.barrier_name != name) fail("%s while another thread is at %s", name, m.barrier_name);
+    if (m.barrier_arrived > 0 && (m.barrier_name != name || m.barrier_line != line))
+        fail("%s in line %d while another thread is at %s in line %d", name, line, m.barrier_name, m.barrier_line);
     m.barrier_name = name;
+    m.barrier_line = line;
     m.votes += vote;
     if (++m.barrier_arrived < m.threads) {
         wait_at(name, m.barrier_generation);
@@ -30,17 +38,19 @@ int block_barrier(Barrier kind, bool vote) {
     m.vote_result = kind == Barrier::Or ? m.votes > 0 : kind == Barrier::And ? m.votes == m.threads : int(m.votes);
     m.votes = m.barrier_arrived = 0;
     ++m.barrier_generation;
+    flush_traffic(m);
     return m.vote_result;
 }
 
 /// All 32 lanes bring a `payload`; the last to arrive runs `finish(payloads)` for all of them.
 template <class Payload, class Finish>
-void warp_meet(const char* operation, u32 mask, Payload& payload, Finish finish) {
+void warp_meet(const char* operation, int line, u32 mask, Payload& payload, Finish finish) {
     if (mask != FULL_MASK) fail("%s: only full-warp collectives are emulated", operation);
     Warp& warp = machine->warp();
-    if (warp.arrived > 0 && std::strcmp(warp.operation, operation) != 0)
-        fail("%s while another lane of the warp is at %s", operation, warp.operation);
+    if (warp.arrived > 0 && (warp.line != line || std::strcmp(warp.operation, operation) != 0))
+        fail("%s in line %d while another lane of the warp is at %s in line %d", operation, line, warp.operation, warp.line);
     warp.operation = operation;
+    warp.line = line;
     warp.payload[machine->running->thread % WARP] = &payload;
     if (++warp.arrived < WARP) return wait_at(operation, warp.generation);
     Payload* all[WARP];
@@ -48,14 +58,15 @@ void warp_meet(const char* operation, u32 mask, Payload& payload, Finish finish)
     finish(all);
     warp.arrived = 0;
     ++warp.generation;
+    if (machine->counting) machine->traffic.flush(machine->running->thread / WARP);
 }
 
-u32 ballot(const char* operation, u32 mask, bool vote) {
+u32 ballot(const char* operation, u32 mask, bool vote, int line) {
     struct Payload {
         bool vote;
         u32 result;
     } mine{vote, 0};
-    warp_meet(operation, mask, mine, [](Payload** all) {
+    warp_meet(operation, line, mask, mine, [](Payload** all) {
         u32 bits = 0;
         for (u32 i = 0; i < WARP; ++i) bits |= u32(all[i]->vote) << i;
         for (u32 i = 0; i < WARP; ++i) all[i]->result = bits;
@@ -64,7 +75,7 @@ u32 ballot(const char* operation, u32 mask, bool vote) {
 }
 
 /// A source outside the lane's group of `width` lanes gives the lane its own value back, as on the device.
-u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width) {
+u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width, int line) {
     static const char* const NAMES[] = {"__shfl_sync", "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync"};
     if (width <= 0 || width > int(WARP) || (width & (width - 1)) != 0) fail("%s: width %d is no power of two up to 32", NAMES[int(kind)], width);
     const u32 lane = machine->running->thread % WARP, first = lane & ~u32(width - 1), last = lane | u32(width - 1);
@@ -79,7 +90,7 @@ u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width) {
         u64 value, result;
         u32 source;
     } mine{value, value, source};
-    warp_meet(NAMES[int(kind)], mask, mine, [](Payload** all) {
+    warp_meet(NAMES[int(kind)], line, mask, mine, [](Payload** all) {
         for (u32 i = 0; i < WARP; ++i) all[i]->result = all[all[i]->source]->value;
     });
     return mine.result;
@@ -90,7 +101,7 @@ u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width) {
 ///   a[h]: row group + 8 (h % 2), columns 2 pair + 8 (h / 2) and the next;   d[e]: row group + 8 (e / 2), column 2 pair + e % 2
 ///   b[h]: rows 2 pair + 8 h and the next, column group.
 /// Sums in rising k; the hardware's order and inner precision are its own, so results agree only within rounding.
-Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16) {
+Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16, int line) {
     struct Payload {
         float d[4];
         u16 a[8], b[4];
@@ -100,7 +111,7 @@ Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16) {
     std::memcpy(mine.a, &a, sizeof a);
     std::memcpy(mine.b, &b, sizeof b);
     mine.is_f16 = is_f16;
-    warp_meet("mma.m16n8k16", FULL_MASK, mine, [](Payload** all) {
+    warp_meet("mma.m16n8k16", line, FULL_MASK, mine, [](Payload** all) {
         float left[16][16], right[16][8], sums[16][8];
         const bool is_f16 = all[0]->is_f16;
         const auto value = [is_f16](u16 bits) {
@@ -122,7 +133,7 @@ Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16) {
     return d;
 }
 
-Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed) {
+Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed, int line) {
     static const char* const NAMES[] = {"ldmatrix.x2", "ldmatrix.x2.trans", "ldmatrix.x4", "ldmatrix.x4.trans"};
     const char* name = NAMES[(tiles == 4 ? 2 : 0) + transposed];
     Machine& m = *machine;
@@ -130,6 +141,7 @@ Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed) {
         if (!m.in_arena(shared_row)) fail("%s: the address is not in shared memory", name);
         require_aligned(shared_row, 16, name);
         check_shared(m, shared_row, 16, Access::WarpRead);
+        count_access(m, __builtin_return_address(0), shared_row, 16, Access::WarpRead);
     }
     struct Payload {
         const u8* row;
@@ -147,7 +159,7 @@ Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed) {
                 std::memcpy(&all[lane]->words[tile], pair, 4);
             }
     };
-    warp_meet(name, FULL_MASK, mine, finish);
+    warp_meet(name, line, FULL_MASK, mine, finish);
     return __builtin_bit_cast(Bytes16, mine.words);
 }
 
@@ -190,29 +202,33 @@ void* dynamic_shared() {
 }
 
 template <class T>
-static T load(const void* from, Load kind, const char* name) {
+static T load(const void* from, Load kind, const char* name, const void* site) {
     Machine& m = *machine;
     require_aligned(from, sizeof(T), name);
     if (m.in_arena(from)) fail("%s: loads global memory, and the address is in shared memory", name);
     check_access(m, from, sizeof(T), kind == Load::Fresh ? Access::Fresh : Access::ReadOnly);
+    count_access(m, site, from, sizeof(T), Access::Read);
     T value;
     std::memcpy(&value, from, sizeof value);
     return value;
 }
 
-Bytes16 load16(const void* from, Load kind) { return load<Bytes16>(from, kind, "16-byte load"); }
-u64 load8(const void* from, Load kind) { return load<u64>(from, kind, "8-byte load"); }
+Bytes16 load16(const void* from, Load kind) {
+    return load<Bytes16>(from, kind, "16-byte load", __builtin_return_address(0));
+}
+u64 load8(const void* from, Load kind) { return load<u64>(from, kind, "8-byte load", __builtin_return_address(0)); }
 
 template <class T>
-static void store(void* to, T value, const char* name) {
+static void store(void* to, T value, const char* name, const void* site) {
     Machine& m = *machine;
     require_aligned(to, sizeof value, name);
     check_access(m, to, sizeof value, Access::Write);
+    count_access(m, site, to, sizeof value, Access::Write);
     std::memcpy(to, &value, sizeof value);
 }
 
-void store16(void* to, Bytes16 value) { store(to, value, "16-byte store"); }
-void store8(void* to, u64 value) { store(to, value, "8-byte store"); }
+void store16(void* to, Bytes16 value) { store(to, value, "16-byte store", __builtin_return_address(0)); }
+void store8(void* to, u64 value) { store(to, value, "8-byte store", __builtin_return_address(0)); }
 
 /// Until it lands, the destination reads as NaN.
 void cp_async16(void* shared, const void* global, bool valid) {
@@ -224,7 +240,9 @@ void cp_async16(void* shared, const void* global, bool valid) {
         require_aligned(global, 16, "cp_async16 from global memory");
         if (m.in_arena(global)) fail("cp_async16: the source is in shared memory");
         check_access(m, global, 16, Access::Fresh);
+        count_access(m, __builtin_return_address(0), global, 16, Access::Read);
     }
+    count_access(m, __builtin_return_address(0), shared, 16, Access::Write);
     std::memset(shared, 0xff, 16);
     if (m.racing) m.shared_shadow.start_copy(u32(static_cast<u8*>(shared) - m.arena), 16);
     m.running->copies.push_back({static_cast<u8*>(shared), static_cast<const u8*>(global), m.running->groups, valid});
@@ -252,7 +270,13 @@ static void fiber_main() {
 #ifdef EMU_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &machine->scheduler_stack, &machine->scheduler_stack_bytes);
 #endif
-    machine->kernel->thread(machine->args);
+    char thrown[128] = "";  // out of memory in the runtime, say; the launch must not end on a fiber's stack
+    try {
+        machine->kernel->thread(machine->args);
+    } catch (const std::exception& exception) {
+        std::snprintf(thrown, sizeof thrown, "%s", exception.what());
+    }
+    if (thrown[0] != 0) fail("exception: %s", thrown);
     Fiber& fiber = *machine->running;
     if (!fiber.copies.empty()) fail("the kernel ends with %zu cp.async copies in flight", fiber.copies.size());
     fiber.finished = true;
@@ -318,6 +342,7 @@ static void run_block(Machine& m, std::vector<u32>& warps, std::vector<u32>& lan
         }
         if (!moved) report_deadlock(m);
     }
+    flush_traffic(m);
 }
 
 static void check_launch(const Kernel& kernel, const EmuLaunch& launch) {
@@ -339,6 +364,7 @@ static void start_launch(Machine& m, const Kernel& kernel, const EmuLaunch& laun
     m.launch = launch;
     m.args = args;
     m.racing = launch.flags & EMU_RACES;
+    m.counting = launch.flags & EMU_COUNT;
     m.threads = launch.block_x;
     m.warps.assign(m.threads / WARP, Warp{});
     m.arrays.clear();
@@ -351,6 +377,7 @@ static void start_launch(Machine& m, const Kernel& kernel, const EmuLaunch& laun
         m.shared_shadow.start_launch(ARENA_BYTES);
         m.global_shadow.start_launch();
     }
+    if (m.counting) m.traffic.start_launch(m.warps.size());
 #ifdef EMU_ASAN
     ASAN_POISON_MEMORY_REGION(m.arena, ARENA_BYTES);
 #endif
@@ -370,8 +397,9 @@ static void run_grid(Machine& m) {
     }
 }
 
+static thread_local std::unique_ptr<Machine> mine;  // kept from launch to launch
+
 int launch(const Kernel& kernel, const EmuLaunch& launch, const void* args, char* error, u64 error_bytes) noexcept {
-    static thread_local std::unique_ptr<Machine> mine;
     try {
         check_launch(kernel, launch);
         if (!mine) mine.reset(new Machine);
@@ -393,5 +421,7 @@ int launch(const Kernel& kernel, const EmuLaunch& launch, const void* args, char
 }
 
 }  // namespace emu
+
+void emu_counters(EmuCounters* counters) { *counters = emu::mine ? emu::mine->traffic.counters : EmuCounters{}; }
 
 #include "names.h"

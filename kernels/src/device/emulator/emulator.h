@@ -7,7 +7,8 @@
 // Several OS threads may each run a launch of their own: all state hangs on one thread-local pointer.
 //
 // Three modes (D = the folder above this one; tried with g++ 12.2, x86-64 and any other processor that has ucontext):
-//   K="-std=c++17 -O2 -fPIC -fno-strict-aliasing -fno-gnu-unique -fvisibility=hidden -ffp-contract=off -I D"
+//   K="-std=c++17 -O2 -fPIC -fno-strict-aliasing -fno-gnu-unique -fvisibility=hidden -ffp-contract=off
+//      -ftrivial-auto-var-init=pattern -I D"            (the last: a variable no one set is a huge number, not often 0)
 //   fast, races:  g++ $K -O3 -shared D/emulator/emulator.cpp -o libemu.so
 //   fast:         g++ $K -shared -x c++ kernel.cu -o kernel.so -x none libemu.so -Wl,-rpath,'$ORIGIN'
 //   races:        g++ $K -fsanitize=thread --param tsan-distinguish-volatile=1 --param tsan-instrument-func-entry-exit=0
@@ -29,7 +30,7 @@ struct EmuLaunch {
     u32 grid_x, grid_y, block_x, dynamic_shared_bytes;
     u32 schedule;  // 0: each warp to its next meeting, in turn; 1: the lowest warp runs ahead; 2: the highest warp, lanes and
                    // blocks in falling order too; 3: shuffled, seeded by `seed`. A correct kernel gives the same under all.
-    u32 flags;     // EMU_RACES
+    u32 flags;     // EMU_RACES, EMU_COUNT
     u64 seed;
 };
 static_assert(sizeof(EmuLaunch) == 32, "Rust passes the same 32 bytes");
@@ -37,11 +38,26 @@ static_assert(sizeof(EmuLaunch) == 32, "Rust passes the same 32 bytes");
 /// Check shared and global memory for races. The kernel must have been built in the races mode.
 constexpr u32 EMU_RACES = 1;
 
+/// Count memory traffic, see `EmuCounters`. Plain accesses (not by a name of portable.cuh) count in the races mode only.
+constexpr u32 EMU_COUNT = 2;
+
+/// The traffic of one launch. An access is one instruction of one warp; what its lanes do at one place of the code between
+/// two meetings belongs together. A sector is 32 bytes of global memory, a wavefront one pass over the 32 banks of shared
+/// memory: `shared_wavefronts` above `shared_wavefronts_least` are bank conflicts. What caches absorb is not modelled.
+struct EmuCounters {
+    u64 global_loads, global_load_bytes, global_load_sectors;
+    u64 global_stores, global_store_bytes, global_store_sectors;  // and atomics
+    u64 shared_accesses, shared_wavefronts, shared_wavefronts_least;
+};
+
 struct EmuIndex {
     u32 x, y, z;
 };
 
 #pragma GCC visibility push(default)
+
+/// The counters of this OS thread's last launch with EMU_COUNT.
+extern "C" void emu_counters(EmuCounters* counters);
 
 namespace emu {
 
@@ -81,14 +97,15 @@ void cp_async16(void* shared, const void* global, bool valid);
 void cp_async_commit();
 void cp_async_wait(int groups_left);
 
-Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16);
-Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed);
+// Meetings. `line` is where the kernel's source calls: threads that meet must be at one call, not at two alike.
+Bytes16 mma_16x8x16(Bytes16 d, Bytes16 a, u64 b, bool is_f16, int line);
+Bytes16 ldmatrix(const void* shared_row, int tiles, bool transposed, int line);
 
 enum class Barrier { Plain, Or, And, Count };
-int block_barrier(Barrier kind, bool vote);
-u32 ballot(const char* operation, u32 mask, bool vote);
+int block_barrier(Barrier kind, bool vote, int line);
+u32 ballot(const char* operation, u32 mask, bool vote, int line);
 enum class Shuffle { Index, Xor, Down, Up };
-u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width);
+u64 shuffle(Shuffle kind, u32 mask, u64 value, u32 operand, int width, int line);
 
 // ---- 16-bit floats, exact: round to nearest even, subnormals, infinity; every NaN becomes 0x7fff -----------------
 
@@ -124,7 +141,7 @@ inline float f16_to_float(u16 bits) {
 // ---- The CUDA names that kernels use ----------------------------------------------------------------------------
 
 void __threadfence();
-void __syncwarp(u32 mask = 0xffffffffu);
+void __syncwarp(u32 mask = 0xffffffffu, int line = __builtin_LINE());
 
 // Atomics on shared and global memory; each returns the old value.
 u32 atomicAdd(u32* at, u32 value);
@@ -173,45 +190,65 @@ double fma(double, double, double) noexcept;
 #define blockDim (emu::block_extent())
 #define gridDim (emu::grid_extent())
 
-inline void __syncthreads() { emu::block_barrier(emu::Barrier::Plain, false); }
-inline int __syncthreads_or(int vote) { return emu::block_barrier(emu::Barrier::Or, vote != 0); }
-inline int __syncthreads_and(int vote) { return emu::block_barrier(emu::Barrier::And, vote != 0); }
-inline int __syncthreads_count(int vote) { return emu::block_barrier(emu::Barrier::Count, vote != 0); }
+inline void __syncthreads(int line = __builtin_LINE()) { emu::block_barrier(emu::Barrier::Plain, false, line); }
+inline int __syncthreads_or(int vote, int line = __builtin_LINE()) {
+    return emu::block_barrier(emu::Barrier::Or, vote != 0, line);
+}
+inline int __syncthreads_and(int vote, int line = __builtin_LINE()) {
+    return emu::block_barrier(emu::Barrier::And, vote != 0, line);
+}
+inline int __syncthreads_count(int vote, int line = __builtin_LINE()) {
+    return emu::block_barrier(emu::Barrier::Count, vote != 0, line);
+}
 
-inline u32 __ballot_sync(u32 mask, int vote) { return emu::ballot("__ballot_sync", mask, vote != 0); }
-inline int __any_sync(u32 mask, int vote) { return emu::ballot("__any_sync", mask, vote != 0) != 0; }
-inline int __all_sync(u32 mask, int vote) { return emu::ballot("__all_sync", mask, vote != 0) == 0xffffffffu; }
+inline u32 __ballot_sync(u32 mask, int vote, int line = __builtin_LINE()) {
+    return emu::ballot("__ballot_sync", mask, vote != 0, line);
+}
+inline int __any_sync(u32 mask, int vote, int line = __builtin_LINE()) {
+    return emu::ballot("__any_sync", mask, vote != 0, line) != 0;
+}
+inline int __all_sync(u32 mask, int vote, int line = __builtin_LINE()) {
+    return emu::ballot("__all_sync", mask, vote != 0, line) == 0xffffffffu;
+}
 
 namespace emu {
 
 template <class T>
-inline T shuffle_value(Shuffle kind, u32 mask, T value, u32 operand, int width) {
+inline T shuffle_value(Shuffle kind, u32 mask, T value, u32 operand, int width, int line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     if constexpr (sizeof(T) == 4) {
-        return __builtin_bit_cast(T, u32(shuffle(kind, mask, __builtin_bit_cast(u32, value), operand, width)));
+        return __builtin_bit_cast(T, u32(shuffle(kind, mask, __builtin_bit_cast(u32, value), operand, width, line)));
     } else {
-        return __builtin_bit_cast(T, shuffle(kind, mask, __builtin_bit_cast(u64, value), operand, width));
+        return __builtin_bit_cast(T, shuffle(kind, mask, __builtin_bit_cast(u64, value), operand, width, line));
     }
 }
 
 }  // namespace emu
 
 template <class T>
-inline T __shfl_sync(u32 mask, T value, int source, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Index, mask, value, u32(source), width);
+inline T __shfl_sync(u32 mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Index, mask, value, u32(source), width, line);
 }
 template <class T>
-inline T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Xor, mask, value, u32(bits), width);
+inline T __shfl_xor_sync(u32 mask, T value, int bits, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Xor, mask, value, u32(bits), width, line);
 }
 template <class T>
-inline T __shfl_down_sync(u32 mask, T value, u32 delta, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Down, mask, value, delta, width);
+inline T __shfl_down_sync(u32 mask, T value, u32 delta, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Down, mask, value, delta, width, line);
 }
 template <class T>
-inline T __shfl_up_sync(u32 mask, T value, u32 delta, int width = 32) {
-    return emu::shuffle_value(emu::Shuffle::Up, mask, value, delta, width);
+inline T __shfl_up_sync(u32 mask, T value, u32 delta, int width = 32, int line = __builtin_LINE()) {
+    return emu::shuffle_value(emu::Shuffle::Up, mask, value, delta, width, line);
 }
+
+// Products and sums that no compiler fuses; kernels are compiled with -ffp-contract=off, so all are such here.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
 
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int max(int a, int b) { return a < b ? b : a; }

@@ -5,12 +5,15 @@
 #include "fiber.h"
 #include "races.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace emu {
@@ -22,6 +25,84 @@ constexpr size_t SHARED_LIMIT = 227 << 10;        // sm_90 and sm_100; sm_80: 16
 constexpr size_t ARENA_ALIGN = 128;
 constexpr size_t MAX_ARRAYS = 64;                 // in shared memory, per kernel
 constexpr size_t ARENA_BYTES = SHARED_LIMIT + MAX_ARRAYS * 4 * ARENA_ALIGN;  // a gap around each array
+
+// ---- Traffic ----------------------------------------------------------------------------------------------------
+
+/// Collects the accesses of each warp between two meetings and adds them up as the hardware would serve them.
+class Traffic {
+public:
+    EmuCounters counters = {};
+
+    void start_launch(size_t warps) {
+        counters = {};
+        pending_.assign(warps, {});
+    }
+
+    void note(u32 thread, const void* site, const void* at, size_t bytes, bool shared, bool store) {
+        const u32 kind = (shared ? 2u : 0u) + (store ? 1u : 0u);
+        pending_[thread / 32].push_back({uintptr_t(site), uintptr_t(at), kind, u32(bytes), thread % 32, 0});
+    }
+
+    /// The warp's lanes met: what they did since they last met is complete.
+    void flush(size_t warp) {
+        std::vector<Lane>& lanes = pending_[warp];
+        const auto order = [](const Lane& a, const Lane& b) {
+            return std::tie(a.site, a.kind, a.lane) < std::tie(b.site, b.kind, b.lane);
+        };
+        std::stable_sort(lanes.begin(), lanes.end(), order);
+        for (size_t i = 1; i < lanes.size(); ++i)
+            if (!order(lanes[i - 1], lanes[i])) lanes[i].turn = lanes[i - 1].turn + 1;
+        const auto key = [](const Lane& lane) { return std::tie(lane.site, lane.kind, lane.turn); };
+        std::stable_sort(lanes.begin(), lanes.end(), [key](const Lane& a, const Lane& b) { return key(a) < key(b); });
+        for (size_t first = 0, i = 0; i < lanes.size(); ++i)
+            if (i + 1 == lanes.size() || key(lanes[i + 1]) != key(lanes[i])) {
+                add(&lanes[first], &lanes[i] + 1);
+                first = i + 1;
+            }
+        lanes.clear();
+    }
+
+private:
+    struct Lane {
+        uintptr_t site, at;
+        u32 kind, bytes, lane, turn;
+    };
+
+    void add(const Lane* first, const Lane* end) {
+        if (first->kind >= 2) return add_shared(first, end);
+        std::set<uintptr_t> sectors;
+        u64 bytes = 0;
+        for (const Lane* lane = first; lane != end; ++lane) {
+            bytes += lane->bytes;
+            for (uintptr_t sector = lane->at / 32; sector <= (lane->at + lane->bytes - 1) / 32; ++sector) sectors.insert(sector);
+        }
+        const bool store = first->kind == 1;
+        ++(store ? counters.global_stores : counters.global_loads);
+        (store ? counters.global_store_bytes : counters.global_load_bytes) += bytes;
+        (store ? counters.global_store_sectors : counters.global_load_sectors) += sectors.size();
+    }
+
+    // 8 bytes a lane go by half warps, 16 by quarters.
+    void add_shared(const Lane* first, const Lane* end) {
+        ++counters.shared_accesses;
+        const u32 together = first->bytes <= 4 ? 32 : first->bytes <= 8 ? 16 : 8;
+        for (u32 part = 0; part < 32; part += together) {
+            std::set<uintptr_t> words;
+            for (const Lane* lane = first; lane != end; ++lane)
+                if (lane->lane / together * together == part)
+                    for (uintptr_t word = lane->at / 4; word <= (lane->at + lane->bytes - 1) / 4; ++word) words.insert(word);
+            if (words.empty()) continue;
+            u32 passes[32] = {};
+            for (uintptr_t word : words) ++passes[word % 32];
+            counters.shared_wavefronts += *std::max_element(passes, passes + 32);
+            ++counters.shared_wavefronts_least;
+        }
+    }
+
+    std::vector<std::vector<Lane>> pending_;
+};
+
+// ---- State ------------------------------------------------------------------------------------------------------
 
 struct PendingCopy {
     u8* to;
@@ -50,6 +131,7 @@ struct Warp {
     u32 meetings = 1;    // `__syncwarp`s so far: what orders memory
     u32 arrived = 0;
     const char* operation = nullptr;
+    int line = 0;
     void* payload[WARP] = {};
 };
 
@@ -68,13 +150,14 @@ struct Machine {
     std::vector<Fiber> fibers;
     SharedShadow shared_shadow;
     GlobalShadow global_shadow;
+    Traffic traffic;
     u32 barrier_generation = 1, block_serial = 0;  // never restart, so old marks are never current
 
     // Of the running launch.
     const Kernel* kernel = nullptr;
     EmuLaunch launch = {};
     const void* args = nullptr;
-    bool racing = false;
+    bool racing = false, counting = false;
     u32 threads = 0;
     std::vector<Warp> warps;
     std::vector<SharedArray> arrays;
@@ -85,6 +168,7 @@ struct Machine {
     EmuIndex block = {};
     u32 finished = 0, barrier_arrived = 0;
     const char* barrier_name = nullptr;
+    int barrier_line = 0;
     u32 votes = 0;
     int vote_result = 0;
     Fiber* running = nullptr;
@@ -216,6 +300,12 @@ inline void check_access(Machine& m, const void* at, size_t bytes, Access kind) 
     }
     if (uintptr_t(at) - uintptr_t(m.args) < m.kernel->args_bytes) return;
     check_global(m, at, bytes, kind);
+}
+
+/// Counts an access by kernel code at `site`, a place in the code.
+inline void count_access(Machine& m, const void* site, const void* at, size_t bytes, Access kind) {
+    if (!m.counting || m.stacks.holds(at) || uintptr_t(at) - uintptr_t(m.args) < m.kernel->args_bytes) return;
+    m.traffic.note(m.running->thread, site, at, bytes, m.in_arena(at), kind == Access::Write || kind == Access::Atomic);
 }
 
 inline void require_aligned(const void* at, size_t bytes, const char* operation) {

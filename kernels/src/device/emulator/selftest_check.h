@@ -17,6 +17,11 @@ inline bool contains(const std::string& text, const char* part) { return text.fi
 
 constexpr u32 SCHEDULES = 4;
 
+/// What memory of a GPU is at least aligned to. In vectors of it, sectors begin where rows do.
+struct alignas(256) Block {
+    u8 bytes[256];
+};
+
 using LaunchFunction = int(const EmuLaunch*, const void*, char*, u64);
 
 /// The text of the error that a launch ends in, or "" when it ends well.

@@ -5,6 +5,9 @@
 #include "selftest_check.h"
 
 #include <cmath>
+#include <set>
+#include <string>
+#include <vector>
 
 namespace {
 
@@ -20,6 +23,8 @@ enum Mistake : u32 {
     WARP_MISSING,
     MIXED_COLLECTIVES,
     MIXED_BARRIERS,
+    TWO_SHUFFLES,
+    TWO_BARRIERS,
     PARTIAL_MASK,
     MISALIGNED_LOAD,
     LOAD_OF_SHARED,
@@ -34,13 +39,16 @@ KERNEL_ENTRY(mistake, Probe, 64, 1) {
     SHARED_ARRAY(Words4, rows, [64]);
     if (args.which == LANE_MISSING && thread != 7) __syncwarp();
     if (args.which == WARP_MISSING && thread < 32) __syncthreads();
-    if (args.which == MIXED_COLLECTIVES) {
-        if (thread % 2) __syncwarp();
-        else __any_sync(ALL_LANES, true);
+    // In one line each, or the line alone would tell.
+    if (args.which == MIXED_COLLECTIVES) thread % 2 ? __syncwarp() : void(__any_sync(ALL_LANES, true));
+    if (args.which == MIXED_BARRIERS) thread < 32 ? __syncthreads() : void(__syncthreads_or(1));
+    if (args.which == TWO_SHUFFLES) {
+        if (thread % 2) args.out[thread] = __shfl_xor_sync(ALL_LANES, 1.0f, 1);
+        else args.out[thread] = __shfl_xor_sync(ALL_LANES, 2.0f, 1);
     }
-    if (args.which == MIXED_BARRIERS) {
+    if (args.which == TWO_BARRIERS) {
         if (thread < 32) __syncthreads();
-        else __syncthreads_or(1);
+        else __syncthreads();
     }
     if (args.which == PARTIAL_MASK) __shfl_sync(0xffffu, 1, 0);
     if (args.which == MISALIGNED_LOAD) load16(args.out + 1);
@@ -66,6 +74,8 @@ const Expected EXPECTED[] = {
     {WARP_MISSING, "deadlock", "warp missing from a barrier"},
     {MIXED_COLLECTIVES, "while another lane", "lanes in different collectives"},
     {MIXED_BARRIERS, "while another thread", "threads in different barriers"},
+    {TWO_SHUFFLES, "in line", "lanes at two shuffles"},
+    {TWO_BARRIERS, "in line", "threads at two barriers"},
     {PARTIAL_MASK, "full-warp", "partial mask"},
     {MISALIGNED_LOAD, "multiple of 16", "misaligned load"},
     {LOAD_OF_SHARED, "shared memory", "load16 of a shared address"},
@@ -102,6 +112,32 @@ KERNEL_ENTRY(barrier_missing, Probe, 64, 1) {
     if (threadIdx.x == 32) args.out[0] = tile[0];
 }
 
+// Lane 0 of each warp notes when it passes.
+KERNEL_ENTRY(notes_order, Probe, 64, 1) {
+    const u32 warp = threadIdx.x / 32;
+    u32* next = reinterpret_cast<u32*>(args.out + 63);
+    if (threadIdx.x % 32 == 0) args.out[atomicAdd(next, 1u)] = float(2 * warp);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) args.out[atomicAdd(next, 1u)] = float(2 * warp + 1);
+}
+
+void check_schedules() {
+    const float ORDERS[3][4] = {{0, 2, 1, 3}, {0, 1, 2, 3}, {2, 3, 0, 1}};
+    const auto order = [](u32 schedule, u64 seed) {
+        alignas(16) float out[64] = {};
+        check(error_of(notes_order__launch, Probe{0, out}, {1, 1, 64, 0, schedule, 0, seed}).empty(), "noting runs");
+        return std::vector<float>(out, out + 4);
+    };
+    for (u32 schedule = 0; schedule < 3; ++schedule)
+        check(order(schedule, 1) == std::vector<float>(ORDERS[schedule], ORDERS[schedule] + 4), "schedule " + std::to_string(schedule));
+    std::set<std::vector<float>> orders;
+    for (u64 seed = 0; seed < 32; ++seed) {
+        orders.insert(order(3, seed));
+        check(order(3, seed) == order(3, seed), "a seed repeats its order");
+    }
+    check(orders.size() >= 4, "seeds give different orders");
+}
+
 void check_mistakes() {
     alignas(16) float out[64] = {};
     for (const Expected& expected : EXPECTED)
@@ -121,6 +157,8 @@ void check_mistakes() {
         shown |= std::isnan(out[0]);
     }
     check(shown, "a missing barrier shows under some schedule");
+
+    check_schedules();
 
     const Probe probe{99, out};
     check(contains(error_of(mistake__launch, probe, {1, 1, 96, 0, 0, 0, 1}), "KERNEL_ENTRY"), "block larger than stated");

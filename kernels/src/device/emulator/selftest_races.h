@@ -46,8 +46,12 @@ DEVICE void race_of_copies(const RaceArgs& args, float (&tile)[64], Float4 (&row
     if (args.which == COPY_INTO_WHAT_IS_READ) {
         rows[thread] = Float4{1, 2, 3, 4};
         __syncthreads();
-        tile[thread] = rows[(thread + 32) % 64].x;
+        if (thread < 32) tile[thread] = rows[thread].x;
         if (args.correct) __syncthreads();
+        if (thread >= 32) cp_async16(&rows[thread - 32], args.in);
+        cp_async_commit();
+        cp_async_wait<0>();
+        return;
     }
     cp_async16(&rows[thread], args.in + 4 * thread);
     cp_async_commit();
@@ -181,6 +185,20 @@ KERNEL_ENTRY(global_race, RaceArgs, 64, 1) {
     }
 }
 
+// ---- Memory that is no thread's to touch --------------------------------------------------------------------------
+
+KERNEL_ENTRY(wrong_memory, RaceArgs, 64, 1) {
+    const u32 thread = threadIdx.x;
+    SHARED_ARRAY(float, tile, [64]);
+    SHARED_ARRAY(float*, places, [64]);
+    float mine = 0;
+    places[thread] = args.which == 0 ? &mine : &tile[0] + thread;
+    __syncthreads();
+    if (args.which == 0) *places[args.correct ? thread : thread ^ 1] = 1;
+    if (args.which == 1) places[thread][args.correct ? 0 : 64] = 1;
+    args.out[thread] = mine;
+}
+
 // ---- All of them --------------------------------------------------------------------------------------------------
 
 void check_race(LaunchFunction* kernel, u32 blocks, u32 which, const char* name, const char* text) {
@@ -202,6 +220,8 @@ void check_races() {
         check_race(shared_race__launch, 1, which, SHARED_NAMES[which], "race in shared memory");
     for (u32 which = 0; which < GLOBAL_RACES; ++which)
         check_race(global_race__launch, 3, which, GLOBAL_NAMES[which], "race in global memory");
+    check_race(wrong_memory__launch, 1, 0, "a pointer to another thread's variable", "local memory");
+    check_race(wrong_memory__launch, 1, 1, "past the end of a shared array", "belong to no array");
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ struct BlockDesc {
 };
 
 struct ShrinkArgs {
-    const bf16* x;             // [rows][K]
+    const elem* x;             // [rows][K]
     const u32* row_order;      // rows of x, sorted so that each adapter is one run
     const WorkItem* items;
     const StepCounts* counts;
@@ -81,12 +81,12 @@ DEVICE void lora_shrink_body(const ShrinkArgs& args) {
         const BlockDesc desc = args.descs[u64(item.block_row) * args.desc_stride + slice];
         if (desc.a_unit == NOT_TARGETED) continue;  // the same for the whole block
 
-        const bf16* a = reinterpret_cast<const bf16*>(args.arena + u64(desc.a_unit) * ARENA_UNIT_BYTES);
-        const bf16* a_low = a + u64(group) * K + offset;
-        const bf16* a_high = a_low + 8 * u64(K);
+        const elem* a = reinterpret_cast<const elem*>(args.arena + u64(desc.a_unit) * ARENA_UNIT_BYTES);
+        const elem* a_low = a + u64(group) * K + offset;
+        const elem* a_high = a_low + 8 * u64(K);
         // A short item repeats its last row: columns of a product do not mix, and what they hold is not written below.
         const u32 x_index = item.first_row + (group < item.row_count ? group : item.row_count - 1);
-        const bf16* x_row = args.x + u64(args.row_order[x_index]) * K + offset;
+        const elem* x_row = args.x + u64(args.row_order[x_index]) * K + offset;
 
         // The loads of LOADS_AHEAD steps come before the first mma that uses them. Unrolling a plain loop does not give
         // that: its bounds are known at run time only, so every step keeps its own exit and waits for its own loads.

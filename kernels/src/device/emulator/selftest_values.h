@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../portable.cuh"
+#include "every_name.cu"
 #include "selftest_check.h"
 
 #include <cmath>
@@ -125,7 +126,25 @@ void check_tiles() {
     check((transposed[1][9] & 0xffff) == b[10][2].bits && transposed[1][9] >> 16 == b[11][2].bits, "ldmatrix.x2.trans");
 }
 
+void check_every_name() {
+    std::vector<Block> values(4), out(16), counts(1);
+    const auto at = [&counts](u32 offset) { return &counts[0].bytes[offset]; };
+    for (u32 schedule = 0; schedule < SCHEDULES; ++schedule) {
+        std::memset(out.data(), 0, out.size() * sizeof(Block));
+        counts[0] = Block{};
+        const EveryNameArgs args{reinterpret_cast<const elem*>(values.data()), reinterpret_cast<float*>(out.data()),
+                                 reinterpret_cast<u32*>(at(0)), reinterpret_cast<u64*>(at(16)), reinterpret_cast<i32*>(at(32)), 40};
+        const u32 flags = EMU_INSTRUMENTED ? EMU_RACES : 0;
+        const std::string error = error_of(every_name__launch, args, {1, 1, 64, 1024, schedule, flags, 1});
+        check(error.empty(), "every name: " + error);
+        const bool added = args.out[900] == 64 && args.out[901] == 1.5f;
+        check(added && args.words[1] == 3 && args.longs[1] == 3 && args.ints[1] == 3, "atomics of every type");
+        check(args.words[0] >= 65 && args.words[0] == args.longs[0] && args.ints[0] == i32(args.words[0]), "and their sums");
+    }
+}
+
 void check_values() {
+    check_every_name();
     check_collectives();
     check_conversions();
     check_tiles();

@@ -3,8 +3,8 @@
 
 use loramux_kernels::AttnSpec;
 use loramux_kernels::cuda::{
-    AttnDecodeKernel, AttnPrefillKernel, EmbeddingKernel, GatherRowsKernel, HeadShape, RmsNormKernel, RopeCacheKernel,
-    SampleOut, SamplerKernel, SiluMulKernel, TOP_MAX, TopLogprob,
+    AddRmsNormLoraKernel, AttnDecodeKernel, AttnPrefillKernel, EmbeddingKernel, GatherRowsKernel, HeadShape,
+    RmsNormKernel, RopeCacheKernel, SampleOut, SamplerKernel, SiluMulKernel, SiluMulLoraKernel, TOP_MAX, TopLogprob,
 };
 use loramux_kernels::device::lora::SiteShape;
 use loramux_kernels::device::step::{DECODE_PARTS_MAX, KvShape};
@@ -129,9 +129,32 @@ pub(super) struct Kernels {
     pub(super) decode: AttnDecodeKernel,
     pub(super) prefill: AttnPrefillKernel,
     pub(super) silu_mul: SiluMulKernel,
+    pub(super) silu_mul_lora: SiluMulLoraKernel,
+    pub(super) norm_output: AddRmsNormLoraKernel,
+    pub(super) norm_down: AddRmsNormLoraKernel,
     pub(super) gather: GatherRowsKernel,
     pub(super) sampler: SamplerKernel,
     pub(super) sites: [SiteKernels; 4],
+}
+
+/// Expands that are left to the op behind the product, in steps that only decode. Off until a measurement says otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Fusions {
+    /// silu(gate + delta) * (up + delta).
+    pub(super) activation: bool,
+    /// residual += y + delta, then the norm.
+    pub(super) norm: bool,
+}
+
+impl Fusions {
+    /// Whether the op behind this site's product expands its deltas.
+    pub(super) fn has(self, site: Site) -> bool {
+        match site {
+            Site::Qkv => false,
+            Site::GateUp => self.activation,
+            Site::Output | Site::Down => self.norm,
+        }
+    }
 }
 
 /// The model on a device.
@@ -149,6 +172,7 @@ pub(super) struct Engine {
     pub(super) plans: Plans,
     pub(super) space: Space,
     pub(super) limits: EngineLimits,
+    pub(super) fusions: Fusions,
     pub(super) arena: Address,
     pub(super) kv: KvShape,
     pub(super) descs: Address,
@@ -182,6 +206,8 @@ impl Kernels {
             AttnSpec { heads: spec.heads, scale: (spec.head_dim as f32).sqrt().recip(), window: spec.window };
         let shape = heads(spec);
         let site = |site| SiteKernels::load(device, spec, elem, site, limits);
+        let fused_norm =
+            |d_in| AddRmsNormLoraKernel::load(device, elem, (d_in, spec.hidden), limits.decode_rows_max, spec.rms_eps);
         Ok(Self {
             embedding: EmbeddingKernel::load(device, elem, spec.hidden, spec.vocab, limits.sequences_max)?,
             norm: RmsNormKernel::load(device, elem, spec.hidden, spec.rms_eps)?,
@@ -189,6 +215,15 @@ impl Kernels {
             decode: AttnDecodeKernel::load(device, elem, shape, &attention)?,
             prefill: AttnPrefillKernel::load(device, elem, shape, &attention)?,
             silu_mul: SiluMulKernel::load(device, elem, spec.intermediate)?,
+            silu_mul_lora: SiluMulLoraKernel::load(
+                device,
+                elem,
+                spec.hidden,
+                spec.intermediate,
+                limits.decode_rows_max,
+            )?,
+            norm_output: fused_norm(spec.q_width())?,
+            norm_down: fused_norm(spec.intermediate)?,
             gather: GatherRowsKernel::load(device, elem, spec.hidden)?,
             sampler: SamplerKernel::load(device, spec.vocab, logits_stride(spec))?,
             sites: [site(Site::Qkv)?, site(Site::Output)?, site(Site::GateUp)?, site(Site::Down)?],
@@ -255,6 +290,7 @@ pub(super) struct EnginePlace {
     pub(super) device: SharedDevice,
     pub(super) stream: Stream,
     pub(super) elem: Elem,
+    pub(super) fusions: Fusions,
     pub(super) arena: Address,
     pub(super) kv: KvShape,
     pub(super) descs: Address,
@@ -267,7 +303,7 @@ impl Engine {
         place: EnginePlace,
         limits: EngineLimits,
     ) -> Result<Self, DeviceError> {
-        let EnginePlace { device, stream, elem, arena, kv, descs } = place;
+        let EnginePlace { device, stream, elem, fusions, arena, kv, descs } = place;
         let spec = model.spec.clone();
         let kernels = Kernels::load(&device, &spec, elem, &limits)?;
         let plans = Plans::new(&device, &spec, elem, &limits)?;
@@ -286,6 +322,7 @@ impl Engine {
             plans,
             space,
             limits,
+            fusions,
             arena,
             kv,
             descs,

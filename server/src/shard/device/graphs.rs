@@ -43,7 +43,7 @@ impl Graphs {
 
 fn record(engine: &Engine, bundles: &Bundles, bucket: usize, passes: &[LoraPass]) -> Result<Graph, DeviceError> {
     let shape = Shape { rows: bucket, bucket, tiles: 0, passes, prefill: false };
-    let mut ops = StepOps { engine, bundles, shape };
+    let mut ops = StepOps::new(engine, bundles, shape);
     engine.device.begin_capture(engine.stream)?;
     let launched = ops.forward().and_then(|()| ops.sample(0, bucket, false));
     let graph = engine.device.end_capture(engine.stream)?;

@@ -18,7 +18,7 @@ use super::super::run::{StartError, format};
 use super::super::slab::{PinnedPool, Slab};
 use super::adapters::{ArenaPlace, DeviceAdapters};
 use super::bundle::Bundles;
-use super::engine::{DECODE_BUCKETS, Engine, EngineLimits, EnginePlace, heads, site_cols};
+use super::engine::{DECODE_BUCKETS, Engine, EngineLimits, EnginePlace, Fusions, heads, site_cols};
 use super::flight::Landing;
 use super::graphs::Graphs;
 use super::lists::{ListLimits, Lists};
@@ -51,7 +51,6 @@ impl DeviceExecutor {
         options: &ShardOptions,
         progress: &mut dyn FnMut(&str, u64, u64),
     ) -> Result<Self, StartError> {
-        let started = Instant::now();
         let stream = device.stream(Priority::High)?;
         let load = LoadOptions { dtype: None, format: format(options.load_format), seed: options.seed };
         let mut report = |p: loramux_models::Progress| progress(&p.what, p.done_bytes, p.total_bytes);
@@ -64,12 +63,14 @@ impl DeviceExecutor {
         let context = model.spec.context.min(asked);
         let limits = limits(options, context);
         let kv = kv_shape(&model.spec);
-        let place = EnginePlace { device: device.clone(), stream, elem, arena: 0, kv, descs: 0 };
+        let fusions = Fusions { activation: options.fuse_activation, norm: options.fuse_norm };
+        let place = EnginePlace { device: device.clone(), stream, elem, fusions, arena: 0, kv, descs: 0 };
         let mut engine = Engine::new(model, place, limits)?;
         let unpack = UnpackKernel::load(&**device, elem)?;
         let bundles = Bundles::new(device, unpack, capacities(&engine))?;
         let landings = landings(device, &limits)?;
-        let (pool, slab) = slab(device, elem, options, &engine)?;
+        let mut notes = Vec::new();
+        let (pool, slab) = slab(device, elem, options, &engine, &mut notes)?;
         let budget = budget(device, options, &engine)?;
         let slots_max = options.slots_max.map_or(budget.pages, |slots| slots as usize).clamp(1, 1 << 16);
         let adapters = DeviceAdapters::new(device, slots_max, budget.desc_rows, engine.spec.layers)?;
@@ -78,7 +79,7 @@ impl DeviceExecutor {
         (engine.arena, engine.descs) = (arena.address(), adapters.descs());
         let blocks_total = (budget.pages * kv.per_page as usize) as u32;
         let info = info(&engine, options, &budget, slots_max, context);
-        let info = Info { parameters, weight_bytes, base_content_id: content_id.to_vec(), ..info };
+        let info = Info { parameters, weight_bytes, base_content_id: content_id.to_vec(), notes, ..info };
         let list_limits = ListLimits {
             blocks_total,
             step_tokens_max: limits.step_tokens_max,
@@ -107,11 +108,6 @@ impl DeviceExecutor {
             info,
         };
         executor.warm_up()?;
-        tracing::info!(
-            device = %executor.info.device,
-            load_ms = started.elapsed().as_millis() as u64,
-            "model is on the device"
-        );
         Ok(executor)
     }
 
@@ -128,7 +124,12 @@ impl DeviceExecutor {
         let (buckets, nodes) = self.graphs.size(&self.engine);
         let graph_bytes = free_before.saturating_sub(self.engine.device.free_bytes()?);
         let capture_ms = started.elapsed().as_millis() as u64;
-        tracing::info!(buckets, nodes, capture_ms, graph_mib = graph_bytes >> 20, "decode graphs captured");
+        self.info.notes.push(format!(
+            "captured {} decode graphs of up to {nodes} nodes in {capture_ms} ms, {} MiB",
+            2 * buckets,
+            graph_bytes >> 20
+        ));
+        self.info.notes.extend(self.engine.device.take_warnings());
         Ok(())
     }
 }
@@ -222,13 +223,14 @@ fn slab(
     elem: Elem,
     options: &ShardOptions,
     engine: &Engine,
+    notes: &mut Vec<String>,
 ) -> Result<(Pool, Arc<Slab>), StartError> {
     let page_bytes = engine.kv.page_bytes as usize;
     let pages = usize::try_from(options.host_adapter_bytes).unwrap_or(usize::MAX) / page_bytes;
     let memory = match HostBuffer::<u8>::new(device, pages * page_bytes, HostUse::Upload) {
         Ok(memory) => Some(memory),
         Err(error) => {
-            tracing::warn!(%error, "adapters are kept in ordinary host memory and copied more slowly");
+            notes.push(format!("adapters are kept in ordinary host memory and copied more slowly: {error}"));
             None
         }
     };

@@ -238,7 +238,7 @@ impl DeviceExecutor {
             passes,
             prefill: !self.lists.prefill_tiles.is_empty(),
         };
-        let mut ops = StepOps { engine: &self.engine, bundles: &self.bundles, shape };
+        let mut ops = StepOps::new(&self.engine, &self.bundles, shape);
         ops.forward()?;
         let (total, group_rows) = (self.lists.logit_rows.len(), self.engine.limits.logit_rows_max);
         for first in (0..total).step_by(group_rows) {
@@ -261,7 +261,7 @@ impl DeviceExecutor {
         packing.send(self.engine.stream)?;
         let bucket = self.engine.plans.bucket(1);
         let shape = Shape { rows: 1, bucket, tiles, passes: &PASS, prefill: tiles == 1 };
-        let mut ops = StepOps { engine: &self.engine, bundles: &self.bundles, shape };
+        let mut ops = StepOps::new(&self.engine, &self.bundles, shape);
         ops.forward()?;
         ops.sample(0, 1, true)?;
         let event = self.engine.device.event()?;

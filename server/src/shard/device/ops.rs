@@ -32,12 +32,18 @@ pub(super) struct Shape<'a> {
 
 /// One step's launches.
 pub(super) struct StepOps<'a> {
-    pub(super) engine: &'a Engine,
-    pub(super) bundles: &'a Bundles,
-    pub(super) shape: Shape<'a>,
+    engine: &'a Engine,
+    bundles: &'a Bundles,
+    shape: Shape<'a>,
+    /// A site whose deltas were shrunk and not yet expanded: the next op does it.
+    unexpanded: Option<(usize, Site)>,
 }
 
-impl StepOps<'_> {
+impl<'a> StepOps<'a> {
+    pub(super) fn new(engine: &'a Engine, bundles: &'a Bundles, shape: Shape<'a>) -> Self {
+        Self { engine, bundles, shape, unexpanded: None }
+    }
+
     /// The forward pass.
     pub(super) fn forward(&mut self) -> Result<(), DeviceError> {
         let layers = self.engine.spec.layers;
@@ -98,12 +104,14 @@ impl StepOps<'_> {
         }
     }
 
-    fn launch_norm(&self, at: NormAt, y: Option<Address>) -> Result<(), DeviceError> {
-        let Engine { device, stream, kernels, space, .. } = self.engine;
-        let (residual, out) = (space.residual.address(), space.normed.address());
-        let buffers = RmsNormBuffers { residual, y, weight: self.norm_weight(at), out };
-        // SAFETY: workspaces of the engine, large enough for the rows that the lists were checked for.
-        unsafe { kernels.norm.launch(&**device, *stream, &buffers, self.shape.rows) }
+    fn norm_buffers(&self, at: NormAt, y: Option<Address>) -> RmsNormBuffers {
+        let space = &self.engine.space;
+        RmsNormBuffers {
+            residual: space.residual.address(),
+            y,
+            weight: self.norm_weight(at),
+            out: space.normed.address(),
+        }
     }
 
     /// Where the LoRA work of a site lies, for one pass.
@@ -126,7 +134,7 @@ impl StepOps<'_> {
 
     /// The base product of a site with the shrink of the first pass beside it, then the deltas.
     fn launch_site(
-        &self,
+        &mut self,
         layer: usize,
         site: Site,
         y: Address,
@@ -154,6 +162,10 @@ impl StepOps<'_> {
             let work = self.work(layer, site, pass);
             if pass == 0 {
                 device.wait(*stream, *join)?;
+                if tiles == 0 && passes.len() == 1 && self.engine.fusions.has(site) {
+                    self.unexpanded = Some((layer, site));
+                    return Ok(());
+                }
             } else {
                 // SAFETY: as above; later passes use `v` after the expand before them, on the same stream.
                 unsafe { shrink.launch(device, *stream, &work, x, kernels.d_in)? };
@@ -181,11 +193,22 @@ impl DecoderOps for StepOps<'_> {
     }
 
     fn norm(&mut self, at: NormAt) -> Result<(), DeviceError> {
-        self.launch_norm(at, None)
+        let Engine { device, stream, kernels, .. } = self.engine;
+        // SAFETY: workspaces of the engine, large enough for the rows that the lists were checked for.
+        unsafe { kernels.norm.launch(&**device, *stream, &self.norm_buffers(at, None), self.shape.rows) }
     }
 
     fn add_norm(&mut self, at: NormAt) -> Result<(), DeviceError> {
-        self.launch_norm(at, Some(self.engine.space.projected.address()))
+        let Engine { device, stream, kernels, space, .. } = self.engine;
+        let buffers = self.norm_buffers(at, Some(space.projected.address()));
+        let Some((layer, site)) = self.unexpanded.take() else {
+            // SAFETY: the same.
+            return unsafe { kernels.norm.launch(&**device, *stream, &buffers, self.shape.rows) };
+        };
+        let fused = if site == Site::Down { &kernels.norm_down } else { &kernels.norm_output };
+        let work = self.work(layer, site, 0);
+        // SAFETY: the same, and the site's shrink was launched before.
+        unsafe { fused.launch(&**device, *stream, &work, &buffers) }
     }
 
     fn project(&mut self, layer: usize, site: Site) -> Result<(), DeviceError> {
@@ -250,6 +273,11 @@ impl DecoderOps for StepOps<'_> {
     fn activate(&mut self) -> Result<(), DeviceError> {
         let Engine { device, stream, kernels, space, .. } = self.engine;
         let (out, gate_up) = (space.activated.address(), space.gate_up.address());
+        if let Some((layer, site)) = self.unexpanded.take() {
+            let work = self.work(layer, site, 0);
+            // SAFETY: the same, and the site's shrink was launched before.
+            return unsafe { kernels.silu_mul_lora.launch(&**device, *stream, &work, out, gate_up) };
+        }
         // SAFETY: the same.
         unsafe { kernels.silu_mul.launch(&**device, *stream, out, gate_up, self.shape.rows) }
     }
