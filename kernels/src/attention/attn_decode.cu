@@ -1,24 +1,25 @@
 // One query row against its keys: s = scale q k, p = softmax(s), out = p v, for the GROUP query heads of each kv head.
 //
 // A block of four warps takes (unit, kv head) pairs by stride: a unit is a stretch of one row's positions. Warp w takes
-// the KV blocks w, w + 4, ... of the stretch, 16 tokens each, with a softmax of its own; shared memory joins the four at
-// the end. A row cut into several units leaves its partial sums in a workspace, and the block that arrives last joins
-// those. Both joins go in a fixed order and the cuts depend on the row's length alone, so its bits do too.
+// the KV blocks w, w + 4, ... of the stretch, 16 tokens each, with a softmax of its own; shared memory joins the four
+// at the end. A row cut into several units leaves its partial sums in a workspace, and the block that arrives last
+// joins those. Both joins go in a fixed order and the cuts depend on the row's length alone, so its bits do too.
 //
 // Bound by bytes: K and V are read once for all heads of the group, 2 * 16 * D * 2 bytes a KV block (8 KiB at D = 128,
-// 440 cycles of one multiprocessor's share of an H200's memory) against about 250 instructions of one warp. So no shared
-// memory on the way: every lane loads the words of its own mma fragments, and the loads of 16 tokens are all under way
-// before the first mma: V of this KV block and K of the next. With D = 128 that is 8 KiB a warp, 64 KiB a multiprocessor.
+// 440 cycles of one multiprocessor's share of an H200's memory) against about 250 instructions of one warp. So no
+// shared memory on the way: every lane loads the words of its own mma fragments, and the loads of 16 tokens are all
+// under way before their first mma: V of this KV block and K of the next. With D = 128 that is 8 KiB a warp, 64 KiB a
+// multiprocessor.
 //
 // Fragments of m16n8k16, lane = 4 g + t:
-//   S = Q K^T   M: the group's heads (g, and g + 8 if GROUP > 8), the rest zero. N: 8 tokens, k: dims. Lane (g, t) loads
-//               dims 32 c + 8 t .. + 8 of a K row with one 16-byte load: words x, y are its part of one mma, z, w of the
-//               next. Q takes the same order of dims, and a sum does not care.
-//   tokens      column n of S tile j is token 4 (n / 2) + 2 j + n % 2. Then the scores that lane t gets (columns 2 t and
-//               2 t + 1 of both tiles) are those of tokens 4 t .. 4 t + 3: just what its A fragment of P V takes if the k
-//               of that product counts tokens in this order. No shuffle.
-//   O += P V    N: 8 dims, k: tokens. V lies as [dim][16 tokens]: lane (g, t) loads tokens 4 t .. 4 t + 3 of dim 8 i + g
-//               with one 8-byte load; the warp's 32 lanes read 256 bytes in a row.
+//   S = Q K^T   M: the group's heads (g, and g + 8 if GROUP > 8), the rest zero. N: 8 tokens, k: dims. Lane (g, t)
+//               loads dims 32 c + 8 t .. + 8 of a K row with one 16-byte load: words x, y are its part of one mma,
+//               z, w of the next. Q takes the same order of dims, and a sum does not care.
+//   tokens      column n of S tile j is token 4 (n / 2) + 2 j + n % 2. Then the scores that lane t gets (columns 2 t
+//               and 2 t + 1 of both tiles) are those of tokens 4 t .. 4 t + 3: just what its A fragment of P V takes if
+//               the k of that product counts tokens in this order. No shuffle.
+//   O += P V    N: 8 dims, k: tokens. V lies as [dim][16 tokens]: lane (g, t) loads tokens 4 t .. 4 t + 3 of dim
+//               8 i + g with one 8-byte load; the warp's 32 lanes read 256 bytes in a row.
 
 #include "portable.cuh"
 #include "step.cuh"
@@ -30,8 +31,9 @@ constexpr u32 KEY_LOADS = HEAD_DIM / 32;          // 16-byte loads of a lane for
 constexpr u32 OUT_TILES = HEAD_DIM / 8;
 constexpr u32 HALVES = GROUP > 8 ? 2 : 1;         // heads g and g + 8
 constexpr u32 MERGE_DIMS = HEAD_DIM < 128 ? HEAD_DIM : 128;  // joined at a time: 4 * 16 * 136 floats are 34 KiB
-constexpr u32 MERGE_STRIDE = MERGE_DIMS + 8;      // float2 stores of (g, t) fall into different banks
-constexpr u32 PARTIAL_FLOATS = GROUP * HEAD_DIM + (2 * GROUP + 3) / 4 * 4;  // O [GROUP][HEAD_DIM], then (max, sum) [GROUP]
+constexpr u32 MERGE_STRIDE = MERGE_DIMS + 8;      // of half a warp, Float2 stores of (g, t) fall into different banks
+// A unit's part: O [GROUP][HEAD_DIM], then (max, sum) [GROUP], whole 16 bytes.
+constexpr u32 PARTIAL_FLOATS = GROUP * HEAD_DIM + (2 * GROUP + 3) / 4 * 4;
 constexpr bool AHEAD = HEAD_DIM <= 128;           // registers for Q, K, the next K and V beside O: not with 256 dims
 constexpr u32 KEY_STEPS = AHEAD ? KEY_LOADS : 4;  // of K in registers together
 constexpr u32 VALUE_TILES = AHEAD ? OUT_TILES : OUT_TILES / 2;  // of V
@@ -76,6 +78,13 @@ struct Keys {
 
 struct Values {
     Words2 at[VALUE_TILES];
+};
+
+/// The four warps' results on their way into one.
+struct alignas(16) Shared {
+    float out[WARPS][GROUP][MERGE_STRIDE];
+    float max[WARPS][16], sum[WARPS][16];
+    u32 is_last;
 };
 
 struct Query {
@@ -183,7 +192,7 @@ DEVICE void weigh(u32 (&weights)[4], Softmax& old, const float (&s)[2][4]) {
 DEVICE void attend(Softmax& state, const AttnDecodeArgs& args, const DecodeUnit& unit, u32 kv_head) {
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
     const u32 position = args.positions[unit.row];
-    const u32 seen = position + 1 > args.window ? position + 1 - args.window : 0;  // the first position inside the window
+    const u32 seen = position + 1 > args.window ? position + 1 - args.window : 0;  // first position inside the window
     const u32 end = (unit.kv_end + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     const u32* table = args.block_table + unit.blocks;
     const u64 to_values = kv_value_distance(args.kv);
@@ -267,13 +276,60 @@ DEVICE void join_parts(const AttnDecodeArgs& args, u32 row, u32 kv_head, u32 fir
     }
 }
 
-KERNEL_ENTRY(attn_decode, AttnDecodeArgs, DECODE_THREADS, RESIDENT) {
-    SHARED_ARRAY(float, warp_max, [WARPS][16]);
-    SHARED_ARRAY(float, warp_sum, [WARPS][16]);
-    SHARED_ARRAY(float, warp_out, [WARPS][GROUP][MERGE_STRIDE]);
-    SHARED_ARRAY(u32, is_last, [1]);
+/// Joins the warps' sums, in order, and writes the output of a row of one part, or the part.
+DEVICE void join_warps(Shared& shared, Softmax& state, const AttnDecodeArgs& args, const DecodeUnit& unit, u32 index) {
+    const u32 warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    UNROLL
+    for (u32 h = 0; h < HALVES; ++h) {
+        state.sum[h] += __shfl_xor_sync(0xffffffffu, state.sum[h], 1);
+        state.sum[h] += __shfl_xor_sync(0xffffffffu, state.sum[h], 2);
+        if (t == 0) shared.max[warp][group + 8 * h] = state.max[h], shared.sum[warp][group + 8 * h] = state.sum[h];
+    }
+    elem* out = args.out + (u64(unit.row) * args.kv.kv_heads + index % args.kv.kv_heads) * GROUP * HEAD_DIM;
+    float* partial = args.partials + u64(index) * PARTIAL_FLOATS;
+    UNROLL
+    for (u32 dim0 = 0; dim0 < HEAD_DIM; dim0 += MERGE_DIMS) {
+        UNROLL
+        for (u32 i = 0; i < MERGE_DIMS / 8; ++i) {
+            UNROLL
+            for (u32 h = 0; h < HALVES; ++h) {
+                if (group + 8 * h >= GROUP) continue;
+                const float* o = state.out[dim0 / 8 + i];
+                *reinterpret_cast<Float2*>(&shared.out[warp][group + 8 * h][8 * i + 2 * t]) = {o[2 * h], o[2 * h + 1]};
+            }
+        }
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < GROUP * MERGE_DIMS / 4; i += DECODE_THREADS) {
+            const u32 head = i / (MERGE_DIMS / 4), column = i % (MERGE_DIMS / 4) * 4;
+            float max = NO_SCORE, sum = 0.0f;
+            UNROLL
+            for (u32 w = 0; w < WARPS; ++w) max = larger(max, shared.max[w][head]);
+            Float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
+            UNROLL
+            for (u32 w = 0; w < WARPS; ++w) {
+                const float factor = fast_exp2(shared.max[w][head] - max);
+                const Float4 one = *reinterpret_cast<const Float4*>(&shared.out[w][head][column]);
+                sum += shared.sum[w][head] * factor;
+                o.x += one.x * factor, o.y += one.y * factor, o.z += one.z * factor, o.w += one.w * factor;
+            }
+            const u32 at = head * HEAD_DIM + dim0 + column;
+            if (unit.parts == 1) {
+                const float scale = 1.0f / sum;
+                store8(out + at, {pack2(o.x * scale, o.y * scale), pack2(o.z * scale, o.w * scale)});
+            } else {
+                storef4(partial + at, o);
+                if (dim0 + column == 0) {
+                    store8(partial + GROUP * HEAD_DIM + 2 * head, {float_bits(max), float_bits(sum)});
+                }
+            }
+        }
+        __syncthreads();  // `shared` is free again
+    }
+}
 
-    const u32 thread = threadIdx.x, warp = thread / 32, lane = thread % 32, group = lane / 4, t = lane % 4;
+KERNEL_ENTRY(attn_decode, AttnDecodeArgs, DECODE_THREADS, RESIDENT) {
+    SHARED_ARRAY(Shared, shared, [1]);
+
     const u32 kv_heads = args.kv.kv_heads, work = args.counts->decode_units * kv_heads;
     for (u32 index = blockIdx.x; index < work; index += gridDim.x) {
         const u32 kv_head = index % kv_heads;
@@ -285,63 +341,17 @@ KERNEL_ENTRY(attn_decode, AttnDecodeArgs, DECODE_THREADS, RESIDENT) {
         UNROLL
         for (u32 h = 0; h < HALVES; ++h) state.max[h] = NO_SCORE, state.sum[h] = 0.0f;
         attend(state, args, unit, kv_head);
-
-        UNROLL
-        for (u32 h = 0; h < HALVES; ++h) {
-            state.sum[h] += __shfl_xor_sync(0xffffffffu, state.sum[h], 1);
-            state.sum[h] += __shfl_xor_sync(0xffffffffu, state.sum[h], 2);
-            if (t == 0) warp_max[warp][group + 8 * h] = state.max[h], warp_sum[warp][group + 8 * h] = state.sum[h];
-        }
-        elem* out = args.out + (u64(unit.row) * kv_heads + kv_head) * GROUP * HEAD_DIM;
-        float* partial = args.partials + u64(index) * PARTIAL_FLOATS;
-        UNROLL
-        for (u32 dim0 = 0; dim0 < HEAD_DIM; dim0 += MERGE_DIMS) {
-            UNROLL
-            for (u32 i = 0; i < MERGE_DIMS / 8; ++i) {
-                UNROLL
-                for (u32 h = 0; h < HALVES; ++h) {
-                    if (group + 8 * h >= GROUP) continue;
-                    const float* o = state.out[dim0 / 8 + i];
-                    *reinterpret_cast<Float2*>(&warp_out[warp][group + 8 * h][8 * i + 2 * t]) = {o[2 * h], o[2 * h + 1]};
-                }
-            }
-            __syncthreads();
-            for (u32 i = thread; i < GROUP * MERGE_DIMS / 4; i += DECODE_THREADS) {
-                const u32 head = i / (MERGE_DIMS / 4), column = i % (MERGE_DIMS / 4) * 4;
-                float max = NO_SCORE, sum = 0.0f;
-                UNROLL
-                for (u32 w = 0; w < WARPS; ++w) max = larger(max, warp_max[w][head]);
-                Float4 o = {0.0f, 0.0f, 0.0f, 0.0f};
-                UNROLL
-                for (u32 w = 0; w < WARPS; ++w) {
-                    const float factor = fast_exp2(warp_max[w][head] - max);
-                    const float* one = &warp_out[w][head][column];
-                    sum += warp_sum[w][head] * factor;
-                    o.x += one[0] * factor, o.y += one[1] * factor, o.z += one[2] * factor, o.w += one[3] * factor;
-                }
-                const u32 at = head * HEAD_DIM + dim0 + column;
-                if (unit.parts == 1) {
-                    const float scale = 1.0f / sum;
-                    store8(out + at, {pack2(o.x * scale, o.y * scale), pack2(o.z * scale, o.w * scale)});
-                } else {
-                    storef4(partial + at, o);
-                    if (dim0 + column == 0) {
-                        store8(partial + GROUP * HEAD_DIM + 2 * head, {float_bits(max), float_bits(sum)});
-                    }
-                }
-            }
-            __syncthreads();  // the shared arrays are free again
-        }
+        join_warps(shared[0], state, args, unit, index);
         if (unit.parts == 1) continue;  // the same for the whole block
 
         __threadfence();  // this block's part, complete since the last barrier, before its arrival
         u32* arrived = args.arrived + u64(unit.row) * kv_heads + kv_head;
-        if (thread == 0) is_last[0] = atomicAdd(arrived, 1u) + 1 == unit.parts;
+        if (threadIdx.x == 0) shared[0].is_last = atomicAdd(arrived, 1u) + 1 == unit.parts;
         __syncthreads();
-        if (is_last[0]) {  // written again only after the barriers of the next unit
+        if (shared[0].is_last) {  // written again only after the barriers of the next unit
             __threadfence();  // all arrivals before the parts
             join_parts(args, unit.row, kv_head, index / kv_heads - unit.part, unit.parts);
-            if (thread == 0) atomicExch(arrived, 0u);  // for the next layer's launch
+            if (threadIdx.x == 0) atomicExch(arrived, 0u);  // for the next layer's launch
         }
     }
 }

@@ -1,16 +1,17 @@
 // Rows of a prefill chunk against their sequence's keys, FlashAttention-2 (arXiv:2307.08691) with mma.sync.
 //
-// A block of eight warps takes (tile, kv head) pairs by stride. A tile's rows times the GROUP query heads of the kv head
-// are the M side: row m is position m / GROUP of the tile and head m % GROUP of the group, so 128 / GROUP positions fit
-// and each key is read once for all of them. A warp owns 16 of the M rows from scores to output. Keys come in tiles of
-// TILE_KEYS: while one is at work the next is on its way into the other buffer by cp.async.
+// A block of eight warps takes (tile, kv head) pairs by stride. A tile's rows times the GROUP query heads of the kv
+// head are the M side: row m is position m / GROUP of the tile and head m % GROUP of the group, so 128 / GROUP
+// positions fit and each key is read once for all of them. A warp owns 16 of the M rows from scores to output. Keys
+// come in tiles of TILE_KEYS: while one is at work the next is on its way into the other buffer by cp.async. A warp
+// goes through a tile SCORE_KEYS at a time and leaves out what none of its rows sees.
 //
-// Bound by flops: a key tile of 64 at D = 128 is 35 KB from L2 for 4.2 MFLOP, 120 FLOP a byte; and by the registers of O
-// and S beside Q (D = 128: 64 + 32 + 32), which allow one block of 256 threads a multiprocessor.
+// Bound by flops: a key tile of 64 at D = 128 is 35 KB from L2 for 4.2 MFLOP, 120 FLOP a byte; and by registers: at
+// D = 128 O takes 64, Q 32 and the scores 16 of 255, so one block of 256 threads runs on a multiprocessor, two at 64.
 //
-// In shared memory K is [key][D] and V is [dim][key], as in the cache. Rows are 16 bytes longer than what they hold: an
-// odd number of 16-byte units, so the eight rows of an ldmatrix tile lie in different banks. Two buffers take 70 KiB at
-// D = 128 (64 keys) and 73 KiB at D = 256 (32 keys); all sizes stay below the 99 KiB of sm_86 and sm_89.
+// In shared memory K is [key][D] and V is [dim][key], as in the cache. Rows are 16 bytes longer than what they hold:
+// an odd number of 16-byte units, so the eight rows of an ldmatrix tile lie in different banks. Two buffers take 70 KiB
+// at D = 128 (64 keys) and 73 KiB at D = 256 (32 keys); all sizes stay below the 99 KiB of sm_86 and sm_89.
 //
 // Lane 4 g + t of a warp holds, by m16n8k16: of Q and P rows g and g + 8; of scores the keys 8 j + 2 t and the next; of
 // the output the dims 8 i + 2 t and the next. The scores of two key octets are the A fragment of P V as they stand.
@@ -92,8 +93,8 @@ DEVICE void start_tile(elem* buffer, const AttnPrefillArgs& args, const u32* tab
     }
 }
 
-/// A place of the cache that nobody wrote may hold NaN, which a weight of zero does not silence: zeros V of these keys of
-/// the tile.
+/// A place of the cache that nobody wrote may hold NaN, which a weight of zero does not silence: zeros V of these keys
+/// of the tile.
 DEVICE void clear_values(elem* buffer, u32 first, u32 end) {
     for (u32 dim = threadIdx.x; dim < HEAD_DIM; dim += PREFILL_THREADS) {
         for (u32 key = first; key < end; ++key) buffer[KEY_ELEMS + dim * VALUE_STRIDE + key] = elem{0};

@@ -5,9 +5,9 @@
 // One thread takes 8 pairs of one head of one row: 16 bytes of the lower half and 16 of the upper, so D / 16 threads a
 // head. A qkv row is [q heads | k heads | v heads]. Bound by bytes: qkv once in, q and the cache once out.
 //
-// K goes into the cache as two stores of 16 bytes. V lies transposed there ([dim][16 tokens]), so a row writes 2 bytes in
-// each of D sectors, and 16 consecutive positions together fill them: L2 gathers the stores of a prefill chunk. A decode
-// step of 64 rows of Llama-3.1-8B touches 65,536 sectors a layer, 2 MB, which is small beside the keys it reads.
+// K goes into the cache as two stores of 16 bytes. V lies transposed there ([dim][16 tokens]), so a row writes 2 bytes
+// in each of D sectors, and 16 consecutive positions together fill them: L2 gathers the stores of a prefill chunk. A
+// decode step of 64 rows of Llama-3.1-8B touches 65,536 sectors a layer, 2 MB, small beside the keys it reads.
 //
 // Two rows with one slot race for it; only padding rows do that, and nobody reads what they write.
 

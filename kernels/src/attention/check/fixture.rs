@@ -8,6 +8,9 @@ use crate::device::step::{BLOCK_TOKENS, KvShape};
 
 const LAYERS: usize = 2;
 
+/// Entry of the block table for positions that left the window: a kernel that follows it leaves the arena.
+const NOBODY: u32 = u32::MAX;
+
 /// The layer that holds something.
 pub(super) const LAYER: usize = 1;
 
@@ -64,7 +67,7 @@ impl Fixture {
             let blocks = fixture.block_table.len();
             fixture.block_table.extend(
                 (0..end.div_ceil(BLOCK_TOKENS))
-                    .map(|block| if block < first / BLOCK_TOKENS { 0 } else { free.pop().unwrap_or(0) }),
+                    .map(|block| if block < first / BLOCK_TOKENS { NOBODY } else { free.pop().unwrap_or(0) }),
             );
             fixture.block_table.push(0);
             let elements = end * shape.kv_heads * shape.head_dim;
