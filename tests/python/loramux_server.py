@@ -53,7 +53,8 @@ class Server:
 
     live: list["Server"] = []
 
-    def __init__(self, *flags: str, env: dict | None = None, data_dir: str | None = None, api_key: str | None = None):
+    def __init__(self, *flags: str, env: dict | None = None, data_dir: str | None = None, api_key: str | None = None,
+                 start_timeout_s: float = START_TIMEOUT_S):
         self.log_file = tempfile.NamedTemporaryFile(prefix="loramux-", suffix=".log", delete=False)
         self.api_key = api_key
         command = [str(binary()), "--port", "0", "--log-format", "json", *flags]
@@ -68,7 +69,7 @@ class Server:
         self.pid = self.process.pid
         Server.live.append(self)
         try:
-            self.address = wait_until(self._address, "the log line `ready`", START_TIMEOUT_S)
+            self.address = wait_until(self._address, "the log line `ready`", start_timeout_s)
             self.base = f"http://{self.address}"
             self.http = httpx.Client(base_url=self.base, timeout=60.0, headers=self.headers, trust_env=False)
             wait_until(self.is_healthy, "/health answers 200", START_TIMEOUT_S)
