@@ -18,8 +18,15 @@ const EMULATOR: &[(&str, &str)] = &[
     ("emulator/races.h", include_str!("../emulator/races.h")),
 ];
 
-const FLAGS: &[&str] =
-    &["-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-fvisibility=hidden", "-ffp-contract=off"];
+const FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-gnu-unique",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-ftrivial-auto-var-init=pattern",
+];
 const RACES: &[&str] =
     &["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0"];
 const SANITIZE: &[&str] = &["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
