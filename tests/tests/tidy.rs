@@ -22,8 +22,13 @@ const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[
 /// An op that is one loop may be one file, up to this many lines, with its tests in it.
 const ONE_FILE_OP_LINES_MAX: usize = 120;
 
+/// Files of an op's form for a device: what launches its kernel, and what checks its results.
+const DEVICE_FILES: [&str; 2] = ["cuda", "check"];
+
 /// Folders of `kernels/src` that are no op, or lack a file of one: folder, file it lacks, why.
 const INCOMPLETE_OPS: &[(&str, &str, &str)] = &[
+    ("device", "cpu.rs", "no op: what the ops' forms for a device launch through, and the emulator"),
+    ("device", "tests.rs", "tests lie beside what they test, in the same folder's files"),
     ("lora", "cpu.rs", "no op: how adapters are packed and found; the arithmetic is in lora_shrink and lora_expand"),
     ("sampler", "cpu.rs", "runs on the CPU whatever the device; one file for each stage"),
     ("simd", "cpu.rs", "no op: the vector primitives that the ops share, one file for each instruction set"),
@@ -40,7 +45,7 @@ const OWN: [(&str, &[&str]); 6] = [
 ];
 
 /// Outside crates that live in one place: crate (or `prefix-*`), the crates of ours that may use it. Dev-dependencies are free.
-const OUTSIDE: [(&str, &[&str]); 16] = [
+const OUTSIDE: [(&str, &[&str]); 18] = [
     ("axum", &["router"]),
     ("hyper", &["router"]),
     ("hyper-util", &["router"]),
@@ -54,6 +59,8 @@ const OUTSIDE: [(&str, &[&str]); 16] = [
     ("object_store", &["router"]),
     ("candle-core", &["models", "kernels"]),
     ("candle-*", &[]),
+    ("cudarc", &["kernels", "server"]),
+    ("libloading", &["kernels", "server"]),
     ("prost", &["proto"]),
     ("prost-*", &["proto"]),
     ("clap", &["server"]),
@@ -100,6 +107,25 @@ fn every_crate_of_the_workspace_is_in_these_tables() {
     assert_eq!(OWN.len(), CRATES.len());
 }
 
+/// Whether a file belongs to an op's form for a device: `cuda.rs`, `check.rs`, or one of their variants (`cuda_lora.rs`).
+fn is_device_file(path: &Path) -> bool {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    DEVICE_FILES.iter().any(|name| stem == *name || stem.starts_with(&format!("{name}_")))
+}
+
+/// Files that an op's folder must have beside `mod.rs`.
+fn files_of_op(folder: &Path) -> Vec<&'static str> {
+    let (name, mod_rs) = (folder.to_string_lossy(), read(&root().join(folder).join("mod.rs")));
+    let is_one_file = files(&name, "rs").iter().all(|path| path.ends_with("mod.rs") || is_device_file(path))
+        && mod_rs.lines().count() <= ONE_FILE_OP_LINES_MAX
+        && mod_rs.contains("#[cfg(test)]");
+    let mut wanted = if is_one_file { Vec::new() } else { vec!["cpu.rs", "tests.rs"] };
+    if files(&name, "cu").iter().any(|path| path.parent() == Some(folder)) {
+        wanted.extend(["cuda.rs", "check.rs"]);
+    }
+    wanted
+}
+
 #[test]
 fn op_folders_are_complete() {
     let (mut found, mut folders) = (Vec::new(), 0);
@@ -107,33 +133,33 @@ fn op_folders_are_complete() {
         let folder = path.parent().expect("a file has a folder");
         let op = folder.file_name().expect("not the root").to_string_lossy();
         folders += 1;
-        let source = read(&root().join(path));
-        let is_one_file = files(&folder.to_string_lossy(), "rs").len() == 1;
-        if is_one_file && source.lines().count() <= ONE_FILE_OP_LINES_MAX && source.contains("#[cfg(test)]") {
-            continue;
-        }
-        for file in ["cpu.rs", "tests.rs"] {
+        for file in files_of_op(folder) {
             let excused = INCOMPLETE_OPS.iter().any(|(name, lacks, _)| *name == op && *lacks == file);
             if excused == root().join(folder).join(file).exists() {
-                found.push(format!(
-                    "{}: {file} is {}",
-                    folder.display(),
-                    if excused { "there, and excused" } else { "missing" }
-                ));
+                let fault = if excused { "there, and excused" } else { "missing" };
+                found.push(format!("{}: {file} is {fault}", folder.display()));
             }
         }
     }
     assert!(folders > 3, "ops have moved; this test looks at nothing");
     assert_none(
         found,
-        "an op is mod.rs (definition and checks), cpu.rs and tests.rs in one folder; a short one is one file with its tests",
+        "an op is mod.rs (definition and checks), cpu.rs and tests.rs in one folder, with cuda.rs and check.rs if it has a \
+         kernel; a short one is one file with its tests, beside those of its kernel",
     );
 }
+
+/// Files that may read the environment, and why.
+const ENVIRONMENT_READERS: &[(&str, &str)] = &[
+    ("server/src/config.rs", "the one place; all others are given values"),
+    ("kernels/src/device/testing.rs", "compiled for tests only"),
+];
 
 #[test]
 fn the_environment_is_read_in_one_file() {
     let mut found = Vec::new();
-    for path in rust_files().iter().filter(|path| !is_test(path) && !path.ends_with("server/src/config.rs")) {
+    let may_read = |path: &Path| ENVIRONMENT_READERS.iter().any(|(file, _)| path == Path::new(file));
+    for path in rust_files().iter().filter(|path| !is_test(path) && !may_read(path)) {
         let in_build_script = path.ends_with("build.rs"); // cargo speaks to build scripts through variables
         let code = code_only(&read(&root().join(path)));
         for (at, line) in code.lines().enumerate().filter(|_| !in_build_script) {
