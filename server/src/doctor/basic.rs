@@ -6,7 +6,7 @@ use std::time::Instant;
 use loramux_kernels::cuda::{CHECKS, programs};
 use loramux_kernels::device::check::{CheckError, Checker, Effort};
 use loramux_kernels::device::{
-    CodeCache, DeviceError, Elem, GemmOut, GemmShape, ModelShape, Nvrtc, SharedDevice, probe,
+    CodeCache, Device, DeviceError, Elem, GemmOut, GemmShape, ModelShape, Nvrtc, SharedDevice, probe,
 };
 use loramux_kernels::isa_name;
 

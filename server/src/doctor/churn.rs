@@ -94,7 +94,7 @@ fn run(device: &SharedDevice, args: &DoctorArgs, size: Size) -> anyhow::Result<(
     let options = demo_options(args, &files.model);
     let config = std::fs::read_to_string(files.model.join("config.json"))?;
     let spec = DecoderSpec::from_config(&config)?;
-    let mut runner = Runner::new(launch::load_on(Some(device), &options, &mut |_, _, _| {})?, args.seed);
+    let mut runner = Runner::new(launch::load_on(Some(device), &options, Vec::new(), &mut |_, _, _| {})?, args.seed);
     let dir = TempDir::new("churn")?;
     let limit = tolerance(launch::elem(args.dtype)?);
     let mut adapters = Vec::new();

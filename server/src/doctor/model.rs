@@ -145,8 +145,8 @@ impl Pair {
         let files = demo_files()?;
         let options = demo_options(args, &files.model);
         let cpu = ShardOptions { dtype: DtypeChoice::Bf16, ..options.clone() };
-        let mut cpu = Runner::new(launch::load_on(None, &cpu, &mut |_, _, _| {})?, args.seed);
-        let on_device = launch::load_on(Some(device), &options, &mut |_, _, _| {})?;
+        let mut cpu = Runner::new(launch::load_on(None, &cpu, Vec::new(), &mut |_, _, _| {})?, args.seed);
+        let on_device = launch::load_on(Some(device), &options, Vec::new(), &mut |_, _, _| {})?;
         let mut device = Runner::new(on_device, args.seed ^ 1);
         let (mut cpu_adapters, mut device_adapters) = (Vec::new(), Vec::new());
         for (slot, (_, dir)) in files.adapters.iter().enumerate() {
