@@ -103,7 +103,7 @@ impl std::fmt::Display for DeviceChoice {
 /// Storage type of weights, KV and adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub(crate) enum DtypeChoice {
-    /// f32 for an f32 checkpoint, else bf16
+    /// f32 for an f32 checkpoint on the CPU, else bf16
     Auto,
     /// 2 bytes a value: weights in bf16; KV cache and adapters in f16 on the CPU, bf16 on a GPU; sums in f32
     #[value(name = "bfloat16", alias = "bf16")]
