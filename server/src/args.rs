@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
 /// One base model and thousands of LoRA adapters from one device, behind the OpenAI API.
@@ -30,6 +31,10 @@ Every flag is also an environment variable: --max-num-seqs is LORAMUX_MAX_NUM_SE
 pub(crate) enum Command {
     /// Serve (what happens without a subcommand too)
     Serve(Box<ServeArgs>),
+    /// Look at this machine: what works, what does not, and what to do about it
+    Doctor(Box<DoctorArgs>),
+    /// Compile the CUDA kernels of models into the cache; needs the compiler (NVRTC) and no GPU
+    WarmKernels(WarmArgs),
     /// Execute steps for a router; started by `serve`
     #[command(hide = true)]
     Shard(ShardArgs),

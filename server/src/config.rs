@@ -181,7 +181,7 @@ fn unpack_demo(args: &ServeArgs) -> Result<(PathBuf, Named), ConfigError> {
     Ok((unpacked.model, unpacked.adapters))
 }
 
-fn default_data_dir() -> PathBuf {
+pub(crate) fn default_data_dir() -> PathBuf {
     let dir = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache")));
     cache.unwrap_or_else(std::env::temp_dir).join("loramux")

@@ -3,6 +3,7 @@
 mod args;
 mod config;
 mod demo;
+mod doctor;
 mod serve;
 mod shard;
 mod terminal;
@@ -16,12 +17,14 @@ use args::{Cli, Command, ShardArgs};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match cli.command {
-        None => serve::main(cli.serve),
-        Some(Command::Serve(args)) => serve::main(*args),
-        Some(Command::Shard(args)) => shard_main(&args),
+        None => serve::main(cli.serve).map(|()| ExitCode::SUCCESS),
+        Some(Command::Serve(args)) => serve::main(*args).map(|()| ExitCode::SUCCESS),
+        Some(Command::Doctor(args)) => doctor::main(&args),
+        Some(Command::WarmKernels(args)) => doctor::warm::main(&args).map(|()| ExitCode::SUCCESS),
+        Some(Command::Shard(args)) => shard_main(&args).map(|()| ExitCode::SUCCESS),
     };
     match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -209,6 +209,12 @@ impl Nvrtc {
         Ok(compiled)
     }
 
+    /// Whether [`Nvrtc::compile_cached`] would find the program in the cache.
+    #[must_use]
+    pub fn is_cached(&self, program: &Program, arch: &str, cache: &CodeCache) -> bool {
+        cache.get(&self.key(program, arch)).as_deref().and_then(decode).is_some()
+    }
+
     fn key(&self, program: &Program, arch: &str) -> String {
         let mut key = Key::default().part(&self.library.version).part(program.source.text).part(program.entry);
         for (name, header) in Program::HEADERS {

@@ -97,7 +97,7 @@ impl DecoderOps for CpuOps<'_> {
         };
         linear(y, x, weight, bias)?;
         lora_shrink(&mut space.lora, x, self.arena, self.table, layer, lora, &self.batch.work)?;
-        lora_expand(y, &mut space.lora, self.arena, self.table, layer, lora, &self.batch.work)
+        lora_expand(y, &space.lora, self.arena, self.table, layer, lora, &self.batch.work)
     }
 
     fn rope_store(&mut self, layer: usize) -> Result<(), OpError> {

@@ -17,27 +17,40 @@ pub(super) fn load(
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Box<dyn Execute>, StartError> {
     let mut notes = Vec::new();
-    let opened = match options.device {
+    let opened: Option<SharedDevice> = match options.device {
         DeviceChoice::Cpu => None,
         DeviceChoice::Auto => match open_cuda(options, 0) {
-            Ok(device) => Some(device),
+            Ok(device) => Some(device as SharedDevice),
             Err(error) => {
                 notes.push(format!("no GPU, so the CPU computes: {error}"));
                 None
             }
         },
-        DeviceChoice::Cuda(index) => Some(open_cuda(options, index).map_err(|error| refused(options, error))?),
+        DeviceChoice::Cuda(index) => {
+            Some(open_cuda(options, index).map_err(|error| refused(options, error))? as SharedDevice)
+        }
         DeviceChoice::Emulated => Some(open_emulated(options).map_err(|error| refused(options, error))?),
     };
-    let Some(device) = opened else { return Ok(Box::new(Executor::load(options, notes, progress)?)) };
-    Ok(Box::new(DeviceExecutor::load(&device, elem(options.dtype)?, options, progress)?))
+    load_on(opened.as_ref(), options, notes, progress)
+}
+
+/// Loads the model on a device that is open, or on the CPU.
+pub(crate) fn load_on(
+    device: Option<&SharedDevice>,
+    options: &ShardOptions,
+    notes: Vec<String>,
+    progress: &mut dyn FnMut(&str, u64, u64),
+) -> Result<Box<dyn Execute>, StartError> {
+    let Some(device) = device else { return Ok(Box::new(Executor::load(options, notes, progress)?)) };
+    Ok(Box::new(DeviceExecutor::load(device, elem(options.dtype)?, options, progress)?))
 }
 
 fn refused(options: &ShardOptions, error: DeviceError) -> StartError {
     StartError::Device { choice: options.device.to_string(), error }
 }
 
-fn elem(choice: DtypeChoice) -> Result<Elem, StartError> {
+/// The 16-bit type that a device computes in.
+pub(crate) fn elem(choice: DtypeChoice) -> Result<Elem, StartError> {
     match choice {
         DtypeChoice::Auto | DtypeChoice::Bf16 => Ok(Elem::Bf16),
         DtypeChoice::F16 => Ok(Elem::F16),
@@ -48,7 +61,8 @@ fn elem(choice: DtypeChoice) -> Result<Elem, StartError> {
     }
 }
 
-fn open_cuda(options: &ShardOptions, index: u32) -> Result<SharedDevice, DeviceError> {
+/// Opens a GPU.
+pub(crate) fn open_cuda(options: &ShardOptions, index: u32) -> Result<Rc<CudaDevice>, DeviceError> {
     let cuda = CudaOptions {
         libraries: options.cuda_paths.libraries(),
         ordinal: index,
@@ -58,7 +72,8 @@ fn open_cuda(options: &ShardOptions, index: u32) -> Result<SharedDevice, DeviceE
     Ok(Rc::new(CudaDevice::open(&cuda)?))
 }
 
-fn open_emulated(options: &ShardOptions) -> Result<SharedDevice, DeviceError> {
+/// Starts the emulator.
+pub(crate) fn open_emulated(options: &ShardOptions) -> Result<SharedDevice, DeviceError> {
     let emulated = EmulatedOptions {
         cache_dir: options.kernel_cache_dir.clone(),
         schedule: Schedule::RoundRobin,

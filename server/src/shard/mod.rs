@@ -7,7 +7,7 @@
 mod batch;
 mod device;
 pub(crate) mod in_process;
-mod launch;
+pub(crate) mod launch;
 mod memory;
 mod options;
 pub(crate) mod process;
@@ -25,8 +25,8 @@ use loramux_proto::{
 };
 
 pub(crate) use options::{CudaPaths, DeviceChoice, DtypeChoice, LoadFormatChoice, ShardOptions};
-use run::ShardFault;
-use slab::Slab;
+pub(crate) use run::ShardFault;
+pub(crate) use slab::Slab;
 
 /// Takes what the shard has to say; safe to call from any of its threads.
 pub(crate) type Reply = Arc<dyn Fn(from_shard::Body) + Send + Sync>;
@@ -49,7 +49,7 @@ pub(crate) fn serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &R
 }
 
 /// Executes steps, on the CPU or on a device. Steps are answered in the order in which they were submitted.
-trait Execute {
+pub(crate) trait Execute {
     /// What the router needs to plan.
     fn info(&self) -> &Info;
 

@@ -27,7 +27,7 @@ const SLOTS_MAX: usize = 1 << 16;
 
 /// Why the shard cannot go on. A scheduler that obeys its own rules never causes one.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ShardFault {
+pub(crate) enum ShardFault {
     #[error("step names sequence {0}, which was never started")]
     UnknownSequence(u64),
     #[error("malformed step: {0}")]
@@ -44,7 +44,7 @@ pub(super) enum ShardFault {
 
 /// Why the shard could not start.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum StartError {
+pub(crate) enum StartError {
     #[error(transparent)]
     Model(#[from] ModelError),
     #[error("cannot reserve {bytes} bytes for the arena: {error}; set --arena-bytes lower")]

@@ -105,7 +105,7 @@ fn launch(
         block_x: threads,
         dynamic_shared_bytes: shared_bytes,
         schedule: options.schedule as u32,
-        flags: u32::from(options.races),
+        flags: u32::from(options.races && !options.sanitize),
         seed: options.seed,
     };
     let mut error = [0 as c_char; 1024];
