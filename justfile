@@ -22,6 +22,14 @@ clippy:
 test:
     cargo test --release --workspace
 
+# Every CUDA kernel compiles for every architecture, without spills and within its budget: needs no GPU
+kernels:
+    ./test.sh kernels
+
+# The emulator's self-test, and the kernels on it under sanitizers: needs g++
+emulator:
+    ./test.sh emulator
+
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 

