@@ -86,10 +86,16 @@ struct Running {
 }
 
 impl Runner {
-    /// Half of the pages are for adapters, half for KV blocks, which are handed out in a shuffled order.
+    /// Half of the pages are for adapters.
     pub(crate) fn new(executor: Box<dyn Execute>, seed: u64) -> Self {
+        let adapter_pages = executor.info().pages_total / 2;
+        Self::with_pages(executor, adapter_pages, seed)
+    }
+
+    /// Some of the pages are for adapters, the others for KV blocks, which are handed out in a shuffled order.
+    pub(crate) fn with_pages(executor: Box<dyn Execute>, adapter_pages: u32, seed: u64) -> Self {
         let info = executor.info().clone();
-        let adapter_pages = info.pages_total / 2;
+        let adapter_pages = adapter_pages.min(info.pages_total);
         let first = adapter_pages * info.blocks_per_page;
         let mut free_blocks: Vec<u32> = (first..info.pages_total * info.blocks_per_page).collect();
         let mut random = Random::new(seed);
@@ -165,6 +171,11 @@ impl Runner {
     /// Steps that the shard wants in flight.
     pub(crate) fn depth(&self) -> usize {
         (self.info.pipeline_depth as usize).max(1)
+    }
+
+    /// Launches of a decode of `rows` rows, if it is one graph.
+    pub(crate) fn graph_nodes(&self, rows: usize, adapters: bool) -> Option<usize> {
+        self.executor.graph_nodes(rows, adapters)
     }
 
     pub(crate) fn in_flight(&self) -> usize {
