@@ -190,7 +190,10 @@ impl Churn {
         let started = Instant::now();
         // Sequences whose answers have come: the next step forgets them.
         let mut finishes = Vec::new();
+        let steps_max = 1000 + 100 * self.size.switches;
         while self.outcome.switches < self.size.switches || self.outcome.answers == 0 {
+            let steps = self.outcome.steps;
+            ensure!(steps < steps_max, "uploads do not arrive: {} in {steps} steps", self.outcome.switches);
             let mut step = Step { finishes: std::mem::take(&mut finishes), ..Step::default() };
             self.add_uploads(&mut step)?;
             let seqs = self.add_rows(&mut step)?;

@@ -75,6 +75,18 @@ pub(crate) struct Runner {
     slots: HashMap<u32, Vec<u32>>,
 }
 
+/// Reads an adapter into a shard's host memory.
+pub(crate) fn prepare(executor: &dyn Execute, dir: &Path) -> anyhow::Result<Prepared> {
+    let request = PrepareAdapter { request_id: 0, dir: dir.display().to_string(), rank_max: 0 };
+    match executor.slab().prepare(&request).outcome {
+        Some(prepared::Outcome::Report(report)) => {
+            Ok(Prepared { content_id: report.content_id, pages: report.pages_needed })
+        }
+        Some(prepared::Outcome::Error(error)) => bail!("adapter {}: {}", dir.display(), error.message),
+        None => bail!("adapter {}: no answer", dir.display()),
+    }
+}
+
 /// A sequence on its way.
 struct Running {
     seq: u64,
@@ -113,14 +125,7 @@ impl Runner {
 
     /// Reads an adapter into host memory.
     pub(crate) fn prepare(&self, dir: &Path) -> anyhow::Result<Prepared> {
-        let request = PrepareAdapter { request_id: 0, dir: dir.display().to_string(), rank_max: 0 };
-        match self.executor.slab().prepare(&request).outcome {
-            Some(prepared::Outcome::Report(report)) => {
-                Ok(Prepared { content_id: report.content_id, pages: report.pages_needed })
-            }
-            Some(prepared::Outcome::Error(error)) => bail!("adapter {}: {}", dir.display(), error.message),
-            None => bail!("adapter {}: no answer", dir.display()),
-        }
+        prepare(&*self.executor, dir)
     }
 
     /// Brings an adapter into a slot and waits until it is there.
