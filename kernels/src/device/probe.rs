@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use super::check::Random;
-use super::{DeviceBuffer, DeviceError, Event, GemmOut, GemmShape, Priority, SharedDevice, Stream};
+use super::{DeviceBuffer, DeviceError, Elem, Event, GemmOut, GemmShape, Priority, SharedDevice, Stream};
 
 /// Elements of random data that are drawn on the host; the device repeats them.
 const DRAWN: usize = 1 << 16;
@@ -31,8 +31,8 @@ pub fn copy_gb_per_s(device: &SharedDevice, bytes: usize, runs: usize) -> Result
 pub fn gemm_tflop_per_s(device: &SharedDevice, shape: GemmShape, runs: usize) -> Result<f64, DeviceError> {
     let timer = Timer::new(device)?;
     let GemmShape { rows, d_out, d_in, out, .. } = shape;
-    let x = random(device, timer.stream, shape, rows * d_in)?;
-    let weight = random(device, timer.stream, shape, d_out * d_in)?;
+    let x = random(device, timer.stream, shape.elem, rows * d_in)?;
+    let weight = random(device, timer.stream, shape.elem, d_out * d_in)?;
     let y = DeviceBuffer::new(device, rows * d_out * if out == GemmOut::F32 { 4 } else { 2 })?;
     let plan = device.gemm_plan(shape)?;
     let seconds = timer.seconds(runs, || {
@@ -42,10 +42,13 @@ pub fn gemm_tflop_per_s(device: &SharedDevice, shape: GemmShape, runs: usize) ->
     Ok(2.0 * (rows * d_out * d_in) as f64 / seconds / 1e12)
 }
 
-/// `count` elements: the power that a GPU draws, and so its clock, depends on the data.
-fn random(device: &SharedDevice, stream: Stream, shape: GemmShape, count: usize) -> Result<DeviceBuffer, DeviceError> {
+/// Device memory with `count` random elements in -1..1: the power that a GPU draws, and so its clock, depends on the data.
+///
+/// # Errors
+/// [`DeviceError`] of the driver.
+pub fn random(device: &SharedDevice, stream: Stream, elem: Elem, count: usize) -> Result<DeviceBuffer, DeviceError> {
     let buffer = DeviceBuffer::new(device, count * 2)?;
-    let drawn = Random::new(count as u64).elems(shape.elem, count.min(DRAWN), 1.0);
+    let drawn = Random::new(count as u64).elems(elem, count.min(DRAWN), 1.0);
     buffer.write(stream, 0, &drawn)?;
     let mut filled = drawn.len();
     while filled < count {
@@ -94,7 +97,7 @@ impl Timer {
 mod tests {
     use super::*;
     use crate::device::testing::emulator_with;
-    use crate::device::{Asynchrony, Elem, Schedule};
+    use crate::device::{Asynchrony, Schedule};
 
     #[test]
     fn rates_are_positive_and_finite_on_the_emulator() {
@@ -110,9 +113,8 @@ mod tests {
     fn random_data_fills_every_element() {
         let device: SharedDevice = Rc::new(emulator_with(Schedule::RoundRobin, false, Asynchrony::Eager));
         let stream = device.stream(Priority::High).unwrap();
-        let shape = GemmShape { rows: 1, d_out: 1, d_in: 1, elem: Elem::F16, out: GemmOut::Elem };
         let count = 3 * DRAWN + 17;
-        let values: Vec<u16> = random(&device, stream, shape, count).unwrap().read(stream, 0, count).unwrap();
+        let values: Vec<u16> = random(&device, stream, Elem::F16, count).unwrap().read(stream, 0, count).unwrap();
         assert!(values.iter().all(|&bits| Elem::F16.from_bits(bits).abs() <= 1.0), "new memory is NaN");
         assert_eq!(values[DRAWN..2 * DRAWN], values[..DRAWN]);
     }

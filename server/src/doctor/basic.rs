@@ -13,7 +13,7 @@ use loramux_kernels::isa_name;
 use super::args::DoctorArgs;
 use super::machine::{Machine, advice};
 use super::report::{Report, Section, Status};
-use super::warm;
+use super::{model, warm};
 use crate::shard::{DeviceChoice, launch};
 
 /// Looks at everything that takes seconds.
@@ -22,7 +22,7 @@ pub(crate) fn report(machine: &Machine, args: &DoctorArgs) -> Report {
     if machine.device.is_none() {
         sections.push(compiler(machine));
     }
-    sections.push(cpu());
+    sections.push(cpu(args));
     if let Some(device) = &machine.device {
         match launch::elem(args.dtype) {
             Ok(elem) => {
@@ -41,6 +41,7 @@ pub(crate) fn report(machine: &Machine, args: &DoctorArgs) -> Report {
         kind: "doctor",
         device: machine.choice.to_string(),
         is_emulated: machine.is_emulated(),
+        setup: serde_json::Map::new(),
         sections,
         verdict: String::new(),
     };
@@ -97,19 +98,26 @@ fn compiler(machine: &Machine) -> Section {
             section.push(Status::Ok, "nvrtc", text).field("version", &*library.version);
         }
         Err(error) => {
-            drop(section.push(Status::Info, "nvrtc", format!("{error} (only a GPU and warm-kernels need it)")))
+            section.push(Status::Info, "nvrtc", format!("{error} (only a GPU and warm-kernels need it)"));
         }
     }
     section
 }
 
-fn cpu() -> Section {
+/// The CPU's kernels: a text that is generated alone and in a batch is the same, token by token.
+fn cpu(args: &DoctorArgs) -> Section {
     let mut section = Section::new("cpu");
     let threads = rayon::current_num_threads();
     section
         .push(Status::Info, "kernels", format!("{}, {threads} threads", isa_name()))
         .field("isa", isa_name())
         .field("threads", threads);
+    match model::cpu_agrees(args) {
+        Ok(tokens) => {
+            section.push(Status::Ok, "built-in model", format!("{tokens} tokens alone and in a batch, the same"))
+        }
+        Err(error) => section.push(Status::Failed, "built-in model", format!("{error:#}")),
+    };
     section
 }
 
@@ -126,7 +134,9 @@ fn kernels(machine: &Machine, device: &SharedDevice, elem: Elem) -> Section {
     for program in &programs {
         match device.load(program) {
             Ok(_) => loaded += 1,
-            Err(error) => drop(section.push(Status::Failed, program.entry, error.to_string())),
+            Err(error) => {
+                let _ = section.push(Status::Failed, program.entry, error.to_string());
+            }
         }
     }
     let ms = started.elapsed().as_millis() as u64;
@@ -202,7 +212,9 @@ fn speed(machine: &Machine, device: &SharedDevice, elem: Elem) -> Section {
                 .push(Status::Info, "product", format!("{gemm:.3} TFLOP/s, random data{note}"))
                 .field("tflop_per_s", gemm);
         }
-        Err(error) => drop(section.push(Status::Failed, "speed", error.to_string())),
+        Err(error) => {
+            let _ = section.push(Status::Failed, "speed", error.to_string());
+        }
     }
     section
 }

@@ -60,7 +60,9 @@ pub(crate) fn section(machine: &Machine, device: &SharedDevice, args: &DoctorArg
     };
     match run(device, args, size) {
         Ok((outcome, size)) => report(&mut section, &outcome, size),
-        Err(error) => drop(section.push(Status::Failed, "churn", format!("{error:#}"))),
+        Err(error) => {
+            section.push(Status::Failed, "churn", format!("{error:#}"));
+        }
     }
     section
 }
@@ -96,7 +98,7 @@ fn run(device: &SharedDevice, args: &DoctorArgs, size: Size) -> anyhow::Result<(
     let spec = DecoderSpec::from_config(&config)?;
     let mut runner = Runner::new(launch::load_on(Some(device), &options, Vec::new(), &mut |_, _, _| {})?, args.seed);
     let dir = TempDir::new("churn")?;
-    let limit = tolerance(launch::elem(args.dtype)?);
+    let limit = tolerance(launch::elem(args.dtype)?).each;
     let mut adapters = Vec::new();
     for at in 0..size.adapters {
         let path = dir.0.join(format!("{at}"));
@@ -188,7 +190,10 @@ impl Churn {
         let started = Instant::now();
         // Sequences whose answers have come: the next step forgets them.
         let mut finishes = Vec::new();
+        let steps_max = 1000 + 100 * self.size.switches;
         while self.outcome.switches < self.size.switches || self.outcome.answers == 0 {
+            let steps = self.outcome.steps;
+            ensure!(steps < steps_max, "uploads do not arrive: {} in {steps} steps", self.outcome.switches);
             let mut step = Step { finishes: std::mem::take(&mut finishes), ..Step::default() };
             self.add_uploads(&mut step)?;
             let seqs = self.add_rows(&mut step)?;
@@ -226,11 +231,10 @@ impl Churn {
     fn add_rows(&mut self, step: &mut Step) -> anyhow::Result<Vec<u64>> {
         let (mut rows, decodes_only) = (Vec::new(), self.random.below(2) == 0);
         for _ in 0..=self.random.below(self.size.rows) {
-            let slot = self.random.below(self.slots.len() + 1);
-            let held = self.slots.get(slot).copied().flatten().filter(|held| held.is_published);
-            // A slot without an adapter now, or none at all: a row of the base model.
-            let (adapter, refs) = match held {
-                Some(Held { adapter, generation, .. }) => {
+            let held = self.slots.iter().enumerate().filter_map(|(slot, held)| Some((slot, (*held)?)));
+            let there: Vec<(usize, Held)> = held.filter(|(_, held)| held.is_published).collect();
+            let (adapter, refs) = match there.get(self.random.below(there.len() + 1)) {
+                Some(&(slot, Held { adapter, generation, .. })) => {
                     (adapter, vec![AdapterRef { slot: slot as u32, generation, scale: 1.0 }])
                 }
                 None => (self.adapters.len(), Vec::new()),

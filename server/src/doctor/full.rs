@@ -33,6 +33,7 @@ pub(crate) fn report(machine: &Machine, args: &DoctorArgs) -> Report {
         kind: "doctor --full",
         device: machine.choice.to_string(),
         is_emulated: machine.is_emulated(),
+        setup: serde_json::Map::new(),
         sections,
         verdict: String::new(),
     };

@@ -6,6 +6,7 @@
 mod adapters;
 pub(crate) mod args;
 mod basic;
+mod bench;
 mod churn;
 mod full;
 mod machine;
@@ -28,7 +29,11 @@ use crate::terminal::init_logs;
 pub(crate) fn main(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     init_logs(LogFormat::Text, "warn").map_err(|e| anyhow!(e))?;
     let machine = Machine::open(args);
-    let report = if args.full { full::report(&machine, args) } else { basic::report(&machine, args) };
+    let report = match args.bench {
+        Some(tier) => bench::report(&machine, args, tier),
+        None if args.full => full::report(&machine, args),
+        None => basic::report(&machine, args),
+    };
     print(&report, args)?;
     Ok(if report.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

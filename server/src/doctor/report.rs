@@ -88,6 +88,8 @@ pub(crate) struct Report {
     pub(crate) device: String,
     /// Whether the host emulator stood in for a GPU: then its times say nothing about speed.
     pub(crate) is_emulated: bool,
+    /// What a figure depends on: model, seed, revision, library versions, clocks. Empty for checks.
+    pub(crate) setup: Map<String, Value>,
     pub(crate) sections: Vec<Section>,
     /// In plain words: what works, and what to do if something does not.
     pub(crate) verdict: String,
@@ -118,6 +120,7 @@ impl Report {
             "device": self.device,
             "is_emulated": self.is_emulated,
             "ok": self.is_ok(),
+            "setup": self.setup,
             "sections": self.sections.iter().map(section).collect::<Vec<_>>(),
             "verdict": self.verdict,
         })
@@ -158,6 +161,7 @@ mod tests {
             kind: "doctor",
             device: "cpu".into(),
             is_emulated: false,
+            setup: Map::new(),
             sections: vec![section],
             verdict: "One thing\nfailed".into(),
         };

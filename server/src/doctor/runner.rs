@@ -75,6 +75,18 @@ pub(crate) struct Runner {
     slots: HashMap<u32, Vec<u32>>,
 }
 
+/// Reads an adapter into a shard's host memory.
+pub(crate) fn prepare(executor: &dyn Execute, dir: &Path) -> anyhow::Result<Prepared> {
+    let request = PrepareAdapter { request_id: 0, dir: dir.display().to_string(), rank_max: 0 };
+    match executor.slab().prepare(&request).outcome {
+        Some(prepared::Outcome::Report(report)) => {
+            Ok(Prepared { content_id: report.content_id, pages: report.pages_needed })
+        }
+        Some(prepared::Outcome::Error(error)) => bail!("adapter {}: {}", dir.display(), error.message),
+        None => bail!("adapter {}: no answer", dir.display()),
+    }
+}
+
 /// A sequence on its way.
 struct Running {
     seq: u64,
@@ -86,10 +98,16 @@ struct Running {
 }
 
 impl Runner {
-    /// Half of the pages are for adapters, half for KV blocks, which are handed out in a shuffled order.
+    /// Half of the pages are for adapters.
     pub(crate) fn new(executor: Box<dyn Execute>, seed: u64) -> Self {
+        let adapter_pages = executor.info().pages_total / 2;
+        Self::with_pages(executor, adapter_pages, seed)
+    }
+
+    /// Some of the pages are for adapters, the others for KV blocks, which are handed out in a shuffled order.
+    pub(crate) fn with_pages(executor: Box<dyn Execute>, adapter_pages: u32, seed: u64) -> Self {
         let info = executor.info().clone();
-        let adapter_pages = info.pages_total / 2;
+        let adapter_pages = adapter_pages.min(info.pages_total);
         let first = adapter_pages * info.blocks_per_page;
         let mut free_blocks: Vec<u32> = (first..info.pages_total * info.blocks_per_page).collect();
         let mut random = Random::new(seed);
@@ -107,14 +125,7 @@ impl Runner {
 
     /// Reads an adapter into host memory.
     pub(crate) fn prepare(&self, dir: &Path) -> anyhow::Result<Prepared> {
-        let request = PrepareAdapter { request_id: 0, dir: dir.display().to_string(), rank_max: 0 };
-        match self.executor.slab().prepare(&request).outcome {
-            Some(prepared::Outcome::Report(report)) => {
-                Ok(Prepared { content_id: report.content_id, pages: report.pages_needed })
-            }
-            Some(prepared::Outcome::Error(error)) => bail!("adapter {}: {}", dir.display(), error.message),
-            None => bail!("adapter {}: no answer", dir.display()),
-        }
+        prepare(&*self.executor, dir)
     }
 
     /// Brings an adapter into a slot and waits until it is there.
@@ -165,6 +176,11 @@ impl Runner {
     /// Steps that the shard wants in flight.
     pub(crate) fn depth(&self) -> usize {
         (self.info.pipeline_depth as usize).max(1)
+    }
+
+    /// Launches of a decode of `rows` rows, if it is one graph.
+    pub(crate) fn graph_nodes(&self, rows: usize, adapters: bool) -> Option<usize> {
+        self.executor.graph_nodes(rows, adapters)
     }
 
     pub(crate) fn in_flight(&self) -> usize {

@@ -70,6 +70,11 @@ pub(crate) trait Execute {
     /// # Errors
     /// A [`ShardFault`]: the shard cannot go on.
     fn poll(&mut self, wait: bool) -> Result<Option<StepResult>, ShardFault>;
+
+    /// Nodes of the graph that a decode of `rows` rows replays; `None` if it is not one graph. For benchmarks.
+    fn graph_nodes(&self, _rows: usize, _adapters: bool) -> Option<usize> {
+        None
+    }
 }
 
 /// How long the thread sleeps for a message while a device works: the longest that a result waits to be read.

@@ -116,6 +116,11 @@ impl Execute for DeviceExecutor {
         let Some(flight) = self.flights.pop_front() else { return Ok(None) };
         Ok(Some(self.land(flight)))
     }
+
+    fn graph_nodes(&self, rows: usize, adapters: bool) -> Option<usize> {
+        let (_, graph) = self.graphs.find(rows, adapters)?;
+        Some(self.engine.device.graph_nodes(graph))
+    }
 }
 
 impl DeviceExecutor {
