@@ -67,7 +67,7 @@ pub(crate) fn cpu_agrees(args: &DoctorArgs) -> anyhow::Result<usize> {
     let files = demo_files()?;
     // Its own type: the one that was asked for may be one that only a device has.
     let options = ShardOptions { dtype: DtypeChoice::Auto, ..demo_options(args, &files.model) };
-    let mut runner = Runner::new(launch::load_on(None, &options, &mut |_, _, _| {})?, args.seed);
+    let mut runner = Runner::new(launch::load_on(None, &options, Vec::new(), &mut |_, _, _| {})?, args.seed);
     let (vocab, mut random) = (runner.info().vocab_size as usize, Random::new(args.seed));
     let jobs: Vec<Job> = [3, 20, 9]
         .into_iter()

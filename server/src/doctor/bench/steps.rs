@@ -123,7 +123,7 @@ impl Bench {
             host_adapter_bytes: if setting.is_emulated { 64 << 20 } else { 2 << 30 },
             ..shard_options(setting.args)
         };
-        let executor = launch::load_on(Some(setting.device), &options, &mut |_, _, _| {})?;
+        let executor = launch::load_on(Some(setting.device), &options, Vec::new(), &mut |_, _, _| {})?;
         let mut ranks: Vec<usize> = grid.mixes.iter().flat_map(|(_, ranks)| ranks.iter().copied()).collect();
         ranks.sort_unstable();
         ranks.dedup();
