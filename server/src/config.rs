@@ -232,16 +232,17 @@ fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOpt
         threads: args.engine.threads,
         device: args.model.device,
         host_adapter_bytes: args.adapters.host_adapter_memory,
-        kernel_cache_dir: args.model.kernel_cache_dir.clone().unwrap_or_else(default_kernel_cache_dir),
+        kernel_cache_dir: kernel_cache_dir(args.model.kernel_cache_dir.as_deref()),
         cuda_paths: cuda_paths(&args.model.cuda_libraries),
         fuse_activation: args.model.cuda_fuse.contains(&Fusion::Activation),
         fuse_norm: args.model.cuda_fuse.contains(&Fusion::Norm),
     }
 }
 
-/// `~/.cache/loramux/kernels`.
-pub(crate) fn default_kernel_cache_dir() -> PathBuf {
-    default_data_dir().join("kernels")
+/// The folder that was typed, or `~/.cache/loramux/kernels`. Absolute: what is compiled there may name its neighbours.
+pub(crate) fn kernel_cache_dir(typed: Option<&Path>) -> PathBuf {
+    let dir = typed.map_or_else(|| default_data_dir().join("kernels"), Path::to_path_buf);
+    std::path::absolute(&dir).unwrap_or(dir)
 }
 
 /// Where CUDA's libraries may be: the folders typed, and what the environment says.

@@ -102,7 +102,7 @@ pub(crate) fn shard_options(args: &DoctorArgs) -> ShardOptions {
         threads: None,
         device: args.device,
         host_adapter_bytes: 64 << 20,
-        kernel_cache_dir: args.cuda.kernel_cache.clone().unwrap_or_else(config::default_kernel_cache_dir),
+        kernel_cache_dir: config::kernel_cache_dir(args.cuda.kernel_cache.as_deref()),
         cuda_paths: config::cuda_paths(&args.cuda.cuda_libraries),
         fuse_activation: false,
         fuse_norm: false,

@@ -23,7 +23,7 @@ pub(crate) fn main(args: &WarmArgs) -> anyhow::Result<()> {
             "{error}\n  `pip install nvidia-cuda-nvrtc` brings the compiler; --cuda-libraries names a folder that has it"
         )
     })?;
-    let dir = args.cuda.kernel_cache.clone().unwrap_or_else(config::default_kernel_cache_dir);
+    let dir = config::kernel_cache_dir(args.cuda.kernel_cache.as_deref());
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let cache = CodeCache::new(Some(dir.clone()));
     let programs = programs(&shapes);

@@ -50,7 +50,8 @@ struct Grid {
     lora_rows: &'static [usize],
     ranks: &'static [usize],
     rotated_bytes: usize,
-    launches: usize,
+    /// Launches in a graph: as many as there are copies to go round, within these.
+    launches: (usize, usize),
     replays: usize,
 }
 
@@ -69,14 +70,14 @@ pub(super) fn measure(setting: &Setting, elem: Elem, sections: &mut Vec<Section>
     let device = setting.device;
     let grid = if setting.is_emulated {
         let (product_rows, lora_rows, ranks): (&[_], &[_], &[_]) = (&[1, 3], &[1, 9], &[16]);
-        Grid { product_rows, lora_rows, ranks, rotated_bytes: 1 << 16, launches: 2, replays: 2 }
+        Grid { product_rows, lora_rows, ranks, rotated_bytes: 1 << 16, launches: (2, 4), replays: 2 }
     } else {
         Grid {
             product_rows: &[1, 8, 16, 32, 64, 128, 256, 2048],
             lora_rows: &[1, 8, 64, 256],
             ranks: &[8, 16, 64],
             rotated_bytes: ROTATED_BYTES,
-            launches: 20,
+            launches: (20, 2048),
             replays: 50,
         }
     };
@@ -132,7 +133,7 @@ impl Bench {
             let out_bytes = if out == GemmOut::F32 { 4 } else { 2 };
             let y = DeviceBuffer::new(&self.device, rows * d_out * out_bytes)?;
             let plan = self.device.gemm_plan(GemmShape { rows, d_out, d_in, elem: self.elem, out })?;
-            let times = self.time(|turn| {
+            let times = self.time(copies, |turn| {
                 let weight = weights.address() + (turn % copies * d_out * d_in * 2) as u64;
                 // SAFETY: the buffers are what the plan's shape says, and live until the times have come.
                 unsafe { self.device.gemm(self.stream, plan, y.address(), x.address(), weight) }
@@ -168,7 +169,7 @@ impl Bench {
         let (x, y) = (&lists.x, &lists.y);
         let blocks = rank.div_ceil(RANK_BLOCK) * RANK_BLOCK * adapters;
         let name = |kernel: &str| format!("{} {kernel}, {rows} rows, {adapters} x r{rank}", site.name);
-        let times = self.time(|turn| {
+        let times = self.time(lists.copies, |turn| {
             // SAFETY: the lists name rows and blocks that are there; the buffers live until the times have come.
             unsafe { shrink.launch(&*self.device, self.stream, &lists.work(turn), x.address(), site.d_in) }
         })?;
@@ -177,7 +178,7 @@ impl Bench {
         let line = push(setting, section, name("shrink"), &times, (bytes, flop));
         line.field("kind", "lora_shrink").field("site", site.name).field("rows", rows);
         line.field("rank", rank).field("adapters", adapters);
-        let times = self.time(|turn| {
+        let times = self.time(lists.copies, |turn| {
             // SAFETY: as above; the tiles between shrink and expand were written by the launches before.
             unsafe { expand.launch(&*self.device, self.stream, &lists.work(turn), y.address(), site.d_out()) }
         })?;
@@ -188,13 +189,14 @@ impl Bench {
         Ok(())
     }
 
-    /// Times of one launch, from replays of a graph of several.
-    fn time(&self, launch: impl Fn(usize) -> Result<(), DeviceError>) -> anyhow::Result<Times> {
+    /// Times of one launch, from replays of a graph in which each launch takes the next copy of its operands.
+    fn time(&self, copies: usize, launch: impl Fn(usize) -> Result<(), DeviceError>) -> anyhow::Result<Times> {
         let (device, stream) = (&*self.device, self.stream);
+        let launches = copies.clamp(self.grid.launches.0, self.grid.launches.1);
         launch(0)?; // loads what is loaded at the first launch, which a capture must not
         self.wait()?;
         device.begin_capture(stream)?;
-        let launched = (0..self.grid.launches).try_for_each(&launch);
+        let launched = (0..launches).try_for_each(&launch);
         let graph = device.end_capture(stream)?;
         launched?;
         let mut us = Vec::with_capacity(self.grid.replays);
@@ -205,7 +207,7 @@ impl Bench {
             device.record(self.end, stream)?;
             device.synchronize(self.end)?;
             if run > 0 {
-                us.push(f64::from(device.elapsed_ms(self.start, self.end)?) * 1e3 / self.grid.launches as f64);
+                us.push(f64::from(device.elapsed_ms(self.start, self.end)?) * 1e3 / launches as f64);
             }
         }
         ensure!(us.iter().all(|us| us.is_finite() && *us > 0.0), "a time of zero was measured");
