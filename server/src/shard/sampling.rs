@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use loramux_kernels::Rows;
 use loramux_kernels::sampler::{History, SampleParams, SampleScratch, logprob_of, sample, top_logprobs};
-use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, SeqFault, StepResult, TokenLogprob};
+use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, Sampling, SeqFault, StepResult, TokenLogprob};
 use rayon::prelude::*;
 
 use super::batch::{LogitRow, SeqState, Want};
@@ -62,11 +62,9 @@ fn one_row(logits: &mut [f32], row: &LogitRow, seq: &SeqState, scratch: &mut Sam
     }
 }
 
-fn draw(logits: &mut [f32], id: u64, seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
-    let sampling = &seq.sampling;
-    let (prompt, generated) = seq.tokens.split_at(seq.prompt_tokens);
-    let ban = if seq.generated() < sampling.min_tokens as usize { sampling.end_tokens.as_slice() } else { &[] };
-    let params = SampleParams {
+/// What the request set; without what names single tokens.
+pub(super) fn params(sampling: &Sampling) -> SampleParams<'static> {
+    SampleParams {
         temperature: sampling.temperature,
         top_k: sampling.top_k,
         top_p: sampling.top_p,
@@ -75,10 +73,15 @@ fn draw(logits: &mut [f32], id: u64, seq: &SeqState, scratch: &mut SampleScratch
         presence_penalty: sampling.presence_penalty,
         frequency_penalty: sampling.frequency_penalty,
         seed: sampling.seed,
-        ban,
-        logit_bias: &seq.bias,
-        allowed: &sampling.allowed_tokens,
-    };
+        ..SampleParams::default()
+    }
+}
+
+fn draw(logits: &mut [f32], id: u64, seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
+    let sampling = &seq.sampling;
+    let (prompt, generated) = seq.tokens.split_at(seq.prompt_tokens);
+    let ban = if seq.generated() < sampling.min_tokens as usize { sampling.end_tokens.as_slice() } else { &[] };
+    let params = SampleParams { ban, logit_bias: &seq.bias, allowed: &sampling.allowed_tokens, ..params(sampling) };
     // The raw distribution is reported, so it is read before penalties and temperature change the row.
     let raw = sampling.logprobs.map(|k| (logits.to_vec(), k));
     let position = seq.tokens.len() as u64;

@@ -13,6 +13,7 @@ use loramux_kernels::{ImageLayout, RANK_BLOCK, SLICES};
 use loramux_models::{DecoderSpec, LoadOptions, Site};
 use loramux_proto::Info;
 
+use super::super::memory;
 use super::super::options::ShardOptions;
 use super::super::run::{StartError, format};
 use super::super::slab::{PinnedPool, Slab};
@@ -28,6 +29,8 @@ use super::{DEPTH, DeviceExecutor};
 
 /// A page is a whole number of blocks near this.
 const PAGE_BYTES_NEAR: usize = 2 << 20;
+/// Page-locked memory takes at most one part in so many of the host's free memory.
+const PINNED_SHARE: u64 = 4;
 /// Memory that is left alone: the driver's, the libraries', and graphs'.
 const RESERVE_BYTES: u64 = 3 << 30;
 /// Rank blocks that all adapters of one row may have: 16 adapters of rank 512.
@@ -217,7 +220,8 @@ fn landings(device: &SharedDevice, limits: &EngineLimits) -> Result<Vec<Landing>
 
 type Pool = Option<HostBuffer<u8>>;
 
-/// The host slab over page-locked memory; without it where the system refuses so much.
+/// The host slab over page-locked memory; without it where the system refuses so much. What does not fit is kept in ordinary
+/// memory, from where copies are slower.
 fn slab(
     device: &SharedDevice,
     elem: Elem,
@@ -226,7 +230,9 @@ fn slab(
     notes: &mut Vec<String>,
 ) -> Result<(Pool, Arc<Slab>), StartError> {
     let page_bytes = engine.kv.page_bytes as usize;
-    let pages = usize::try_from(options.host_adapter_bytes).unwrap_or(usize::MAX) / page_bytes;
+    // Page-locked memory is taken at once and never swapped: a quarter of what is free, whatever the limit says.
+    let free = memory::available_bytes().map_or(u64::MAX, |bytes| bytes / PINNED_SHARE);
+    let pages = usize::try_from(options.host_adapter_bytes.min(free)).unwrap_or(usize::MAX) / page_bytes;
     let memory = match HostBuffer::<u8>::new(device, pages * page_bytes, HostUse::Upload) {
         Ok(memory) => Some(memory),
         Err(error) => {

@@ -8,6 +8,7 @@ use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, SeqFault, StepResu
 
 use super::super::batch::{LogitRow, Want};
 use super::super::run::ShardFault;
+use super::super::sampling::params;
 use super::sequence::DeviceSequence;
 
 /// Entries that the edits of one step may have in all: a sequence under penalties has one for each distinct token of its
@@ -66,24 +67,13 @@ impl SampleLists {
     fn sample_row(&mut self, seq: &DeviceSequence, vocab: usize, logits_row: u32) -> SampleRow {
         let sampling = &seq.sampling;
         let (first, count) = self.push_edits(seq);
-        let params = SampleParams {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            repetition_penalty: sampling.repetition_penalty,
-            presence_penalty: sampling.presence_penalty,
-            frequency_penalty: sampling.frequency_penalty,
-            seed: sampling.seed,
-            ..SampleParams::default()
-        };
         SampleRow {
             edits: first,
             edit_count: count,
             mask: self.push_mask(&sampling.allowed_tokens, vocab),
             logprobs: sampling.logprobs.map_or(NONE, |n| n.min(TOP_MAX as u32)),
             pending: u32::from(seq.pending > 0 && seq.seen.is_some()),
-            ..SampleRow::new(&params, seq.next_position(), logits_row, seq.slot)
+            ..SampleRow::new(&params(sampling), seq.next_position(), logits_row, seq.slot)
         }
     }
 
