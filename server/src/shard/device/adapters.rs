@@ -48,7 +48,7 @@ impl SlotTable {
     }
 
     /// Takes rows for an adapter of `blocks` rank blocks. The slot's old content is gone from here on.
-    fn replace(&mut self, slot: u32, generation: u64, blocks: usize) -> Result<&[u32], ShardFault> {
+    pub(super) fn replace(&mut self, slot: u32, generation: u64, blocks: usize) -> Result<&[u32], ShardFault> {
         let missing = || ShardFault::Malformed(format!("upload into slot {slot}, which is not there"));
         let held = self.slots.get_mut(slot as usize).ok_or_else(missing)?;
         held.generation = None;

@@ -12,6 +12,8 @@ mod lora;
 mod ops;
 mod sampling;
 mod sequence;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 use std::collections::{HashMap, VecDeque};
