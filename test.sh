@@ -106,11 +106,13 @@ run_kernels() {
 }
 run_emulator() {
   emulator_selftest
-  local host runner
+  local host runner preload
   host=$(rustc -vV | sed -n 's/^host: //p')
   runner=CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$host")_RUNNER
-  # Kernels built with the sanitizers need their library first in the process that loads them, and in no other.
-  env "$runner=env LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0" LORAMUX_EMULATOR_SANITIZE=1 \
+  # The sanitizers have to be the first libraries of the process that loads the kernels, and of no other. The C++ library
+  # comes with them: they look for its functions once, at start.
+  preload=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so.6)
+  env "$runner=env LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0" LORAMUX_EMULATOR_SANITIZE=1 \
     cargo test --locked --release -p loramux-kernels --lib kernel
 }
 run_build() { cargo build --locked --release; }
