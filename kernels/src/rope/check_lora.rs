@@ -140,7 +140,7 @@ impl RopeLora<'_> {
         want.0.resize(got.0.len(), 0xffff);
         let mut worst = 0.0f64;
         for (tile, row) in batch.tiles.iter().flat_map(|tile| rows_of(tile).map(move |row| (tile, row))) {
-            let values = self.values(&batch, &deltas, &model, &rows, tile, row);
+            let values = self.values(&batch, &deltas, (&model, &rows), (tile, row));
             for (head, i) in (0..width).map(|at| (at / self.shape.head_dim, at % self.shape.head_dim)) {
                 let (in_qkv, at) = self.place(&model, &rows, row, head, i);
                 let of = |results: &Results| if in_qkv { results.0[at] } else { results.1[at] };
@@ -166,10 +166,8 @@ impl RopeLora<'_> {
         &self,
         batch: &Batch<'_>,
         deltas: &Deltas,
-        model: &Model,
-        rows: &Rows,
-        tile: &RowTile,
-        row: usize,
+        (model, rows): (&Model, &Rows),
+        (tile, row): (&RowTile, usize),
     ) -> Vec<Value> {
         let of_slice = |(slice, &(first, outputs)): (usize, &(usize, usize))| {
             (0..outputs).map(move |output| (slice, output, first + output)).collect::<Vec<_>>()

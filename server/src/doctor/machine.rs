@@ -104,6 +104,7 @@ pub(crate) fn shard_options(args: &DoctorArgs) -> ShardOptions {
         host_adapter_bytes: 64 << 20,
         kernel_cache_dir: args.cuda.kernel_cache.clone().unwrap_or_else(config::default_kernel_cache_dir),
         cuda_paths: config::cuda_paths(&args.cuda.cuda_libraries),
+        fuse_rope: false,
         fuse_activation: false,
         fuse_norm: false,
     }
