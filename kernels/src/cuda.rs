@@ -12,6 +12,7 @@ pub use crate::lora_shrink::cuda::ShrinkKernel;
 pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
 pub use crate::norm::cuda_lora::AddRmsNormLoraKernel;
 pub use crate::rope::cuda::{RopeCacheKernel, RopeCacheLaunch};
+pub use crate::rope::cuda_lora::RopeCacheLoraKernel;
 pub use crate::sampler::cuda::{
     NONE, SampleOut, SampleRow, SamplerBuffers, SamplerKernel, TOP_MAX, TokenEdit, TopLogprob, VOCAB_MAX,
 };
@@ -28,6 +29,7 @@ pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "rms_norm", run: crate::norm::check::check },
     OpCheck { name: "add_rms_norm_lora", run: crate::norm::check_lora::check },
     OpCheck { name: "rope_cache", run: crate::rope::check::check },
+    OpCheck { name: "rope_cache_lora", run: crate::rope::check_lora::check },
     OpCheck { name: "attn_decode", run: crate::attention::check::check_decode },
     OpCheck { name: "attn_prefill", run: crate::attention::check::check_prefill },
     OpCheck { name: "silu_mul", run: crate::activation::check::check },
@@ -49,6 +51,7 @@ const PROGRAMS: &[fn(&ModelShape) -> Vec<Program>] = &[
     |shape| vec![SiluMulKernel::program(shape.elem)],
     |shape| lora(shape, ShrinkKernel::program),
     |shape| lora(shape, ExpandAddKernel::program),
+    |shape| vec![RopeCacheLoraKernel::program(shape.elem, shape.hidden, shape.head_shape())],
     |shape| vec![SiluMulLoraKernel::program(shape.elem, shape.hidden)],
     |shape| {
         let inputs = [shape.heads * shape.head_dim, shape.intermediate];

@@ -59,6 +59,8 @@ pub(crate) enum ShardMode {
 /// An op that can expand LoRA deltas on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Fusion {
+    /// Rotary positions and KV cache
+    Rope,
     /// silu(gate) * up
     Activation,
     /// Residual and norm
@@ -109,7 +111,7 @@ pub(crate) struct ModelArgs {
     /// Where compiled CUDA kernels are kept. Default: ~/.cache/loramux/kernels
     #[arg(long, env = "LORAMUX_KERNEL_CACHE", value_name = "DIR")]
     pub(crate) kernel_cache_dir: Option<PathBuf>,
-    /// LoRA expands that are fused into the op behind them on a GPU: activation, norm (to measure them; none by default)
+    /// LoRA expands that are fused into the op behind them on a GPU: rope, activation, norm (to measure them; none by default)
     #[arg(long, env = "LORAMUX_CUDA_FUSE", value_enum, value_delimiter = ',', value_name = "OP", hide = true)]
     pub(crate) cuda_fuse: Vec<Fusion>,
     /// A folder with CUDA's libraries (NVRTC, cuBLASLt), looked at before the usual ones; repeat for more

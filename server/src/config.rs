@@ -234,6 +234,7 @@ fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOpt
         host_adapter_bytes: args.adapters.host_adapter_memory,
         kernel_cache_dir: kernel_cache_dir(args.model.kernel_cache_dir.as_deref()),
         cuda_paths: cuda_paths(&args.model.cuda_libraries),
+        fuse_rope: args.model.cuda_fuse.contains(&Fusion::Rope),
         fuse_activation: args.model.cuda_fuse.contains(&Fusion::Activation),
         fuse_norm: args.model.cuda_fuse.contains(&Fusion::Norm),
     }

@@ -74,6 +74,7 @@ impl Program {
         ("kv.cuh", include_str!("kv.cuh")),
         ("lora.cuh", include_str!("lora.cuh")),
         ("norm.cuh", include_str!("../norm/norm.cuh")),
+        ("rope.cuh", include_str!("../rope/rope.cuh")),
         ("silu.cuh", include_str!("../activation/silu.cuh")),
     ];
 }

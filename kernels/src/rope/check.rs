@@ -8,7 +8,7 @@ use crate::device::step::{BLOCK_TOKENS, KvShape};
 
 const POSITIONS: usize = 40;
 const LAYERS: usize = 2;
-const LAYER: usize = 1;
+pub(super) const LAYER: usize = 1;
 
 /// What is checked.
 #[derive(Clone, Copy)]
@@ -53,22 +53,22 @@ pub(crate) fn check(checker: &Checker) -> Result<Summary, CheckError> {
 }
 
 /// The rows of a launch.
-struct Batch {
-    qkv: Vec<u16>,
-    positions: Vec<u32>,
-    slots: Vec<[u32; 2]>,
+pub(super) struct Batch {
+    pub(super) qkv: Vec<u16>,
+    pub(super) positions: Vec<u32>,
+    pub(super) slots: Vec<[u32; 2]>,
 }
 
 /// The launch's inputs beside the rows.
-struct Model {
-    bias: Vec<f32>,
-    cos_sin: Vec<f32>,
-    kv: KvShape,
-    arena_bytes: usize,
+pub(super) struct Model {
+    pub(super) bias: Vec<f32>,
+    pub(super) cos_sin: Vec<f32>,
+    pub(super) kv: KvShape,
+    pub(super) arena_bytes: usize,
 }
 
-fn one(checker: &Checker, case: Case) -> Result<f64, CheckError> {
-    let Case { elem, shape, rows, per_page, .. } = case;
+/// Random rows with slots of their own, in a cache with pages of `per_page` blocks. Angles of other positions are NaN.
+pub(super) fn inputs(elem: Elem, shape: HeadShape, rows: usize, per_page: usize) -> (Model, Batch) {
     let mut random = Random::new((rows * shape.head_dim) as u64);
     let block_bytes = LAYERS * shape.layer_bytes();
     // Pages are longer than their blocks.
@@ -98,8 +98,12 @@ fn one(checker: &Checker, case: Case) -> Result<f64, CheckError> {
     }
     let bias = (0..shape.qkv_width()).map(|_| random.uniform()).collect();
     let model = Model { bias, cos_sin, kv, arena_bytes: blocks.div_ceil(per_page) * kv.page_bytes as usize };
-    let batch = Batch { qkv: random.elems(elem, rows * shape.qkv_width(), 4.0), positions, slots };
+    (model, Batch { qkv: random.elems(elem, rows * shape.qkv_width(), 4.0), positions, slots })
+}
 
+fn one(checker: &Checker, case: Case) -> Result<f64, CheckError> {
+    let Case { elem, shape, rows, per_page, .. } = case;
+    let (model, batch) = inputs(elem, shape, rows, per_page);
     let (qkv, arena) = launch(checker, case, &model, &batch)?;
     let worst = compare(case, &model, &batch, &qkv, &arena)?;
     for row in [0, rows / 2, rows - 1] {
@@ -197,7 +201,7 @@ fn formula(case: Case, model: &Model, batch: &Batch, row: usize, head: usize, i:
 }
 
 /// Where element `i` of K (`head < kv_heads`) or V lies, in elements.
-fn arena_place(shape: HeadShape, kv: &KvShape, slot: [u32; 2], head: usize, i: usize) -> usize {
+pub(super) fn arena_place(shape: HeadShape, kv: &KvShape, slot: [u32; 2], head: usize, i: usize) -> usize {
     let [block, offset] = slot.map(|n| n as usize);
     let per_page = kv.per_page as usize;
     let start = block / per_page * kv.page_bytes as usize + block % per_page * kv.block_bytes as usize;

@@ -6,8 +6,10 @@
 //! `qkv: [rows, (heads + 2 kv_heads) * head_dim]` f32. q and k are rotated in place; k and v are rounded to the cache's type.
 
 pub(crate) mod check;
+pub(crate) mod check_lora;
 mod cpu;
 pub(crate) mod cuda;
+pub(crate) mod cuda_lora;
 #[cfg(test)]
 mod tests;
 

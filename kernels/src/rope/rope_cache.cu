@@ -14,6 +14,7 @@
 #include "portable.cuh"
 #include "step.cuh"
 #include "kv.cuh"
+#include "rope.cuh"
 
 constexpr u32 ROPE_THREADS = 256;
 constexpr u32 HEAD_THREADS = HEAD_DIM / 16;
@@ -50,12 +51,6 @@ DEVICE void add_bias(float (&to)[8], const float* bias) {
     const Float4 low = loadf4(bias), high = loadf4(bias + 4);
     to[0] += low.x, to[1] += low.y, to[2] += low.z, to[3] += low.w;
     to[4] += high.x, to[5] += high.y, to[6] += high.z, to[7] += high.w;
-}
-
-DEVICE void rotate_pair(float& low, float& high, float cos, float sin) {
-    const float l = low, h = high;
-    low = l * cos - h * sin;
-    high = h * cos + l * sin;
 }
 
 DEVICE void rotate(float (&low)[8], float (&high)[8], const float* cos_sin) {

@@ -95,3 +95,8 @@ fn slots_outside_the_cache_are_refused_and_nothing_is_written() {
 fn the_kernel_agrees_on_the_emulator() {
     crate::device::testing::on_every_schedule(super::check::check);
 }
+
+#[test]
+fn the_kernel_with_deltas_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(super::check_lora::check);
+}

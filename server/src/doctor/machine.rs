@@ -104,6 +104,7 @@ pub(crate) fn shard_options(args: &DoctorArgs) -> ShardOptions {
         host_adapter_bytes: 64 << 20,
         kernel_cache_dir: config::kernel_cache_dir(args.cuda.kernel_cache.as_deref()),
         cuda_paths: config::cuda_paths(&args.cuda.cuda_libraries),
+        fuse_rope: false,
         fuse_activation: false,
         fuse_norm: false,
     }

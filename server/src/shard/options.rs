@@ -34,6 +34,8 @@ pub(crate) struct ShardOptions {
     pub(crate) kernel_cache_dir: PathBuf,
     /// Where CUDA's libraries may be.
     pub(crate) cuda_paths: CudaPaths,
+    /// Expand the deltas of q, k and v in the op that rotates and caches them.
+    pub(crate) fuse_rope: bool,
     /// Expand the MLP's deltas in the activation.
     pub(crate) fuse_activation: bool,
     /// Expand the deltas of o and down in the norm behind them.

@@ -4,7 +4,8 @@
 use loramux_kernels::AttnSpec;
 use loramux_kernels::cuda::{
     AddRmsNormLoraKernel, AttnDecodeKernel, AttnPrefillKernel, EmbeddingKernel, GatherRowsKernel, HeadShape,
-    RmsNormKernel, RopeCacheKernel, SampleOut, SamplerKernel, SiluMulKernel, SiluMulLoraKernel, TOP_MAX, TopLogprob,
+    RmsNormKernel, RopeCacheKernel, RopeCacheLoraKernel, SampleOut, SamplerKernel, SiluMulKernel, SiluMulLoraKernel,
+    TOP_MAX, TopLogprob,
 };
 use loramux_kernels::device::lora::SiteShape;
 use loramux_kernels::device::step::{DECODE_PARTS_MAX, KvShape};
@@ -126,6 +127,7 @@ pub(super) struct Kernels {
     pub(super) embedding: EmbeddingKernel,
     pub(super) norm: RmsNormKernel,
     pub(super) rope: RopeCacheKernel,
+    pub(super) rope_lora: RopeCacheLoraKernel,
     pub(super) decode: AttnDecodeKernel,
     pub(super) prefill: AttnPrefillKernel,
     pub(super) silu_mul: SiluMulKernel,
@@ -140,6 +142,8 @@ pub(super) struct Kernels {
 /// Expands that are left to the op behind the product, in steps that only decode. Off until a measurement says otherwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Fusions {
+    /// q, k and v + delta, then rotation and cache.
+    pub(super) rope: bool,
     /// silu(gate + delta) * (up + delta).
     pub(super) activation: bool,
     /// residual += y + delta, then the norm.
@@ -150,7 +154,7 @@ impl Fusions {
     /// Whether the op behind this site's product expands its deltas.
     pub(super) fn has(self, site: Site) -> bool {
         match site {
-            Site::Qkv => false,
+            Site::Qkv => self.rope,
             Site::GateUp => self.activation,
             Site::Output | Site::Down => self.norm,
         }
@@ -212,6 +216,7 @@ impl Kernels {
             embedding: EmbeddingKernel::load(device, elem, spec.hidden, spec.vocab, limits.sequences_max)?,
             norm: RmsNormKernel::load(device, elem, spec.hidden, spec.rms_eps)?,
             rope: RopeCacheKernel::load(device, elem, shape)?,
+            rope_lora: RopeCacheLoraKernel::load(device, elem, spec.hidden, shape, limits.decode_rows_max)?,
             decode: AttnDecodeKernel::load(device, elem, shape, &attention)?,
             prefill: AttnPrefillKernel::load(device, elem, shape, &attention)?,
             silu_mul: SiluMulKernel::load(device, elem, spec.intermediate)?,

@@ -66,7 +66,8 @@ impl DeviceExecutor {
         let context = model.spec.context.min(asked);
         let limits = limits(options, context);
         let kv = kv_shape(&model.spec);
-        let fusions = Fusions { activation: options.fuse_activation, norm: options.fuse_norm };
+        let (rope, activation, norm) = (options.fuse_rope, options.fuse_activation, options.fuse_norm);
+        let fusions = Fusions { rope, activation, norm };
         let place = EnginePlace { device: device.clone(), stream, elem, fusions, arena: 0, kv, descs: 0 };
         let mut engine = Engine::new(model, place, limits)?;
         let unpack = UnpackKernel::load(&**device, elem)?;

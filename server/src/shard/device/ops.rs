@@ -233,6 +233,11 @@ impl DecoderOps for StepOps<'_> {
             cache: self.cache(layer),
             rows: self.shape.rows,
         };
+        if let Some((layer, site)) = self.unexpanded.take() {
+            let work = self.work(layer, site, 0);
+            // SAFETY: the same as below, and the site's shrink was launched before.
+            return unsafe { kernels.rope_lora.launch(&**device, *stream, &work, &launch) };
+        }
         // SAFETY: the same, and the slots were checked to lie in the arena.
         unsafe { kernels.rope.launch(&**device, *stream, &launch) }
     }
