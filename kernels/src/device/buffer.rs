@@ -50,6 +50,9 @@ impl DeviceBuffer {
     /// [`DeviceError`]; [`DeviceError::Unsupported`] if they do not fit.
     pub fn write<T: Copy>(&self, stream: Stream, at: usize, values: &[T]) -> Result<(), DeviceError> {
         self.check(at, size_of_val(values))?;
+        if values.is_empty() {
+            return Ok(());
+        }
         let event = self.device.event()?;
         // SAFETY: the range is inside this buffer, and the host waits before `values` can go.
         unsafe {

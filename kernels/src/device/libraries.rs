@@ -77,14 +77,30 @@ impl OpenLibrary {
 
 /// The driver. Its file belongs to the machine, so Python's packages are no place for it.
 pub(super) fn open_driver(paths: &LibraryPaths) -> Result<OpenLibrary, DeviceError> {
-    let system = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"];
+    // Behind the loader's own path, which may name a newer driver's compatibility library on purpose.
+    let system = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/local/nvidia/lib64",
+        "/usr/lib/wsl/lib",
+    ];
     let mut looked = Vec::new();
-    for dir in paths.dirs.iter().cloned().chain(system.map(PathBuf::from)) {
-        if let Some(library) = open_file("libcuda.so", &dir.join("libcuda.so.1"), &mut looked) {
+    let in_folder = |dir: PathBuf, looked: &mut _| open_file("libcuda.so", &dir.join("libcuda.so.1"), looked);
+    for dir in paths.dirs.iter().cloned() {
+        if let Some(library) = in_folder(dir, &mut looked) {
             return Ok(library);
         }
     }
-    open_by_name("libcuda.so", &["libcuda.so.1".to_owned()], &mut looked).ok_or_else(|| missing("libcuda.so", looked))
+    if let Some(library) = open_by_name("libcuda.so", &["libcuda.so.1".to_owned()], &mut looked) {
+        return Ok(library);
+    }
+    for dir in system.map(PathBuf::from) {
+        if let Some(library) = in_folder(dir, &mut looked) {
+            return Ok(library);
+        }
+    }
+    Err(missing("libcuda.so", looked))
 }
 
 /// The compiler, after its builtins: it looks for them by name.

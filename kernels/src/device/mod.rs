@@ -65,7 +65,7 @@ pub struct DeviceInfo {
 /// How the host uses page-locked memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostUse {
-    /// The host writes and the device reads: may be write-combined, slow to read back.
+    /// The host writes and the device reads, by copies or from kernels at the same address.
     Upload,
     /// The device writes and the host reads: cached.
     Readback,

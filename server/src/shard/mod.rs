@@ -114,13 +114,15 @@ fn try_serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &Reply) -
 fn handle(
     body: to_shard::Body,
     executor: &mut dyn Execute,
-    prepares: &mpsc::SyncSender<PrepareAdapter>,
+    prepares: &PrepareThreads,
     reply: &Reply,
 ) -> Result<bool, String> {
     match body {
         to_shard::Body::Step(step) => executor.submit(&step).map_err(|fault| fault.to_string())?,
         to_shard::Body::Prepare(prepare) => {
-            prepares.try_send(prepare).map_err(|_| "too many adapters are being prepared".to_owned())?;
+            if !prepares.submit(prepare) {
+                return Err("too many adapters are being prepared".to_owned());
+            }
         }
         to_shard::Body::DropAdapter(dropped) => executor.slab().remove(&dropped.content_id),
         to_shard::Body::Ping(ping) => reply(from_shard::Body::Pong(Pong { nonce: ping.nonce })),
@@ -129,9 +131,34 @@ fn handle(
     Ok(true)
 }
 
-fn start_prepare_threads(slab: &Arc<Slab>, reply: &Reply) -> Result<mpsc::SyncSender<PrepareAdapter>, String> {
+/// The threads that read and pack adapters. They write into memory of the executor, so they end before it does.
+struct PrepareThreads {
+    /// `None` once they shall end.
+    queue: Option<mpsc::SyncSender<PrepareAdapter>>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl PrepareThreads {
+    /// False if too many adapters wait already.
+    fn submit(&self, prepare: PrepareAdapter) -> bool {
+        self.queue.as_ref().is_some_and(|queue| queue.try_send(prepare).is_ok())
+    }
+}
+
+impl Drop for PrepareThreads {
+    fn drop(&mut self) {
+        self.queue = None;
+        for thread in self.threads.drain(..) {
+            // One that panicked has said so, and holds nothing any more.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn start_prepare_threads(slab: &Arc<Slab>, reply: &Reply) -> Result<PrepareThreads, String> {
     let (sender, receiver) = mpsc::sync_channel::<PrepareAdapter>(PREPARE_QUEUE_MAX);
     let receiver = Arc::new(std::sync::Mutex::new(receiver));
+    let mut prepares = PrepareThreads { queue: Some(sender), threads: Vec::new() };
     for n in 0..PREPARE_THREADS {
         let (receiver, slab, reply) = (Arc::clone(&receiver), Arc::clone(slab), Arc::clone(reply));
         let work = move || {
@@ -142,9 +169,9 @@ fn start_prepare_threads(slab: &Arc<Slab>, reply: &Reply) -> Result<mpsc::SyncSe
             }
         };
         let thread = std::thread::Builder::new().name(format!("prepare-{n}"));
-        thread.spawn(work).map_err(|e| format!("cannot start a thread: {e}"))?;
+        prepares.threads.push(thread.spawn(work).map_err(|e| format!("cannot start a thread: {e}"))?);
     }
-    Ok(sender)
+    Ok(prepares)
 }
 
 /// Answers pings on the thread that reads messages, so that a long step does not look like a dead shard, and passes the

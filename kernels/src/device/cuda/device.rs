@@ -74,10 +74,10 @@ impl Device for CudaDevice {
         self.check_later("cuMemFree", unsafe { (self.driver.cuMemFree_v2)(address) });
     }
 
-    fn alloc_host(&self, bytes: usize, purpose: HostUse) -> Result<*mut u8, DeviceError> {
+    fn alloc_host(&self, bytes: usize, _purpose: HostUse) -> Result<*mut u8, DeviceError> {
         let mut pointer: *mut c_void = std::ptr::null_mut();
-        let combined = if purpose == HostUse::Upload { cu::CU_MEMHOSTALLOC_WRITECOMBINED } else { 0 };
-        let flags = cu::CU_MEMHOSTALLOC_DEVICEMAP | combined; // kernels may read it at the same address
+        // Kernels read it at the host's address, which the driver promises for memory that is not write-combined.
+        let flags = cu::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: a place for the pointer.
         let code = unsafe { (self.driver.cuMemHostAlloc)(&raw mut pointer, bytes.max(1), flags) };
         if code == api::OUT_OF_MEMORY {

@@ -126,6 +126,11 @@ impl DeviceAdapters {
         })
     }
 
+    /// Where pages are copied.
+    pub(super) fn copy_stream(&self) -> Stream {
+        self.copy_stream
+    }
+
     /// The descriptor table.
     pub(super) fn descs(&self) -> Address {
         self.descs.address()

@@ -302,6 +302,37 @@ pub(super) struct EnginePlace {
 }
 
 impl Engine {
+    /// Runs every product that graphs will hold, and the largest, once and waits: a library loads its code at the first
+    /// launch, which a capture must not.
+    pub(super) fn run_products(&self, rows_max: usize) -> Result<(), DeviceError> {
+        let (space, layer) = (&self.space, &self.model.weights.layers[0]);
+        let largest = self.plans.buckets.last().copied();
+        let captured = self.plans.buckets.iter().copied().filter(|&bucket| bucket <= rows_max);
+        for bucket in captured.chain(largest) {
+            for site in Site::ALL {
+                let (y, x, weight) = match site {
+                    Site::Qkv => (&space.qkv, &space.normed, &layer.qkv),
+                    Site::Output => (&space.projected, &space.attended, &layer.output),
+                    Site::GateUp => (&space.gate_up, &space.normed, &layer.gate_up),
+                    Site::Down => (&space.projected, &space.activated, &layer.down),
+                };
+                if let Some(plan) = self.plans.site(bucket, site) {
+                    let (y, x, weight) = (y.address(), x.address(), weight.address());
+                    // SAFETY: workspaces with room for the largest bucket.
+                    unsafe { self.device.gemm(self.stream, plan, y, x, weight)? };
+                }
+            }
+        }
+        let head = self.model.weights.head.as_ref().unwrap_or(&self.model.weights.embedding).address();
+        for &(_, plan) in &self.plans.heads {
+            // SAFETY: the same.
+            unsafe { self.device.gemm(self.stream, plan, space.logits.address(), space.picked.address(), head)? };
+        }
+        let event = self.device.event()?;
+        self.device.record(event, self.stream)?;
+        self.device.synchronize(event)
+    }
+
     /// Compiles the kernels, plans the products and takes the workspaces.
     pub(super) fn new(
         model: Model<DeviceStore>,

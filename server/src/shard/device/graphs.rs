@@ -42,11 +42,11 @@ impl Graphs {
 }
 
 fn record(engine: &Engine, bundles: &Bundles, bucket: usize, passes: &[LoraPass]) -> Result<Graph, DeviceError> {
-    let shape = Shape { rows: bucket, bucket, tiles: 0, passes, prefill: false };
+    let shape = Shape { rows: bucket, bucket, tiles: 0, passes, prefill_tiles: 0 };
     let mut ops = StepOps::new(engine, bundles, shape);
     engine.device.begin_capture(engine.stream)?;
     let launched = ops.forward().and_then(|()| ops.sample(0, bucket, false));
-    let graph = engine.device.end_capture(engine.stream)?;
-    launched?;
-    Ok(graph)
+    let graph = engine.device.end_capture(engine.stream);
+    launched?; // the cause; what the end of the capture says then is only its consequence
+    graph
 }

@@ -30,7 +30,7 @@ use super::{DEPTH, DeviceExecutor};
 /// A page is a whole number of blocks near this.
 const PAGE_BYTES_NEAR: usize = 2 << 20;
 /// Page-locked memory takes at most one part in so many of the host's free memory.
-const PINNED_SHARE: u64 = 4;
+const PINNED_SHARE: u64 = 2;
 /// Memory that is left alone: the driver's, the libraries', and graphs'.
 const RESERVE_BYTES: u64 = 3 << 30;
 /// Rank blocks that all adapters of one row may have: 16 adapters of rank 512.
@@ -124,6 +124,7 @@ impl DeviceExecutor {
             self.launch_nothing(tiles)?;
         }
         let rows_max = self.engine.limits.logit_rows_max;
+        self.engine.run_products(rows_max)?;
         self.graphs = Graphs::capture(&self.engine, &self.bundles, rows_max)?;
         let (buckets, nodes) = self.graphs.size(&self.engine);
         let graph_bytes = free_before.saturating_sub(self.engine.device.free_bytes()?);
@@ -231,7 +232,7 @@ fn slab(
     notes: &mut Vec<String>,
 ) -> Result<(Pool, Arc<Slab>), StartError> {
     let page_bytes = engine.kv.page_bytes as usize;
-    // Page-locked memory is taken at once and never swapped: a quarter of what is free, whatever the limit says.
+    // Page-locked memory is taken at once and never swapped: half of what is free, whatever the limit says.
     let free = memory::available_bytes().map_or(u64::MAX, |bytes| bytes / PINNED_SHARE);
     let pages = usize::try_from(options.host_adapter_bytes.min(free)).unwrap_or(usize::MAX) / page_bytes;
     let memory = match HostBuffer::<u8>::new(device, pages * page_bytes, HostUse::Upload) {

@@ -125,6 +125,22 @@ impl Execute for DeviceExecutor {
     }
 }
 
+impl Drop for DeviceExecutor {
+    /// Whatever the device was given uses memory that goes away with this.
+    fn drop(&mut self) {
+        for stream in [self.engine.stream, self.engine.side, self.adapters.copy_stream()] {
+            let device = &self.engine.device;
+            let waited = device.event().and_then(|event| {
+                device.record(event, stream)?;
+                device.synchronize(event)
+            });
+            if waited.is_err() {
+                return; // after a fault nothing runs any more
+            }
+        }
+    }
+}
+
 impl DeviceExecutor {
     /// Copy-on-write, in the order of the list.
     fn copy_blocks(&mut self, step: &Step) -> Result<(), ShardFault> {
@@ -243,7 +259,7 @@ impl DeviceExecutor {
             bucket: self.engine.plans.bucket(rows),
             tiles: usize::from(!self.lists.decode_only),
             passes,
-            prefill: !self.lists.prefill_tiles.is_empty(),
+            prefill_tiles: self.lists.prefill_tiles.len(),
         };
         let mut ops = StepOps::new(&self.engine, &self.bundles, shape);
         ops.forward()?;
@@ -267,7 +283,7 @@ impl DeviceExecutor {
         packing.push(List::LogitRows, &[0u32])?;
         packing.send(self.engine.stream)?;
         let bucket = self.engine.plans.bucket(1);
-        let shape = Shape { rows: 1, bucket, tiles, passes: &PASS, prefill: tiles == 1 };
+        let shape = Shape { rows: 1, bucket, tiles, passes: &PASS, prefill_tiles: tiles };
         let mut ops = StepOps::new(&self.engine, &self.bundles, shape);
         ops.forward()?;
         ops.sample(0, 1, true)?;

@@ -26,8 +26,8 @@ pub(super) struct Shape<'a> {
     pub(super) tiles: usize,
     /// The LoRA work; none for steps without adapters.
     pub(super) passes: &'a [LoraPass],
-    /// Whether some chunk has several rows.
-    pub(super) prefill: bool,
+    /// Tiles of chunks of several rows.
+    pub(super) prefill_tiles: usize,
 }
 
 /// One step's launches.
@@ -259,7 +259,7 @@ impl DecoderOps for StepOps<'_> {
         };
         // SAFETY: the same, and the block table was checked.
         unsafe { kernels.decode.launch(&**device, *stream, &launch)? };
-        if self.shape.prefill {
+        if self.shape.prefill_tiles > 0 {
             let launch = AttnPrefillLaunch {
                 qkv: space.qkv.address(),
                 out: space.attended.address(),
@@ -267,7 +267,7 @@ impl DecoderOps for StepOps<'_> {
                 block_table: self.bundles.place(List::BlockTable),
                 tiles: self.bundles.place(List::PrefillTiles),
                 counts,
-                tiles_max: self.shape.rows,
+                tiles_max: self.shape.prefill_tiles,
             };
             // SAFETY: the same.
             unsafe { kernels.prefill.launch(&**device, *stream, &launch)? };
