@@ -28,7 +28,7 @@ fn budgets() -> BTreeMap<&'static str, Usage> {
 fn shared_max(arch: &str) -> u32 {
     match arch {
         "sm_80" => 163 << 10,
-        "sm_86" | "sm_89" => 99 << 10,
+        "sm_86" | "sm_89" | "sm_120" => 99 << 10,
         _ => 227 << 10,
     }
 }

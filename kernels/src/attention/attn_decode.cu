@@ -346,10 +346,13 @@ KERNEL_ENTRY(attn_decode, AttnDecodeArgs, DECODE_THREADS, RESIDENT) {
 
         __threadfence();  // this block's part, complete since the last barrier, before its arrival
         u32* arrived = args.arrived + u64(unit.row) * kv_heads + kv_head;
-        if (threadIdx.x == 0) shared[0].is_last = atomicAdd(arrived, 1u) + 1 == unit.parts;
+        if (threadIdx.x == 0) {
+            shared[0].is_last = atomicAdd(arrived, 1u) + 1 == unit.parts;
+            __threadfence();  // all arrivals, before the parts that the block reads behind the barrier
+        }
         __syncthreads();
         if (shared[0].is_last) {  // written again only after the barriers of the next unit
-            __threadfence();  // all arrivals before the parts
+            __threadfence();  // the same for every thread's own reads
             join_parts(args, unit.row, kv_head, index / kv_heads - unit.part, unit.parts);
             if (threadIdx.x == 0) atomicExch(arrived, 0u);  // for the next layer's launch
         }

@@ -7,6 +7,9 @@ pub(crate) static UNPACK: KernelSource = KernelSource { file: "unpack.cu", text:
 
 const THREADS: u32 = 256;
 
+/// Units of a section; as in the source.
+const PARTS: usize = 8;
+
 /// Most sections of a bundle.
 pub const UNPACK_SECTIONS_MAX: usize = 16;
 
@@ -76,8 +79,7 @@ impl UnpackKernel {
             return refused(format!("{section:?} is not aligned"));
         }
         target.copy_from_slice(sections);
-        let longest = sections.iter().map(|section| section.bytes as usize).max().unwrap_or(0);
-        let blocks = longest.div_ceil(16 * THREADS as usize).min(self.blocks_max);
+        let blocks = (sections.len() * PARTS).min(self.blocks_max);
         // SAFETY: passed on.
         unsafe { launch(device, stream, self.kernel, Grid::x(blocks), 0, &args) }
     }

@@ -4,13 +4,15 @@
 // list, and no copy engine to wait for. A graph's kernels have fixed arguments, so their lists need fixed places; only this
 // launch, outside the graph, knows where in the ring the host wrote.
 //
-// One thread takes 16 bytes. A bundle of 64 rows is some 20 KB, so the kernel is bound by one round trip of the bus.
+// One thread takes 16 bytes, and every section is cut into UNPACK_PARTS units of their own: a block that walked through the
+// sections would wait for the bus once for each. A bundle of 64 rows is some 20 KB, so one round trip is what it takes.
 
 #include "portable.cuh"
 #include "step.cuh"
 
 constexpr u32 UNPACK_THREADS = 256;
 constexpr u32 SECTIONS = 16;
+constexpr u32 UNPACK_PARTS = 8;
 
 struct Section {
     u8* to;
@@ -25,10 +27,11 @@ struct UnpackArgs {
 };
 
 KERNEL_ENTRY(unpack, UnpackArgs, UNPACK_THREADS, 4) {
-    for (u32 i = 0; i < u32(args.count); ++i) {
-        const Section section = args.sections[i];
-        const u32 words = (section.bytes + 15) / 16;
-        for (u32 word = blockIdx.x * UNPACK_THREADS + threadIdx.x; word < words; word += gridDim.x * UNPACK_THREADS)
+    const u32 count = u32(args.count);
+    for (u32 unit = blockIdx.x; unit < count * UNPACK_PARTS; unit += gridDim.x) {
+        const Section section = args.sections[unit % count];
+        const u32 words = (section.bytes + 15) / 16, part = unit / count;
+        for (u32 word = part * UNPACK_THREADS + threadIdx.x; word < words; word += UNPACK_PARTS * UNPACK_THREADS)
             store16(section.to + u64(word) * 16, load16_fresh(args.bundle + section.from + u64(word) * 16));
     }
 }
