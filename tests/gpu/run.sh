@@ -71,7 +71,7 @@ sanitize() { # step
     return 0
   fi
   run "$1" compute-sanitizer --tool "$1" --error-exitcode 99 --print-limit 20 \
-    "$binary" doctor --device "$device" --out "$out/$1.json"
+    "$binary" doctor --skip-speed --device "$device" --out "$out/$1.json"
 }
 
 command -v nvidia-smi > /dev/null && nvidia-smi > "$out/nvidia-smi.txt" 2>&1

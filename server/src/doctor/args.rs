@@ -67,6 +67,9 @@ pub(crate) struct DoctorArgs {
     /// With --full: parts to run, comma-separated (ops, model, churn). Default: all
     #[arg(long, value_delimiter = ',', value_name = "PART", requires = "full")]
     pub(crate) only: Vec<Part>,
+    /// Leave the copy and the large product out; a sanitizer would take minutes for them
+    #[arg(long)]
+    pub(crate) skip_speed: bool,
     /// Measure instead of checking: A (kernels) or B (steps)
     #[arg(long, value_enum, value_name = "TIER")]
     pub(crate) bench: Option<Tier>,

@@ -28,7 +28,9 @@ pub(crate) fn report(machine: &Machine, args: &DoctorArgs) -> Report {
             Ok(elem) => {
                 sections.push(kernels(machine, device, elem));
                 sections.push(ops(device, Effort::Quick));
-                sections.push(speed(machine, device, elem));
+                if !args.skip_speed {
+                    sections.push(speed(machine, device, elem));
+                }
             }
             Err(error) => {
                 let mut section = Section::new("kernels");

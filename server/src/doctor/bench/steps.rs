@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use loramux_kernels::device::check::Random;
+use loramux_kernels::device::step::BLOCK_TOKENS;
 use loramux_models::DecoderSpec;
 use loramux_proto::{AdapterRef, Chunk, Sampling, SeqStart, Step};
 
@@ -339,6 +340,6 @@ fn decode(rows: &Batch, placed: &[AdapterRef]) -> Step {
 }
 
 fn chunk(seq: u64, start: usize, len: usize, blocks: &[u32], adapters: Vec<AdapterRef>, sample: bool) -> Chunk {
-    let blocks = blocks[..(start + len).div_ceil(16)].to_vec();
+    let blocks = blocks[..(start + len).div_ceil(BLOCK_TOKENS)].to_vec();
     Chunk { seq, start: start as u32, len: len as u32, blocks, adapters, sample, prompt_logprobs: false }
 }
