@@ -9,7 +9,8 @@
 // padding is, are neither read nor written.
 //
 // Bound by B, 32 bytes an output and rank-16 item. A warp has 32 * D bytes of it in flight, and registers let a
-// multiprocessor hold 16 warps for heads up to 64 (2 KiB each), 12 for 96 and 128 (4 KiB), 8 for 256 (8 KiB).
+// multiprocessor hold 16 warps for heads up to 64 (2 KiB each), 12 for 96 and 128 (3 and 4 KiB), 8 for 256 (8 KiB). What
+// goes to the cache is a few hundred bytes a head and row, stored as rope_cache stores it.
 
 #include "lora.cuh"
 #include "kv.cuh"
