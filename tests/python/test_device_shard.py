@@ -126,6 +126,12 @@ def test_all_models_in_one_batch_give_the_tokens_of_their_solo_runs(device):
     assert steps < len(bodies) * TOKENS / 2, f"{steps} steps: the requests did not share them"
 
 
+@pytest.mark.parametrize("fused", ["rope", "activation", "norm", "rope,activation,norm"])
+def test_fused_expands_give_the_tokens_of_the_cpu(start_device, cpu, fused):
+    bodies = [greedy(model) for model in MODELS] + [greedy(compose=[{"adapter": "pirate", "weight": 0.8}, {"adapter": "shout", "weight": 0.6}])]
+    assert together(start_device("--cuda-fuse", fused), bodies) == [tokens(cpu, body) for body in bodies]
+
+
 def test_composed_and_scaled_adapters_give_the_tokens_of_the_cpu(device, cpu):
     for body in (greedy("sql", adapter_scale=0.5), greedy("pirate", adapter_scale=-0.5),
                  greedy(compose=[{"adapter": "pirate", "weight": 0.8}, {"adapter": "shout", "weight": 0.6}])):
