@@ -133,7 +133,7 @@ impl Report {
             page.push_str(&format!("\n  {}\n", section.title));
             let width = section.lines.iter().map(|line| line.name.chars().count()).max().unwrap_or(0).min(36);
             for line in &section.lines {
-                let mut rows = line.text.lines();
+                let mut rows = line.text.lines().flat_map(|row| wrap(row, PAGE_WIDTH)).collect::<Vec<_>>().into_iter();
                 let first = rows.next().unwrap_or_default();
                 let row = format!("    {:<width$}  {:<6}  {first}", line.name, line.status.word());
                 page.push_str(row.trim_end());
@@ -146,6 +146,27 @@ impl Report {
         page.push_str(&format!("\n  {}\n", self.verdict.replace('\n', "\n  ")));
         page
     }
+}
+
+/// Longest text beside a name. Tables are narrower, so only prose is broken.
+const PAGE_WIDTH: usize = 110;
+
+/// Breaks a row that is too long between words.
+fn wrap(row: &str, width: usize) -> Vec<String> {
+    if row.chars().count() <= width {
+        return vec![row.to_owned()];
+    }
+    let mut rows: Vec<String> = Vec::new();
+    for word in row.split_whitespace() {
+        match rows.last_mut().filter(|last| last.chars().count() + 1 + word.chars().count() <= width) {
+            Some(last) => {
+                last.push(' ');
+                last.push_str(word);
+            }
+            None => rows.push(word.to_owned()),
+        }
+    }
+    rows
 }
 
 #[cfg(test)]
@@ -171,6 +192,8 @@ mod tests {
         assert_eq!(json["sections"][0]["lines"][0]["cases"], 12);
         assert_eq!(json["sections"][0]["lines"][1]["status"], "failed");
         let page = report.page();
+        assert_eq!(wrap("a  b", 10), ["a  b"]);
+        assert_eq!(wrap("one two  three /a/long/word", 9), ["one two", "three", "/a/long/word"]);
         for part in ["norm  ok      12 cases", "rope  FAILED  row 3", "is wrong", "  One thing\n  failed"] {
             assert!(page.contains(part), "{part:?} in {page}");
         }
