@@ -11,6 +11,9 @@ use super::device::DeviceExecutor;
 use super::options::{DeviceChoice, DtypeChoice, ShardOptions};
 use super::run::{Executor, StartError};
 
+/// Page-locked memory of the emulator at most: it is ordinary memory there, and all of it is touched at start.
+const EMULATED_HOST_BYTES_MAX: u64 = 256 << 20;
+
 /// Loads the model where the options say. `auto` takes the first GPU, and the CPU where there is none.
 pub(super) fn load(
     options: &ShardOptions,
@@ -42,7 +45,11 @@ pub(crate) fn load_on(
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> Result<Box<dyn Execute>, StartError> {
     let Some(device) = device else { return Ok(Box::new(Executor::load(options, notes, progress)?)) };
-    Ok(Box::new(DeviceExecutor::load(device, elem(options.dtype)?, options, progress)?))
+    let mut options = options.clone();
+    if options.device == DeviceChoice::Emulated {
+        options.host_adapter_bytes = options.host_adapter_bytes.min(EMULATED_HOST_BYTES_MAX);
+    }
+    Ok(Box::new(DeviceExecutor::load(device, elem(options.dtype)?, &options, progress)?))
 }
 
 fn refused(options: &ShardOptions, error: DeviceError) -> StartError {
