@@ -3,6 +3,7 @@
 //! No device code and no model code: this crate decides, the shard executes.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod adapters;
 pub mod engine;
 pub mod http;
