@@ -6,10 +6,14 @@
 mod config;
 mod error;
 mod json;
+mod merge;
 mod modules;
 mod read;
+mod report;
 
 pub use error::AdapterError;
+pub use merge::{MergeError, MergeSpec, MergeStrategy, merge};
+pub use report::{Refusal, Report, check};
 
 use crate::files::{self, FileFault};
 use crate::spec::DecoderSpec;
