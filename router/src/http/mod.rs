@@ -35,7 +35,7 @@ pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
 pub use rate::Meter;
 pub use server::serve;
 
-use crate::adapters::{AdapterSettings, Registry};
+use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::metrics::Metrics;
 use crate::text::TextModel;
 use openai::validate::Bounds;
@@ -78,7 +78,12 @@ impl App {
             config.served_names.push("base".into());
         }
         let engine: Arc<dyn Backend> = Arc::new(engine);
-        let settings = AdapterSettings { registered: config.adapters.clone(), dirs: config.adapter_dirs.clone() };
+        let settings = AdapterSettings {
+            registered: config.adapters.iter().map(|(name, dir)| (name.clone(), AdapterRef::directory(dir))).collect(),
+            dirs: config.adapter_dirs.clone(),
+            base_names: config.served_names.clone(),
+            ..AdapterSettings::default()
+        };
         let inner = AppInner {
             keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None))),
             wrong_keys: rate::WrongKeys::default(),
