@@ -2,11 +2,16 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod name;
+mod reference;
 mod registry;
+pub mod sources;
 mod types;
 
 pub use name::is_valid_name;
+pub use reference::{RefError, SourceDefaults};
 pub use registry::{AdapterCard, AdapterRow, AdapterSettings, Registry, ResolvedAdapter, Wait};
+pub use sources::{SourceSettings, SourceSettingsError, Sources};
 pub use types::{
-    AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError, SourceKind,
+    AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
+    SourceKind,
 };
