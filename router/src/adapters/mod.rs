@@ -2,7 +2,9 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod name;
+mod reference;
 mod registry;
+pub mod sources;
 mod types;
 
 pub use name::is_valid_name;
@@ -11,6 +13,8 @@ pub use registry::{
     ListFilter, LoadAsk, MergeSpec, NextView, Registry, RegistryError, ResolvedAdapter, StickyBy, Supply, UnloadAsk,
     Wait, Weighted,
 };
+pub use reference::{RefError, SourceDefaults};
+pub use sources::{SourceSettings, SourceSettingsError, Sources};
 pub use types::{
     AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
     SourceKind,
