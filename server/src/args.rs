@@ -337,7 +337,7 @@ fn boolish() -> clap::builder::BoolishValueParser {
 }
 
 /// Kept so that nothing prints it.
-fn parse_secret(text: &str) -> Result<SecretString, std::convert::Infallible> {
+pub(crate) fn parse_secret(text: &str) -> Result<SecretString, std::convert::Infallible> {
     Ok(SecretString::from(text))
 }
 

@@ -30,6 +30,7 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use tokio::sync::watch;
 
+pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
 pub use config::{HttpLimits, RouterConfig};
 pub use error::{ApiError, Cause, Row};

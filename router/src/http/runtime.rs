@@ -3,11 +3,11 @@
 //! Controllers decide by the text of a message whether to try again. So a message of a failure that may go away starts
 //! with `service unavailable:`, and one that stays holds none of the phrases they look for.
 
+use axum::Json;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::{HeaderValue, Request, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::Json;
 use serde_json::{Map, Value, json};
 
 use super::App;

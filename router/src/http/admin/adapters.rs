@@ -133,7 +133,9 @@ pub(super) async fn put(
     let wait = query.wait.as_deref().map(parse_wait).transpose()?.unwrap_or(app.config.adapter_load_timeout);
     let ask = LoadAsk {
         namespace: checked_namespace(fields.string("namespace")?.unwrap_or_default().to_owned())?,
-        scale: fields.number("scale", "a number in -8..8", |s| (-SCALE_MAX..=SCALE_MAX).contains(&s))?.map(|s| s as f32),
+        scale: fields
+            .number("scale", "a number in -8..8", |s| (-SCALE_MAX..=SCALE_MAX).contains(&s))?
+            .map(|s| s as f32),
         pinned: fields.boolean("pinned")?,
         in_place: true,
         if_content_id: fields.string("if_content_id")?.map(str::to_owned),

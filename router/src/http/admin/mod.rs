@@ -8,7 +8,7 @@ mod status;
 use axum::Router;
 use axum::routing::{get, post};
 
-pub(crate) use report::report;
+pub use report::report;
 
 use super::App;
 use super::auth::UpstreamToken;
@@ -37,7 +37,8 @@ pub(crate) fn routes() -> Router<App> {
 /// 400 at `param`.
 pub(crate) fn reference(param: &str, text: &str, revision: Option<&str>) -> Result<AdapterRef, ApiError> {
     let refuse = |rule: &str, got: &str| ApiError::invalid(param, rule, got);
-    let parsed = AdapterRef::parse(text).map_err(|error| ApiError::at(Cause::InvalidValue, param, error.to_string()))?;
+    let parsed =
+        AdapterRef::parse(text).map_err(|error| ApiError::at(Cause::InvalidValue, param, error.to_string()))?;
     let Some(revision) = revision.filter(|revision| !revision.is_empty()) else { return Ok(parsed) };
     if parsed.source != SourceKind::Hub {
         return Err(refuse("a hub reference where `revision` is set", parsed.source.name()));

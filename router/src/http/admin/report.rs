@@ -28,7 +28,7 @@ struct Report<'a> {
 }
 
 /// The report of `POST /admin/v1/adapters/validate`.
-pub(crate) fn report(check: &AdapterCheck) -> Value {
+pub fn report(check: &AdapterCheck) -> Value {
     let mut features: Map<String, Value> =
         FEATURES.iter().map(|name| ((*name).to_owned(), Value::Bool(false))).collect();
     features.extend(check.features.iter().map(|name| (name.clone(), Value::Bool(true))));
@@ -46,7 +46,11 @@ pub(crate) fn report(check: &AdapterCheck) -> Value {
         rank_blocks: check.rank_blocks,
         pages_needed: check.pages_needed,
         features,
-        refusals: check.refusals.iter().map(|refusal| json!({"code": refusal.code, "message": refusal.message})).collect(),
+        refusals: check
+            .refusals
+            .iter()
+            .map(|refusal| json!({"code": refusal.code, "message": refusal.message}))
+            .collect(),
         warnings: &check.warnings,
     };
     serde_json::to_value(report).unwrap_or_default() // plain data: this cannot fail
