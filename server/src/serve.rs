@@ -192,6 +192,8 @@ fn announce(config: &Config, summary: &Summary<'_>) {
     }
     tracing::info!(
         address = summary.address,
+        admin = summary.admin.unwrap_or("off"),
+        sources = summary.sources,
         model = summary.names.join(","),
         dtype = summary.info.dtype,
         device = summary.info.device,
