@@ -345,7 +345,7 @@ enum Found {
 }
 
 fn failure(code: &str, message: String) -> AdapterFailure {
-    AdapterFailure { code: code.into(), message }
+    AdapterFailure::new(code, message)
 }
 
 fn unix_seconds() -> u64 {

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures_util::future::BoxFuture;
 
 use super::*;
-use crate::engine::{EngineStatus, Failure, GenerateRequest};
+use crate::engine::{AdapterCheck, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel, PinRefused};
 use crate::http::Events;
 
 /// Content = first byte of the weights file; `f` fails.
@@ -32,9 +32,22 @@ impl Backend for Reader {
                 modules: Vec::new(),
                 base_model: String::new(),
                 host_bytes: 1,
+                rank_blocks: 1,
+                features: Vec::new(),
             })
         })
     }
+    fn check_adapter(&self, _: PathBuf) -> BoxFuture<'static, Result<AdapterCheck, AdapterFailure>> {
+        Box::pin(async { Ok(AdapterCheck::default()) })
+    }
+    fn merge_adapters(&self, _: MergeAsk) -> BoxFuture<'static, Result<(), AdapterFailure>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn pin_adapter(&self, _: ContentId, _: Option<PinLevel>) -> BoxFuture<'static, Result<(), PinRefused>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn forget_adapter(&self, _: ContentId, _: ForgetMode) {}
+    fn prefetch_adapter(&self, _: ContentId) {}
     fn status(&self) -> Arc<EngineStatus> {
         Arc::default()
     }
