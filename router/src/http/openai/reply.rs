@@ -82,14 +82,7 @@ impl Shape {
     /// # Errors
     /// The first run that fails; the others are cancelled.
     pub(crate) async fn whole(&self, runs: Vec<Run>) -> Result<Response, ApiError> {
-        let mut ending = self.app.ending();
-        let collected = futures_util::future::try_join_all(runs.into_iter().map(collect));
-        let collected = tokio::select! {
-            collected = collected => collected?,
-            _ = ending.wait_for(|ending| *ending) => {
-                return Err(ApiError::new(Cause::Draining, "the server is shutting down"));
-            }
-        };
+        let collected = self.app.collect(runs).await?;
         let usage = usage(collected.iter().map(|(run, _)| run));
         let prompt = collected.first().map(|(run, _)| Arc::clone(&run.prompt));
         let body = match self.kind {
@@ -280,13 +273,31 @@ impl Shape {
 }
 
 /// The report for `position`, if there is one (there is none for 0). They come in ascending order.
-fn position_of(positions: &[PositionLogprobs], position: usize) -> Option<&PositionLogprobs> {
+pub(crate) fn position_of(positions: &[PositionLogprobs], position: usize) -> Option<&PositionLogprobs> {
     let found = positions.binary_search_by_key(&position, |p| p.position as usize).ok()?;
     positions.get(found)
 }
 
-fn finite(logprob: f32) -> f32 {
+/// JSON has no infinity.
+pub(crate) fn finite(logprob: f32) -> f32 {
     if logprob.is_nan() { LOGPROB_MIN } else { logprob.clamp(LOGPROB_MIN, f32::MAX) }
+}
+
+impl App {
+    /// Reads all runs to their ends.
+    ///
+    /// # Errors
+    /// The first run that fails (the others are cancelled), or `draining`.
+    pub(crate) async fn collect(&self, runs: Vec<Run>) -> Result<Vec<(Run, Vec<ChoiceParts>)>, ApiError> {
+        let mut ending = self.ending();
+        let collected = futures_util::future::try_join_all(runs.into_iter().map(collect));
+        tokio::select! {
+            collected = collected => collected,
+            _ = ending.wait_for(|ending| *ending) => {
+                Err(ApiError::new(Cause::Draining, "the server is shutting down"))
+            }
+        }
+    }
 }
 
 /// Reads one run to its end.
