@@ -6,7 +6,11 @@ mod registry;
 mod types;
 
 pub use name::is_valid_name;
-pub use registry::{AdapterCard, AdapterRow, AdapterSettings, Registry, ResolvedAdapter, Wait};
+pub use registry::{
+    AdapterCard, AdapterSettings, AdapterState, AdapterView, AliasAsk, AliasView, Ask, ErrorView, Files, FilesHere,
+    ListFilter, LoadAsk, MergeSpec, NextView, Registry, RegistryError, ResolvedAdapter, StickyBy, Supply, UnloadAsk,
+    Wait, Weighted,
+};
 pub use types::{
     AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
     SourceKind,

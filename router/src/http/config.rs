@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::keys::KeySpec;
+
 /// Settings of the HTTP side, as meant.
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
@@ -12,8 +14,14 @@ pub struct RouterConfig {
     pub adapters: Vec<(String, PathBuf)>,
     /// `--adapter-dir`: each sub-directory is an adapter.
     pub adapter_dirs: Vec<PathBuf>,
-    /// `--api-key`. Empty: the server is open.
-    pub api_keys: Vec<String>,
+    /// API keys and admin keys. Without an API key the server is open.
+    pub keys: Vec<KeySpec>,
+    /// `--allow-runtime-adapters`: clients may load and unload adapters.
+    pub allow_runtime_adapters: bool,
+    /// `--trust-loopback-adapters`: peers of this machine may do so, and list models, without a key.
+    pub trust_loopback_adapters: bool,
+    /// `--allow-base-fallback`: a request may ask for the base model's answer while its adapter loads.
+    pub allow_base_fallback: bool,
     /// Locator of the base model, shown as `root`.
     pub model_root: String,
     /// `--max-model-len`: at most this many tokens, prompt and completion.
@@ -36,7 +44,10 @@ impl Default for RouterConfig {
             served_names: vec!["base".into()],
             adapters: Vec::new(),
             adapter_dirs: Vec::new(),
-            api_keys: Vec::new(),
+            keys: Vec::new(),
+            allow_runtime_adapters: false,
+            trust_loopback_adapters: false,
+            allow_base_fallback: false,
             model_root: String::new(),
             max_model_len: None,
             use_generation_config: true,

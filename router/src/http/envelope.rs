@@ -59,11 +59,7 @@ fn respond(app: &App, error: &ApiError, id: &str) -> Response {
         tracing::error!(request_id = id, code = row.code, "{error}");
     }
     app.metrics.rejected(row.code);
-    let retry_after_s = match error.cause {
-        Cause::Draining | Cause::NotReady | Cause::AdapterLoadFailed => 5,
-        _ => 1,
-    };
-    let mut response: axum::http::Response<Body> = error.response(id, retry_after_s);
+    let mut response: axum::http::Response<Body> = error.response(id);
     // Marks the body as an envelope, so that it is not wrapped twice.
     if let Ok(value) = HeaderValue::from_str(id) {
         response.headers_mut().insert("x-request-id", value);

@@ -9,8 +9,10 @@ mod config;
 mod envelope;
 mod error;
 mod json;
+mod keys;
 mod leftover;
 mod openai;
+mod rate;
 mod server;
 mod service;
 #[cfg(test)]
@@ -18,7 +20,7 @@ mod tests;
 mod tokenize;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -29,9 +31,11 @@ use tokio::sync::watch;
 pub use backend::{Backend, Events};
 pub use config::{HttpLimits, RouterConfig};
 pub use error::{ApiError, Cause, Row};
+pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
+pub use rate::Meter;
 pub use server::serve;
 
-use crate::adapters::{AdapterSettings, Registry};
+use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::metrics::Metrics;
 use crate::text::TextModel;
 use openai::validate::Bounds;
@@ -49,7 +53,8 @@ pub struct AppInner {
     pub(crate) engine: Arc<dyn Backend>,
     pub(crate) registry: Registry,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) keys: auth::Keys,
+    keys: RwLock<Arc<keys::KeyRing>>,
+    pub(crate) wrong_keys: rate::WrongKeys,
     /// Unix seconds.
     pub(crate) started: u64,
     /// Version of the registry's cards and the body of `/v1/models` made from them.
@@ -73,9 +78,15 @@ impl App {
             config.served_names.push("base".into());
         }
         let engine: Arc<dyn Backend> = Arc::new(engine);
-        let settings = AdapterSettings { registered: config.adapters.clone(), dirs: config.adapter_dirs.clone() };
+        let settings = AdapterSettings {
+            registered: config.adapters.iter().map(|(name, dir)| (name.clone(), AdapterRef::directory(dir))).collect(),
+            dirs: config.adapter_dirs.clone(),
+            base_names: config.served_names.clone(),
+            ..AdapterSettings::default()
+        };
         let inner = AppInner {
-            keys: auth::Keys::new(&config.api_keys),
+            keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None))),
+            wrong_keys: rate::WrongKeys::default(),
             config,
             text,
             registry: Registry::new(settings, Arc::clone(&engine)),
@@ -117,9 +128,19 @@ impl App {
             .route("/v1/embeddings", post(service::no_embeddings))
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
-            .layer(from_fn_with_state(app.clone(), auth::authenticate))
+            .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
             .layer(from_fn_with_state(app.clone(), envelope::envelope))
             .with_state(app)
+    }
+
+    /// Takes these keys in place of the ones before. Requests that run go on.
+    pub fn set_keys(&self, keys: &[KeySpec]) {
+        let mut ring = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        *ring = Arc::new(keys::KeyRing::new(keys, Some(&ring)));
+    }
+
+    pub(crate) fn key_ring(&self) -> Arc<keys::KeyRing> {
+        Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// From now on health says no, and new generation requests get 503 `draining`.

@@ -21,6 +21,7 @@ use tower::ServiceExt;
 
 use super::App;
 use super::activity::{Activity, TrackedBody, TrackedIo};
+use super::auth::Peer;
 use super::config::HttpLimits;
 
 /// Streams of one HTTP/2 connection.
@@ -100,6 +101,7 @@ impl Server {
         let (router, handle, begun) = (self.router.clone(), abort.clone(), activity.clone());
         let service = service_fn(move |mut request: Request<Incoming>| {
             let running = begun.begin();
+            request.extensions_mut().insert(Peer(peer));
             if request.version() < axum::http::Version::HTTP_2 {
                 request.extensions_mut().insert(handle.clone()); // on HTTP/2 it would end other streams too
             }

@@ -53,7 +53,12 @@ pub(crate) async fn load(State(app): State<App>) -> Json<serde_json::Value> {
 
 /// Unknown paths.
 pub(crate) async fn no_route(uri: axum::http::Uri) -> ApiError {
-    ApiError::new(Cause::RouteNotFound, format!("no route `{}`", super::error::cut(uri.path())))
+    unknown_route(uri.path())
+}
+
+/// 404 `route_not_found`.
+pub(crate) fn unknown_route(path: &str) -> ApiError {
+    ApiError::new(Cause::RouteNotFound, format!("no route `{}`", super::error::cut(path)))
 }
 
 /// Known paths, other methods.

@@ -16,8 +16,9 @@ use super::stream::StreamContext;
 use super::submit::{Asker, Wanted, fit_prompt};
 use super::unsupported;
 use super::validate::{Bounds, LOGPROBS_MAX, Params, check_sequences, max_tokens, params, small};
+use crate::access::Caller;
 use crate::http::App;
-use crate::http::auth::Caller;
+use crate::http::auth::Metered;
 use crate::http::body::json_object;
 use crate::http::envelope::RequestId;
 use crate::http::error::{ApiError, Cause};
@@ -122,7 +123,8 @@ impl App {
         };
         let deadline = [sent, self.config.request_timeout].into_iter().flatten().min();
         Ok(Asker {
-            caller: parts.extensions.get::<Caller>().copied().unwrap_or_default(),
+            caller: parts.extensions.get::<Caller>().cloned().unwrap_or_default(),
+            metered: parts.extensions.get::<Metered>().cloned(),
             deadline_ms: deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX).max(1)),
         })
     }

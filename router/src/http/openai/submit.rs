@@ -8,9 +8,10 @@ use super::resolve::Variant;
 use super::run::Run;
 use super::sequence::{SequenceText, TextRules};
 use super::validate::{Bounds, Params, fit};
+use crate::access::Caller;
 use crate::engine::GenerateRequest;
 use crate::http::App;
-use crate::http::auth::Caller;
+use crate::http::auth::Metered;
 use crate::http::error::ApiError;
 use crate::metrics::RequestStart;
 
@@ -34,9 +35,11 @@ pub(crate) struct Wanted {
 }
 
 /// Who asks, and until when.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Asker {
     pub(crate) caller: Caller,
+    /// What its key's use is charged to.
+    pub(crate) metered: Option<Metered>,
     pub(crate) deadline_ms: Option<u64>,
 }
 
@@ -121,6 +124,7 @@ impl App {
                     n: wanted.sequences,
                     max_tokens: prompt.max_tokens,
                     prompt_tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+                    meter: asker.metered.as_ref().map(|metered| Arc::clone(&metered.0)),
                     adapter: (!variant.names.is_empty()).then(|| variant.names.clone()),
                 };
                 let events = self.engine.submit(GenerateRequest {
