@@ -17,7 +17,8 @@ use super::rate::Meter;
 use crate::access::Caller;
 
 /// Routes that need no key. Every other one does, unknown ones included.
-const OPEN: &[&str] = &["/", "/health", "/health/live", "/health/ready", "/health/startup", "/startup", "/ping", "/metrics"];
+const OPEN: &[&str] =
+    &["/", "/health", "/health/live", "/health/ready", "/health/startup", "/startup", "/ping", "/metrics"];
 /// Routes that load and unload adapters for other servers' clients.
 const RUNTIME: &[&str] =
     &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"];
@@ -153,9 +154,7 @@ impl Visit<'_> {
                     let message = "too many requests with a wrong API key came from this address";
                     ApiError::new(Cause::RateLimited, message).after(Some(wait))
                 }
-                _ => {
-                    ApiError::new(Cause::InvalidApiKey, "a valid API key is required: `Authorization: Bearer <key>`")
-                }
+                _ => ApiError::new(Cause::InvalidApiKey, "a valid API key is required: `Authorization: Bearer <key>`"),
             }
         })
     }

@@ -120,7 +120,8 @@ enum Bytes {
 
 impl KeyEntry {
     fn spec(&self) -> Result<KeySpec, String> {
-        let printable = |text: &str| !text.is_empty() && text.len() <= 128 && text.bytes().all(|b| b.is_ascii_graphic());
+        let printable =
+            |text: &str| !text.is_empty() && text.len() <= 128 && text.bytes().all(|b| b.is_ascii_graphic());
         if !printable(&self.name) {
             return Err("`name` must be 1..128 visible ASCII characters".into());
         }

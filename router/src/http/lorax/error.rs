@@ -1,7 +1,7 @@
 //! Errors in LoRAX's form: `{"error", "error_type", "code"}` with LoRAX's statuses.
 
 use axum::body::Body;
-use axum::http::{HeaderValue, Response, StatusCode};
+use axum::http::{Response, StatusCode};
 use serde::Serialize;
 
 use crate::http::error::{ApiError, Cause};
@@ -31,7 +31,9 @@ fn class(error: &ApiError) -> (StatusCode, &'static str) {
         | Cause::AdapterTooLarge
         | Cause::AdapterRankLimit
         | Cause::AdapterLoading
-        | Cause::AdapterLoadFailed => (StatusCode::FAILED_DEPENDENCY, "generation"),
+        | Cause::AdapterLoadFailed
+        | Cause::AdapterAuthUnavailable
+        | Cause::DiskFull => (StatusCode::FAILED_DEPENDENCY, "generation"),
         Cause::DeadlineExceeded => (own, "generation"),
         Cause::InvalidApiKey => (own, "authentication"),
         Cause::NotReady | Cause::Draining => (own, "healthcheck"),
@@ -65,13 +67,8 @@ pub(in crate::http) fn lorax_error(error: &ApiError) -> String {
 }
 
 /// The whole response, with the headers that our own envelope has.
-pub(in crate::http) fn lorax_response(error: &ApiError, request_id: &str, retry_after_s: u32) -> Response<Body> {
-    let mut response = error.response(request_id, retry_after_s).map(|_| Body::from(lorax_error(error)));
-    let (status, _) = class(error);
-    if error.cause.row().status == StatusCode::SERVICE_UNAVAILABLE {
-        // 424 means "try again" here, too.
-        response.headers_mut().insert("retry-after", HeaderValue::from(retry_after_s.max(1)));
-    }
-    *response.status_mut() = status;
+pub(in crate::http) fn lorax_response(error: &ApiError, request_id: &str) -> Response<Body> {
+    let mut response = error.response(request_id).map(|_| Body::from(lorax_error(error)));
+    *response.status_mut() = class(error).0;
     response
 }

@@ -1,5 +1,6 @@
-//! `merged_adapters`: checked here, at the edge, so that a mistake is named before anything is loaded.
+//! `merged_adapters`: checked at the edge, so that a mistake is named before anything is loaded.
 
+use crate::adapters::MergeSpec;
 use crate::engine::{MajoritySign, MergeStrategy};
 use crate::http::error::ApiError;
 use crate::http::json::{Fields, type_name};
@@ -9,23 +10,11 @@ const PARTS_MAX: usize = 8;
 /// A weight beyond this says that something went wrong.
 const WEIGHT_MAX: f64 = 1e4;
 
-/// One merge, in range. The names are not looked up yet.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct MergedAdapters {
-    pub(super) ids: Vec<String>,
-    /// One for each id.
-    pub(super) weights: Vec<f32>,
-    pub(super) strategy: MergeStrategy,
-    /// Share of values that stay; of every strategy but `linear`.
-    pub(super) density: Option<f32>,
-    pub(super) majority_sign: MajoritySign,
-}
-
 /// Reads `merged_adapters`.
 ///
 /// # Errors
 /// Names the field.
-pub(super) fn merged_adapters(fields: &Fields<'_>) -> Result<Option<MergedAdapters>, ApiError> {
+pub(super) fn merged_adapters(fields: &Fields<'_>) -> Result<Option<MergeSpec>, ApiError> {
     let Some(fields) = fields.object("merged_adapters")? else { return Ok(None) };
     let ids = ids(&fields)?;
     let weights = weights(&fields, ids.len())?;
@@ -39,7 +28,7 @@ pub(super) fn merged_adapters(fields: &Fields<'_>) -> Result<Option<MergedAdapte
             return Err(ApiError::invalid(&param, "one of linear, ties, dare_linear, dare_ties", other));
         }
     };
-    let majority_sign = match fields.string("majority_sign_method")? {
+    let sign = match fields.string("majority_sign_method")? {
         None | Some("total") => MajoritySign::Total,
         Some("frequency") => MajoritySign::Frequency,
         Some(other) => {
@@ -47,7 +36,7 @@ pub(super) fn merged_adapters(fields: &Fields<'_>) -> Result<Option<MergedAdapte
         }
     };
     let density = density(&fields, strategy)?;
-    Ok(Some(MergedAdapters { ids, weights, strategy, density, majority_sign }))
+    Ok(Some(MergeSpec { ids, weights, strategy, density, sign }))
 }
 
 fn ids(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
@@ -65,7 +54,7 @@ fn ids(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     values.iter().map(id).collect()
 }
 
-fn weights(fields: &Fields<'_>, len: usize) -> Result<Vec<f32>, ApiError> {
+fn weights(fields: &Fields<'_>, len: usize) -> Result<Vec<f64>, ApiError> {
     let param = fields.param("weights");
     let Some(values) = fields.array("weights")? else { return Ok(vec![1.0; len]) };
     if values.len() != len {
@@ -75,7 +64,7 @@ fn weights(fields: &Fields<'_>, len: usize) -> Result<Vec<f32>, ApiError> {
     let weight = |value: &serde_json::Value| {
         let number = value.as_f64().ok_or_else(|| ApiError::invalid(&param, "numbers", type_name(value)))?;
         if number.abs() <= WEIGHT_MAX {
-            return Ok(number as f32);
+            return Ok(number);
         }
         Err(ApiError::invalid(&param, &format!("numbers in -{WEIGHT_MAX}..{WEIGHT_MAX}"), &value.to_string()))
     };
@@ -83,13 +72,13 @@ fn weights(fields: &Fields<'_>, len: usize) -> Result<Vec<f32>, ApiError> {
 }
 
 /// LoRAX's client always sends one; `linear` has no use for it.
-fn density(fields: &Fields<'_>, strategy: MergeStrategy) -> Result<Option<f32>, ApiError> {
+fn density(fields: &Fields<'_>, strategy: MergeStrategy) -> Result<Option<f64>, ApiError> {
     let given = fields.number("density", "a number in 0..1", |d| (0.0..=1.0).contains(&d))?;
     if strategy == MergeStrategy::Linear {
         return Ok(None);
     }
     match given {
-        Some(density) if density > 0.0 => Ok(Some((density as f32).max(f32::MIN_POSITIVE))),
+        Some(density) if density > 0.0 => Ok(Some(density)),
         Some(density) => {
             let rule = "a number > 0 and <= 1 for this merge_strategy";
             Err(ApiError::invalid(&fields.param("density"), rule, &density.to_string()))

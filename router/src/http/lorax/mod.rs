@@ -30,7 +30,7 @@ use super::json::Fields;
 use super::openai::reply::name_the_source;
 use super::openai::resolve::Variant;
 use super::openai::run::Run;
-use super::openai::submit::{EncodedPrompt, fit_prompt};
+use super::openai::submit::{Asker, EncodedPrompt, fit_prompt};
 use super::openai::validate::Bounds;
 use super::server::ConnectionAbort;
 use crate::text::ChatPrompt;
@@ -101,6 +101,13 @@ impl App {
         let runs = self.submit(vec![prompt], &variants, &asked.params, asked.wanted(), asker)?;
         let shape = Shape { app: self.clone(), asked, max_tokens, started, validated: Instant::now() };
         self.native_answer(form, shape, runs, &variants, parts).await
+    }
+
+    async fn native_variants(&self, asked: &NativeRequest, asker: &Asker) -> Result<Vec<Variant>, ApiError> {
+        match &asked.merged {
+            None => self.resolve(&asked.params, asker).await,
+            Some(merged) => Ok(vec![self.resolve_merged(merged, &asked.params.adapter, asker).await?]),
+        }
     }
 
     async fn native_prompt(&self, asked: &NativeRequest, bounds: &Bounds) -> Result<EncodedPrompt, ApiError> {

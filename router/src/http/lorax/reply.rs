@@ -212,7 +212,9 @@ impl Shape {
     }
 
     fn name_the_times(&self, headers: &mut HeaderMap, run: &Run, ended: Instant) {
-        let ms = |from: Instant, to: Instant| u64::try_from(to.saturating_duration_since(from).as_millis()).unwrap_or(u64::MAX);
+        let ms = |from: Instant, to: Instant| {
+            u64::try_from(to.saturating_duration_since(from).as_millis()).unwrap_or(u64::MAX)
+        };
         let admitted = run.clock.admitted_at().unwrap_or(self.validated);
         let first_token = run.clock.first_token_at().unwrap_or(ended);
         let (prompt, generated) = (run.prompt.len() as u64, run.completion_tokens());
@@ -244,7 +246,8 @@ fn best(run: &Run) -> usize {
     let mean = |sequence: &crate::http::openai::sequence::SequenceText| {
         sequence.logprob_sum / f64::from(sequence.tokens.max(1))
     };
-    let best = run.sequences.iter().map(mean).enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
+    let best =
+        run.sequences.iter().map(mean).enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
     best.map_or(0, |(index, _)| index)
 }
 

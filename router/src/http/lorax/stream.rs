@@ -147,7 +147,7 @@ impl Producer {
     }
 
     async fn token(
-        &self,
+        &mut self,
         token: &TextToken,
         generated_text: Option<String>,
         details: Option<StreamDetails>,

@@ -4,7 +4,8 @@ use loramux_proto::Sampling;
 use serde_json::{Map, Value};
 
 use super::Form;
-use super::merged::{MergedAdapters, merged_adapters};
+use super::merged::merged_adapters;
+use crate::adapters::MergeSpec;
 use crate::http::error::{ApiError, Cause};
 use crate::http::json::{Fields, type_name};
 use crate::http::openai::resolve::adapter_ask;
@@ -35,7 +36,7 @@ pub(super) struct NativeRequest {
     pub(super) top_tokens: Option<u32>,
     /// Put `inputs` in front of the text.
     pub(super) full_text: bool,
-    pub(super) merged: Option<MergedAdapters>,
+    pub(super) merged: Option<MergeSpec>,
 }
 
 impl NativeRequest {
@@ -55,11 +56,7 @@ impl NativeRequest {
 ///
 /// # Errors
 /// Names the field.
-pub(super) fn native_request(
-    body: &Fields<'_>,
-    form: Form,
-    bounds: &Bounds,
-) -> Result<NativeRequest, ApiError> {
+pub(super) fn native_request(body: &Fields<'_>, form: Form, bounds: &Bounds) -> Result<NativeRequest, ApiError> {
     let inputs = body.string("inputs")?.ok_or_else(|| ApiError::missing("inputs"))?;
     if inputs.is_empty() {
         return Err(ApiError::invalid("inputs", "a string that is not empty", "an empty string"));

@@ -15,8 +15,9 @@ use super::types::{
     PromptLogprob, PromptPosition, Reply, TokenLogprobText, Usage,
 };
 use super::validate::Params;
+use crate::adapters::ResolvedAdapter;
 use crate::http::App;
-use crate::http::error::{ApiError, Cause};
+use crate::http::error::{ApiError, Cause, without_secrets};
 
 /// Stands for -inf, which JSON has not.
 const LOGPROB_MIN: f32 = -9999.0;
@@ -329,19 +330,24 @@ pub(crate) fn usage<'a>(runs: impl Iterator<Item = &'a Run>) -> Usage {
 /// Adds the headers that say what answered.
 pub(crate) fn name_the_source(response: &mut Response, app: &App, variants: &[Variant]) {
     let headers = response.headers_mut();
-    let join =
-        |text: fn(&Variant) -> &str| variants.iter().map(text).filter(|t| !t.is_empty()).collect::<Vec<_>>().join(",");
-    let (names, contents) = (join(|variant| &variant.names), join(|variant| &variant.contents));
     let mut set = |name: &'static str, value: &str| {
         if let Ok(value) = HeaderValue::from_str(&visible_ascii(value)) {
             headers.insert(HeaderName::from_static(name), value);
         }
     };
+    let joined = |show: &dyn Fn(&ResolvedAdapter) -> String| {
+        let each = variants.iter().map(|variant| variant.join(show)).filter(|text| !text.is_empty());
+        each.collect::<Vec<_>>().join(",")
+    };
     set("x-model-id", app.base_name());
-    if !names.is_empty() {
-        set("x-adapter-id", &names);
-        set("x-adapter-source", "local");
-        set("x-adapter-content-id", &contents);
+    if variants.iter().any(|variant| !variant.adapters.is_empty()) {
+        set("x-adapter-id", &joined(&|adapter| without_secrets(&adapter.name)));
+        set("x-adapter-source", &joined(&|adapter| adapter.source.name().to_owned()));
+        set("x-adapter-revision", &joined(&|adapter| adapter.revision.to_string()));
+        set("x-adapter-content-id", &joined(&|adapter| adapter.prepared.content.short()));
+    }
+    if variants.iter().any(|variant| variant.fallback) {
+        set("x-adapter-fallback", "base");
     }
 }
 
