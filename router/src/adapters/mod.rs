@@ -7,10 +7,10 @@ mod registry;
 pub mod store;
 mod types;
 
-pub use fetch::{FetchError, FetchLimits, Fetcher, Phase, Progress, ProgressNow, Tenant};
+pub use fetch::{FetchError, FetchLimits, FetchStatus, Fetcher, Phase, Progress, ProgressNow, Tenant};
 pub use name::is_valid_name;
 pub use registry::{AdapterCard, AdapterRow, AdapterSettings, Registry, ResolvedAdapter, Wait};
-pub use store::{Store, StoreStatus, Stored};
+pub use store::{Store, StoreError, StoreStatus, Stored};
 pub use types::{
     AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
     SourceKind,

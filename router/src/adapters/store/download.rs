@@ -81,8 +81,10 @@ impl Download {
             let same = known.as_ref().is_some_and(|known| known.files.iter().any(|old| old.is_same_as(file)));
             let path = dir.join(file.name.as_str());
             let found = file_bytes(&path).filter(|bytes| same && *bytes <= file.bytes).unwrap_or(0);
-            // A file that stays although it should go fails the download when it is made anew.
-            if found == 0 && shared.disk.remove_file(&path).is_err() { 0 } else { found }
+            if found == 0 {
+                let _ = shared.disk.remove_file(&path); // if it stays, making it anew fails the download
+            }
+            found
         });
         let reserved = start.iter().sum();
         let mut state = shared.state();

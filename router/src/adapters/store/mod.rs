@@ -287,6 +287,12 @@ impl Store {
         }
     }
 
+    /// Downloads that stopped and may go on.
+    #[cfg(test)]
+    pub(crate) fn partials(&self) -> usize {
+        self.shared.state().partials.len()
+    }
+
     /// The files as they were when `identity` was first downloaded, whether they are here or not.
     pub(crate) fn recorded(&self, identity: &str) -> Option<[FileRecord; 2]> {
         self.shared.state().known.get(identity).map(|known| known.record.files)

@@ -94,7 +94,7 @@ impl Scan<'_> {
     /// when the shard reads the files.
     fn contents(&self, state: &mut State) -> io::Result<()> {
         for fan in self.disk.list(&self.layout.root)? {
-            let is_fan = fan.file_name().is_some_and(|name| name.len() == 2);
+            let is_fan = fan.is_dir() && fan.file_name().is_some_and(|name| name.len() == 2);
             for path in if is_fan { self.disk.list(&fan)? } else { Vec::new() } {
                 let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
                 let whole = hex::decode(name).and_then(|id| Some((id, whole_content(state, &id, &path)?)));
