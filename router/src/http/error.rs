@@ -174,6 +174,8 @@ pub struct ApiError {
     pub retry_after: Option<Duration>,
     /// Another server's status and type for the same cause, on routes that copy that server.
     pub spelled: Option<(StatusCode, &'static str)>,
+    /// The report of a refused adapter, sent beside the error.
+    pub report: Option<Box<serde_json::Value>>,
 }
 
 /// Bytes of a value that an error message repeats.
@@ -182,7 +184,7 @@ const SHOWN_BYTES: usize = 64;
 impl ApiError {
     /// An error without a field.
     pub fn new(cause: Cause, message: impl Into<String>) -> Self {
-        Self { cause, message: message.into(), param: None, retry_after: None, spelled: None }
+        Self { cause, message: message.into(), param: None, retry_after: None, spelled: None, report: None }
     }
 
     /// An error at `param`.
@@ -266,6 +268,7 @@ impl ApiError {
                 retryable: row.retryable,
                 request_id,
             },
+            report: self.report.as_deref(),
         };
         serde_json::to_string(&body).unwrap_or_default() // strings and a bool: this cannot fail
     }
@@ -305,6 +308,8 @@ impl IntoResponse for ApiError {
 #[derive(Serialize)]
 struct Envelope<'a> {
     error: Inner<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report: Option<&'a serde_json::Value>,
 }
 
 #[derive(Serialize)]

@@ -2,6 +2,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod activity;
+mod admin;
 mod auth;
 mod backend;
 mod body;
@@ -14,6 +15,7 @@ mod leftover;
 mod lorax;
 mod openai;
 mod rate;
+mod runtime;
 mod server;
 mod service;
 #[cfg(test)]
@@ -21,7 +23,7 @@ mod tests;
 mod tokenize;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -29,12 +31,13 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use tokio::sync::watch;
 
+pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
 pub use config::{HttpLimits, RouterConfig};
 pub use error::{ApiError, Cause, Row};
 pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
 pub use rate::Meter;
-pub use server::serve;
+pub use server::{Listener, serve, serve_admin};
 
 use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::metrics::Metrics;
@@ -58,9 +61,10 @@ pub struct AppInner {
     pub(crate) wrong_keys: rate::WrongKeys,
     /// Unix seconds.
     pub(crate) started: u64,
-    /// Version of the registry's cards and the body of `/v1/models` made from them.
-    pub(crate) models_body: Mutex<Option<(u64, String)>>,
+    /// Bodies of `/v1/models`.
+    pub(crate) models: openai::models::Bodies,
     draining: AtomicBool,
+    stop_asked: watch::Sender<bool>,
     /// True: requests that still run end now.
     ending: watch::Sender<bool>,
 }
@@ -74,10 +78,7 @@ impl std::ops::Deref for App {
 
 impl App {
     /// Puts the parts together. Adapters of the configuration are prepared by [`serve`] (or [`Self::preload`]).
-    pub fn new(mut config: RouterConfig, text: TextModel, engine: impl Backend) -> Self {
-        if config.served_names.is_empty() {
-            config.served_names.push("base".into());
-        }
+    pub fn new(config: RouterConfig, text: TextModel, engine: impl Backend) -> Self {
         let engine: Arc<dyn Backend> = Arc::new(engine);
         let settings = AdapterSettings {
             registered: config.adapters.iter().map(|(name, dir)| (name.clone(), AdapterRef::directory(dir))).collect(),
@@ -85,17 +86,32 @@ impl App {
             base_names: config.served_names.clone(),
             ..AdapterSettings::default()
         };
+        let registry = Registry::new(settings, Arc::clone(&engine));
+        Self::with_registry(config, text, engine, registry)
+    }
+
+    /// The same around a registry that was opened elsewhere.
+    pub fn with_registry(
+        mut config: RouterConfig,
+        text: TextModel,
+        engine: Arc<dyn Backend>,
+        registry: Registry,
+    ) -> Self {
+        if config.served_names.is_empty() {
+            config.served_names.push("base".into());
+        }
         let inner = AppInner {
             keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None))),
             wrong_keys: rate::WrongKeys::default(),
             config,
             text,
-            registry: Registry::new(settings, Arc::clone(&engine)),
+            registry,
             engine,
             metrics: Arc::default(),
             started: unix_seconds(),
-            models_body: Mutex::default(),
+            models: Default::default(),
             draining: AtomicBool::new(false),
+            stop_asked: watch::Sender::new(false),
             ending: watch::Sender::new(false),
         };
         Self { inner: Arc::new(inner) }
@@ -131,9 +147,29 @@ impl App {
             .route("/v1/completions", post(openai::completions::completions))
             .route("/v1/chat/completions", post(openai::chat::chat_completions))
             .route("/v1/embeddings", post(service::no_embeddings))
+            .route("/v1/load_lora_adapter", post(runtime::load))
+            .route("/v1/unload_lora_adapter", post(runtime::unload))
+            .route("/load_lora_adapter", post(runtime::sglang_load))
+            .route("/unload_lora_adapter", post(runtime::sglang_unload))
+            .merge(admin::routes())
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
+            .layer(from_fn_with_state(app.clone(), envelope::envelope))
+            .with_state(app)
+    }
+
+    /// The operator's own routes with their layers, for a listener that only the operator reaches.
+    pub fn admin_router(&self) -> Router {
+        let app = self.clone();
+        admin::routes()
+            .route("/health", get(service::ready))
+            .route("/health/ready", get(service::ready))
+            .route("/health/live", get(service::live))
+            .route("/metrics", get(service::metrics))
+            .fallback(service::no_route)
+            .method_not_allowed_fallback(service::no_method)
+            .layer(from_fn_with_state((app.clone(), auth::Side::Admin), auth::authenticate))
             .layer(from_fn_with_state(app.clone(), envelope::envelope))
             .with_state(app)
     }
@@ -152,6 +188,18 @@ impl App {
     pub fn begin_drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
         self.engine.begin_drain();
+    }
+
+    /// The same as a signal to stop: [`serve`] drains and returns.
+    pub(crate) fn ask_to_stop(&self) {
+        self.stop_asked.send_replace(true);
+    }
+
+    /// Resolves once somebody asked to stop.
+    pub(crate) async fn stop_asked(&self) {
+        let mut asked = self.stop_asked.subscribe();
+        // The sender lives as long as `self`.
+        let _ = asked.wait_for(|asked| *asked).await;
     }
 
     /// Requests that still run end now with an error.

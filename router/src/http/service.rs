@@ -19,6 +19,10 @@ pub(crate) async fn ready(State(app): State<App>) -> Result<Response, ApiError> 
     if !status.ready {
         return Err(ApiError::new(Cause::NotReady, "the model is not ready"));
     }
+    if !app.registry.is_ready() {
+        let waiting_for = app.registry.waiting_for().join("; ");
+        return Err(ApiError::new(Cause::NotReady, format!("adapters that must be usable first: {waiting_for}")));
+    }
     Ok(().into_response())
 }
 
