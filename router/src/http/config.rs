@@ -84,6 +84,10 @@ pub struct HttpLimits {
     pub connections_per_address_max: usize,
     /// `n` and `best_of`.
     pub n_max: u32,
+    /// `stop` on LoRAX's routes.
+    pub native_stops_max: usize,
+    /// Requests that run or wait, as `/info` shows it; the engine keeps the bounds themselves.
+    pub requests_max: usize,
     /// Adapters of one `compose`: 1..=16.
     pub composed_max: usize,
     /// prompts x adapters x n.
@@ -108,6 +112,8 @@ impl Default for HttpLimits {
             connections_max: 16_384,
             connections_per_address_max: 1024,
             n_max: 8,
+            native_stops_max: 4,
+            requests_max: 1024,
             composed_max: 4,
             sequences_max: 256,
             stalled_events: 64,

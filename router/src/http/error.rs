@@ -332,13 +332,18 @@ pub(crate) fn cut(value: &str) -> String {
     format!("{}…", value.get(..end).unwrap_or(""))
 }
 
-/// A name as messages repeat it: of a URL, neither credentials nor query, because messages go into logs.
+/// A name as messages repeat it.
 pub(crate) fn shown(name: &str) -> String {
-    let Some((scheme, rest)) = name.split_once("://") else { return cut(name) };
+    cut(&without_secrets(name))
+}
+
+/// Of a URL, neither credentials nor query: messages, headers and metrics go into logs.
+pub(crate) fn without_secrets(name: &str) -> String {
+    let Some((scheme, rest)) = name.split_once("://") else { return name.to_owned() };
     let rest = rest.split(['?', '#']).next().unwrap_or("");
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let host = authority.rsplit('@').next().unwrap_or("");
-    cut(&format!("{scheme}://{host}{path}"))
+    format!("{scheme}://{host}{path}")
 }
 
 /// The row of a code that the registry, a source or the shard gave.

@@ -12,6 +12,7 @@ mod error;
 mod json;
 mod keys;
 mod leftover;
+mod lorax;
 mod openai;
 mod rate;
 mod runtime;
@@ -125,7 +126,11 @@ impl App {
     pub fn router(&self) -> Router {
         let app = self.clone();
         Router::new()
-            .route("/", get(service::ready))
+            .route("/", get(service::ready).post(lorax::compat))
+            .route("/generate", post(lorax::generate))
+            .route("/generate_stream", post(lorax::generate_stream))
+            .route("/invocations", post(lorax::invocations))
+            .route("/info", get(lorax::info))
             .route("/health", get(service::ready))
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))
@@ -235,6 +240,7 @@ impl App {
             limits: self.config.limits,
             defaults: if self.config.use_generation_config { self.text.defaults() } else { Default::default() },
             adapter_load_timeout: self.config.adapter_load_timeout,
+            allow_base_fallback: self.config.allow_base_fallback,
         })
     }
 

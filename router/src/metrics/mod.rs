@@ -242,6 +242,16 @@ impl RequestClock {
         }
     }
 
+    /// When the engine admitted it.
+    pub fn admitted_at(&self) -> Option<Instant> {
+        self.admitted
+    }
+
+    /// When its first token came.
+    pub fn first_token_at(&self) -> Option<Instant> {
+        self.first_token
+    }
+
     /// It ended well; without this call it counts as aborted.
     pub fn finished(&mut self, how: Finished) {
         self.ended = how;

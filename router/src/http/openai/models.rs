@@ -157,13 +157,4 @@ impl App {
             loramux: Some(facts),
         }
     }
-
-    /// For routes that take `model` and use only the base model's text: base and adapter names are both fine.
-    ///
-    /// # Errors
-    /// 404 for a name that is neither.
-    pub(crate) fn check_model(&self, name: &str) -> Result<(), ApiError> {
-        let known = name.is_empty() || self.is_base(name) || self.registry.is_candidate(&Caller::default(), name, None);
-        if known { Ok(()) } else { Err(ApiError::model_not_found(name)) }
-    }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use loramux_proto::Sampling;
+use secrecy::SecretString;
 
 use super::resolve::Variant;
 use super::run::Run;
@@ -40,6 +41,8 @@ pub(crate) struct Asker {
     pub(crate) caller: Caller,
     /// What its key's use is charged to.
     pub(crate) metered: Option<Metered>,
+    /// Its own token for an adapter's source, from a header.
+    pub(crate) token: Option<SecretString>,
     pub(crate) deadline_ms: Option<u64>,
 }
 
@@ -125,7 +128,7 @@ impl App {
                     max_tokens: prompt.max_tokens,
                     prompt_tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
                     meter: asker.metered.as_ref().map(|metered| Arc::clone(&metered.0)),
-                    adapter: (!variant.names.is_empty()).then(|| variant.names.clone()),
+                    adapter: (!variant.adapters.is_empty()).then(|| variant.names()),
                 };
                 let events = self.engine.submit(GenerateRequest {
                     prompt: Arc::clone(&tokens),
@@ -146,6 +149,7 @@ impl App {
                     sequences,
                     first_choice: runs.len() * params.n as usize,
                     label: variant.label.clone(),
+                    adapters: Arc::clone(&variant.adapters),
                     prompt: Arc::clone(&tokens),
                     echo: prompt.echo.clone(),
                     prompt_logprobs: Vec::new(),
@@ -159,7 +163,8 @@ impl App {
     }
 }
 
-fn random_seed() -> u64 {
+/// For a request that names none.
+pub(crate) fn random_seed() -> u64 {
     let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
     high.rotate_left(32) ^ low
 }

@@ -4,6 +4,7 @@ mod chat;
 mod completions;
 mod envelope;
 mod keys;
+mod lorax;
 mod models;
 mod server;
 mod stream;
