@@ -6,6 +6,7 @@ mod envelope;
 mod keys;
 mod lorax;
 mod models;
+mod operator;
 mod server;
 mod stream;
 mod validation;
