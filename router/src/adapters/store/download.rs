@@ -40,6 +40,7 @@ impl Download {
     ) -> Result<Self, StoreError> {
         let identity: Arc<str> = identity.into();
         let found = shared.state().partials.remove(&identity);
+        let payer = found.as_ref().map(|partial| partial.tenant);
         let mut download = match found {
             Some(partial) => Self::take_over(shared, identity, tenant, partial, files),
             None => Self {
@@ -58,8 +59,9 @@ impl Download {
         match made {
             Ok(()) => Ok(download),
             Err(error) => {
-                if have > 0 {
-                    download.keep(); // what was there stays worth keeping
+                if let Some(payer) = payer {
+                    download.charge_to(payer); // who may not have it does not pay for what was there
+                    download.keep();
                 }
                 Err(error)
             }
@@ -92,6 +94,15 @@ impl Download {
         state.accounts.reserve(tenant.id, reserved);
         drop(state);
         Self { shared: Arc::clone(shared), identity, tenant, dir, reserved, start, gone: false }
+    }
+
+    /// Moves the reservation to another account.
+    fn charge_to(&mut self, payer: u64) {
+        let mut state = self.shared.state();
+        state.accounts.release(self.tenant.id, self.reserved);
+        state.accounts.reserve(payer, self.reserved);
+        drop(state);
+        self.tenant = payer.into();
     }
 
     fn reserve(&mut self, need: u64) -> Result<(), StoreError> {

@@ -132,7 +132,7 @@ async fn what_is_too_large_is_never_asked_for() {
     let error = expect_error(&world, &world.source.add("a", 1001, Promise::Sha256)).await;
     assert_eq!((error.code(), error.retryable()), ("adapter_too_large", false));
     let error = expect_error(&world, &world.source.add(&"n".repeat(100), 10, Promise::Sha256)).await;
-    assert!(error.to_string().contains("adapter_config.json has 122 bytes; this server takes up to 100"), "{error}");
+    assert!(error.to_string().contains("adapter_config.json has 120 bytes; this server takes up to 100"), "{error}");
     assert!(world.source.opens.lock().unwrap().is_empty());
 
     let world = World::with(limits(), 10_000);
