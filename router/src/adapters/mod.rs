@@ -8,5 +8,6 @@ mod types;
 pub use name::is_valid_name;
 pub use registry::{AdapterCard, AdapterRow, AdapterSettings, Registry, ResolvedAdapter, Wait};
 pub use types::{
-    AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError, SourceKind,
+    AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
+    SourceKind,
 };
