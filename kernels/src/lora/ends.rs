@@ -90,11 +90,12 @@ impl Ends {
                 }
             }
         }
+        let vectors_at = |slice: Slice| self.vectors(0, slice).is_some();
         self.uses = Uses {
             vectors: !self.vectors.is_empty(),
-            embed: !self.embed.is_empty(),
+            embed: !self.embed.is_empty() || vectors_at(Slice::Embed),
             embed_rows: !self.embed_rows.is_empty(),
-            head: !self.head.is_empty(),
+            head: !self.head.is_empty() || vectors_at(Slice::Head),
             head_rows: !self.head_rows.is_empty(),
         };
     }

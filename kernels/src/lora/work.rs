@@ -59,7 +59,7 @@ pub struct WorkList {
 /// Which blocks of the adapters a list of the head's rows is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadWork {
-    /// Their rank blocks.
+    /// Their rank blocks, and with them their gains and shifts.
     Pairs,
     /// The blocks of 16 inputs of what they add to the head's weight.
     Rows,
@@ -90,6 +90,12 @@ impl WorkList {
         self.items.is_empty()
     }
 
+    /// Whether an adapter of the list may change the embedding.
+    #[must_use]
+    pub const fn acts_on_embedding(&self) -> bool {
+        self.uses.embed || self.uses.embed_rows
+    }
+
     /// Replaces the list by that of the rows whose logits are wanted: row `i` of the new list is row `rows[i]` of `step`.
     /// Empty if no adapter of `step` acts on the head in this way.
     ///
@@ -98,7 +104,7 @@ impl WorkList {
     pub fn select(&mut self, table: &AdapterTable, step: &Self, rows: &[u32], head: HeadWork) -> Result<(), OpError> {
         self.clear();
         let wanted = match head {
-            HeadWork::Pairs => step.uses.head || step.uses.vectors,
+            HeadWork::Pairs => step.uses.head,
             HeadWork::Rows => step.uses.head_rows,
         };
         if !wanted {
