@@ -154,25 +154,30 @@ def make(entry):
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def load(model, name):
+def untied(model):
+    """With a head of its own, so that merging into one end leaves the other alone."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def load(base, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(base_model(model), HERE / name).float().eval()
+        return PeftModel.from_pretrained(base, HERE / name).float().eval()
 
 
 @torch.no_grad()
 def weighted(model, parts):
     """The base with `scale * (merged - base)` of each part."""
-    out = base_model(model)
-    if MODELS[model][1]:  # a sum may need another head than embedding
-        out.lm_head.weight = torch.nn.Parameter(out.lm_head.weight.clone())
-        out.config.tie_word_embeddings = False
+    out = untied(base_model(model))
     base = {k: v.clone() for k, v in out.state_dict().items()}
     total = {k: v.clone() for k, v in base.items()}
     for name, scale in parts:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            merged = load(model, name).merge_and_unload().state_dict()
+            merged = load(untied(base_model(model)), name).merge_and_unload().state_dict()
         for key in total:
             total[key] += scale * (merged[key] - base[key])
     out.load_state_dict(total)
@@ -201,7 +206,7 @@ def main():
             make(entry)
     cases = [dict(model=name, adapters=[], **run(base_model(name), prompt)) for name in MODELS for prompt in PROMPTS]
     for entry in ADAPTERS:
-        model = load(entry["model"], entry["name"])
+        model = load(base_model(entry["model"]), entry["name"])
         cases += [dict(model=entry["model"], adapters=[[entry["name"], 1.0]], **run(model, prompt)) for prompt in PROMPTS]
     for name, parts in SUMS:
         model = weighted(name, parts)
