@@ -142,9 +142,17 @@ fn layers_that_only_some_modules_adapt_are_named_one_by_one() {
 fn what_does_not_fit_together_is_refused_and_leaves_no_file() {
     let root = TempDir::new().expect("a folder");
     let good = part(&root, "good", 4, &["q_proj"], 1);
-    let dora = part(&root, "dora", 4, &["q_proj"], 2);
-    let config = changed(adapter_config(4, &["q_proj"]), json!({"use_dora": true}));
-    std::fs::write(dora.join("adapter_config.json"), config.to_string()).expect("written");
+    let bias = part(&root, "bias", 4, &["q_proj"], 2);
+    let mut weights = adapter_weights(&tiny_config("llama"), &["q_proj"], 2, |_, _| 4);
+    let biases: Vec<_> = weights.iter().filter(|(name, _)| name.contains("lora_B")).collect();
+    let bias_of = |(name, b): (&String, &support::Tensor)| {
+        let shape = vec![b.shape[0]];
+        (name.replace(".weight", ".bias"), support::Tensor { values: vec![0.5; shape[0]], shape })
+    };
+    let biases: Vec<_> = biases.into_iter().map(bias_of).collect();
+    weights.extend(biases);
+    let config = changed(adapter_config(4, &["q_proj"]), json!({"lora_bias": true}));
+    write_adapter(&bias, &config, &weights, Stored::F32);
     let out = root.path().join("out");
     let no_density = MergeSpec { strategy: MergeStrategy::Ties, ..linear(&[1.0]) };
     let cases = [
@@ -162,8 +170,9 @@ fn what_does_not_fit_together_is_refused_and_leaves_no_file() {
         assert_eq!(error.code(), code, "{error}");
         assert!(error.to_string().contains(text), "{error} does not say {text}");
     }
-    let error = merge(&[good, dora], &linear(&[1.0, 1.0]), &out).expect_err("DoRA");
-    assert!(error.to_string().contains("adapter 1") && error.code().starts_with("adapter_"), "{error}");
+    let error = merge(&[good, bias], &linear(&[1.0, 1.0]), &out).expect_err("a bias on B");
+    let text = "merged adapter 1: lora_bias cannot be merged";
+    assert!(error.to_string().starts_with(text) && error.code() == "adapter_unsupported", "{error}");
     assert!(!out.exists() || std::fs::read_dir(&out).expect("a folder").next().is_none());
 }
 

@@ -74,7 +74,7 @@ pub enum MergeError {
         /// Which, from 0.
         index: usize,
         /// The feature by its PEFT name.
-        feature: String,
+        feature: &'static str,
     },
     /// The parts or the numbers do not fit together.
     #[error("merged_adapters: {0}")]
@@ -177,9 +177,9 @@ fn read_parts(
     }
     let (mut parts, mut elements) = (Vec::new(), Vec::new());
     for (index, dir) in dirs.iter().enumerate() {
-        let refused = |source| MergeError::Part { index, source };
-        let part = read(dir, base, limits).map_err(refused)?;
-        if let Some(feature) = feature(dir, &part, limits).map_err(refused)? {
+        let part = read(dir, base, limits).map_err(|source| MergeError::Part { index, source })?;
+        // rsLoRA only changes the scale; all else is more than the two factors.
+        if let Some(feature) = part.features.iter().find(|feature| **feature != "rslora") {
             return Err(MergeError::Unsupported { index, feature });
         }
         elements.push(element(dir, limits));
@@ -188,24 +188,6 @@ fn read_parts(
     let first = elements.first().cloned().flatten();
     let one = first.filter(|first| elements.iter().all(|other| other.as_ref() == Some(first)));
     Ok((parts, one.unwrap_or(Element::F32)))
-}
-
-/// What an adapter has beside pairs on linear modules, by its PEFT name.
-fn feature(dir: &Path, part: &PeftAdapter, limits: &AdapterLimits) -> Result<Option<String>, AdapterError> {
-    let bytes = super::read_file(dir, CONFIG_FILE, limits.config_bytes_max)?;
-    let root = json::parse_strict(&bytes).map_err(AdapterError::config)?;
-    let is_set = |name: &&str| match root.get(name) {
-        None | Some(Value::Null | Value::Bool(false)) => false,
-        Some(Value::String(text)) => !text.is_empty() && text != "none",
-        Some(Value::Array(list)) => !list.is_empty(),
-        Some(_) => true,
-    };
-    if let Some(name) = ["use_dora", "lora_bias", "bias", "modules_to_save"].iter().find(|name| is_set(name)) {
-        return Ok(Some((*name).to_owned()));
-    }
-    let linear = |module: &LoraModule| MODULES.iter().any(|(slice, _)| *slice == module.slice);
-    let ends = || "LoRA on the embedding or the head".to_owned();
-    Ok((!part.modules.iter().all(linear)).then(ends))
 }
 
 /// The type of all tensors of a weights file that was read before; None if there are several.

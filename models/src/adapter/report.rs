@@ -68,6 +68,7 @@ pub fn check(dir: &Path, spec: &DecoderSpec, limits: &AdapterLimits) -> Report {
         Ok(adapter) => {
             report.base_matches = true;
             report.base_model.clone_from(&adapter.base_model);
+            report.features.clone_from(&adapter.features);
             report.adapter = Some(adapter);
         }
         Err(error) => {

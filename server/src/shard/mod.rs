@@ -22,9 +22,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use loramux_proto::{
-    Fatal, FromShard, Info, Loading, Pong, Step, StepResult, ToShard, from_shard, to_shard,
-};
+use loramux_proto::{Fatal, FromShard, Info, Loading, Pong, Step, StepResult, ToShard, from_shard, to_shard};
 
 use prepare::{PrepareThreads, Work};
 

@@ -135,7 +135,8 @@ mod tests {
     #[test]
     fn a_merge_and_a_large_file_leave_the_small_threads_free() {
         let dir = tempfile::tempdir().expect("a folder");
-        let work = || Work::Prepare(PrepareAdapter { dir: dir.path().display().to_string(), ..PrepareAdapter::default() });
+        let work =
+            || Work::Prepare(PrepareAdapter { dir: dir.path().display().to_string(), ..PrepareAdapter::default() });
         assert!(!work().is_large(), "there is no file");
         let file = std::fs::File::create(dir.path().join("adapter_model.safetensors")).expect("a file");
         file.set_len(SMALL_BYTES_MAX).expect("a sparse file");
@@ -153,6 +154,8 @@ mod tests {
             panic!("a preparation is answered by a preparation")
         };
         assert_eq!(prepared.request_id, 7);
-        assert!(matches!(prepared.outcome, Some(prepared::Outcome::Error(error)) if error.code == "adapter_load_failed"));
+        assert!(
+            matches!(prepared.outcome, Some(prepared::Outcome::Error(error)) if error.code == "adapter_load_failed")
+        );
     }
 }
