@@ -156,9 +156,9 @@ pub(crate) struct AdapterArgs {
     /// Adapters on the device at once. Default: as many as memory holds. Nothing is reserved for it
     #[arg(long, env = "LORAMUX_MAX_LORAS")]
     pub(crate) max_loras: Option<u32>,
-    /// Host memory for adapters that are not on the device, such as 8GiB
-    #[arg(long, env = "LORAMUX_HOST_ADAPTER_MEMORY", default_value = "8GiB", value_parser = parse_bytes)]
-    pub(crate) host_adapter_memory: u64,
+    /// Host memory for adapters that are not on the device, such as 8GiB [default: 8GiB, at most half of what is free]
+    #[arg(long, env = "LORAMUX_HOST_ADAPTER_MEMORY", value_parser = parse_bytes)]
+    pub(crate) host_adapter_memory: Option<u64>,
     /// How long a request waits for its adapter to load, seconds
     #[arg(long, env = "LORAMUX_ADAPTER_LOAD_TIMEOUT", default_value = "30", value_parser = parse_seconds)]
     pub(crate) adapter_load_timeout: std::time::Duration,
