@@ -13,7 +13,7 @@ pub mod sources;
 pub mod store;
 mod types;
 
-pub use fetch::{FetchError, FetchLimits, Fetcher, Phase, Progress, ProgressNow, Tenant};
+pub use fetch::{FetchError, FetchLimits, FetchStatus, Fetcher, Phase, Progress, ProgressNow, Tenant};
 pub use name::is_valid_name;
 pub use reference::{RefError, SourceDefaults};
 pub use registry::{
@@ -22,7 +22,7 @@ pub use registry::{
     Wait, Weighted,
 };
 pub use sources::{SourceSettings, SourceSettingsError, Sources};
-pub use store::{Store, StoreStatus, Stored};
+pub use store::{Store, StoreError, StoreStatus, Stored};
 pub use types::{
     AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
     SourceKind,

@@ -4,13 +4,28 @@
 //! answer ([`SourceError::Absent`]). What a source says is never trusted: sizes, ranges and hashes are checked, redirects
 //! are followed by [`guard`]'s rules, a body has a least speed, and no text of a source is repeated.
 
+mod beneath;
+mod bucket_client;
+mod bucket_keys;
+mod buckets;
 pub mod guard;
+mod http;
+mod hub;
+mod hub_cache;
+mod local;
+mod net;
+mod pace;
 mod settings;
+#[cfg(test)]
+mod testing;
 
 pub use settings::{
     GcsCredentials, GcsSettings, HttpHeader, HttpSettings, HubSettings, LocalSettings, Pace, S3Credentials, S3Settings,
     SourceSettings,
 };
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
@@ -32,10 +47,29 @@ impl SourceSettingsError {
     }
 }
 
+/// What older adapters have in place of safetensors. It is a program, and is never read.
+const PICKLE: &str = "adapter_model.bin";
+
+/// A config was found, but no weights.
+fn no_weights(has_pickle: bool) -> SourceError {
+    let (code, message) = if has_pickle {
+        (
+            "adapter_unsupported",
+            "its weights are a pickle (adapter_model.bin), which can run code; save them as adapter_model.safetensors",
+        )
+    } else {
+        ("adapter_invalid", "it has an adapter_config.json, but no adapter_model.safetensors")
+    };
+    SourceError::Permanent { code, message: message.to_owned() }
+}
+
 /// All sources of this server.
 pub struct Sources {
-    settings: SourceSettings,
-    http_hosts: guard::HostList,
+    hub: hub::Hub,
+    buckets: buckets::Buckets,
+    http: http::Http,
+    local: local::Local,
+    pace: Pace,
 }
 
 impl Sources {
@@ -44,17 +78,26 @@ impl Sources {
     /// # Errors
     /// [`SourceSettingsError`] for a URL, host or header that is none.
     pub fn new(settings: SourceSettings) -> Result<Self, SourceSettingsError> {
-        let http_hosts = guard::HostList::parse(&settings.http.hosts)
-            .map_err(|(entry, reason)| SourceSettingsError::new(format!("--adapter-http-hosts {entry}"), reason))?;
-        Ok(Self { settings, http_hosts })
+        let net = Arc::new(net::Net::new(guard::Guard::new(settings.networks.clone()), settings.pace));
+        Self::with_net(&settings, net)
+    }
+
+    fn with_net(settings: &SourceSettings, net: Arc<net::Net>) -> Result<Self, SourceSettingsError> {
+        Ok(Self {
+            hub: hub::Hub::new(&settings.hub, Arc::clone(&net))?,
+            buckets: buckets::Buckets::new(&settings.s3, &settings.gcs, Arc::clone(&net))?,
+            http: http::Http::new(&settings.http, net)?,
+            local: local::Local::new(&settings.local),
+            pace: settings.pace,
+        })
     }
 
     /// True if references of this source can be resolved at all.
     pub fn has(&self, kind: SourceKind) -> bool {
         match kind {
             SourceKind::Hub | SourceKind::S3 | SourceKind::Gcs => true,
-            SourceKind::Http => !self.http_hosts.is_empty(),
-            SourceKind::Local => !self.settings.local.roots.is_empty() || !self.settings.local.named.is_empty(),
+            SourceKind::Http => !self.http.is_off(),
+            SourceKind::Local => !self.local.is_off(),
             SourceKind::Merge => false,
         }
     }
@@ -64,24 +107,63 @@ impl Source for Sources {
     fn resolve<'a>(
         &'a self,
         reference: &'a AdapterRef,
-        _credential: &'a Credential,
+        credential: &'a Credential,
     ) -> BoxFuture<'a, Result<Resolved, SourceError>> {
-        let kind = reference.source;
-        Box::pin(async move {
-            Err(SourceError::Permanent {
-                code: "source_forbidden",
-                message: format!("this server has no source `{}`", kind.name()),
-            })
-        })
+        Box::pin(within(self.pace.resolve_timeout, async move {
+            // It may come from a file or a message: only what could have been parsed becomes a URL or a path.
+            if !reference.is_valid() {
+                return Err(SourceError::Absent);
+            }
+            if !self.has(reference.source) {
+                return Err(no_source(reference.source));
+            }
+            match reference.source {
+                SourceKind::Hub => self.hub.resolve(reference, credential).await,
+                SourceKind::Http => self.http.resolve(reference, credential).await,
+                SourceKind::Local => self.local.resolve(reference, credential).await,
+                SourceKind::S3 | SourceKind::Gcs => self.buckets.resolve(reference, credential).await,
+                SourceKind::Merge => Err(no_source(reference.source)),
+            }
+        }))
     }
 
     fn open<'a>(
         &'a self,
-        _resolved: &'a Resolved,
-        _file: &'a RemoteFile,
-        _offset: u64,
-        _credential: &'a Credential,
+        resolved: &'a Resolved,
+        file: &'a RemoteFile,
+        offset: u64,
+        credential: &'a Credential,
     ) -> BoxFuture<'a, Result<ByteStream, SourceError>> {
-        Box::pin(async move { Err(SourceError::Absent) })
+        Box::pin(within(self.pace.open_timeout, async move {
+            if !resolved.reference.is_valid() {
+                return Err(SourceError::Absent);
+            }
+            match resolved.reference.source {
+                SourceKind::Hub => self.hub.open(resolved, file, offset, credential).await,
+                SourceKind::Http => self.http.open(resolved, file, offset, credential).await,
+                SourceKind::Local => self.local.open(resolved, file, offset, credential).await,
+                SourceKind::S3 | SourceKind::Gcs => self.buckets.open(resolved, file, offset, credential).await,
+                kind @ SourceKind::Merge => Err(no_source(kind)),
+            }
+        }))
+    }
+}
+
+fn no_source(kind: SourceKind) -> SourceError {
+    let how = match kind {
+        SourceKind::Http => "; an operator lists hosts with --adapter-http-hosts",
+        SourceKind::Local => "; an operator allows directories with --adapter-root",
+        _ => "",
+    };
+    SourceError::Permanent {
+        code: "source_forbidden",
+        message: format!("this server has no source `{}`{how}", kind.name()),
+    }
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(SourceError::retryable("the source did not answer in time")),
     }
 }
