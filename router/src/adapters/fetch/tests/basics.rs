@@ -96,13 +96,14 @@ async fn a_source_without_ranges_is_asked_from_the_start() {
 
 #[tokio::test]
 async fn wrong_bytes_are_asked_for_once_more_and_then_refused() {
-    for act in [Act::Flip(0), Act::Flip(BYTES - 1), Act::Longer] {
+    let with_hash = [Act::Flip(0), Act::Flip(BYTES - 1), Act::Longer].map(|act| (act, Promise::Sha256));
+    for (act, promise) in with_hash.into_iter().chain([(Act::Longer, Promise::Etag), (Act::Longer, Promise::Nothing)]) {
         let world = World::new();
-        let resolved = world.source.add("a", BYTES, Promise::Sha256);
+        let resolved = world.source.add("a", BYTES, promise);
         world.source.act(&resolved, FileName::Weights, [act.clone()]);
         assert_is(&world.fetch(&resolved).await.unwrap(), "a", BYTES);
 
-        let resolved = world.source.add("b", BYTES, Promise::Sha256);
+        let resolved = world.source.add("b", BYTES, promise);
         world.source.act(&resolved, FileName::Weights, [act.clone(), act.clone()]);
         let error = expect_error(&world, &resolved).await;
         assert!(matches!(error, FetchError::Corrupt { .. }) && error.retryable(), "{error}");
