@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use loramux_kernels::device::step::BlockDesc;
 use loramux_kernels::{AdapterImage, ImageLayout, OpError};
 use loramux_models::DecoderSpec;
-use loramux_models::adapter::{self, AdapterLimits};
+use loramux_models::adapter::{self, AdapterLimits, PeftAdapter};
 use loramux_proto::{AdapterError, AdapterReport, PrepareAdapter, Prepared, prepared};
 
 /// Pages of page-locked host memory, which a device copies from without the host's help. Taken once at start; images
@@ -116,7 +116,7 @@ impl SlabImage {
 
 /// Page images by content.
 pub(crate) struct Slab {
-    spec: DecoderSpec,
+    pub(super) spec: DecoderSpec,
     layout: ImageLayout,
     page_bytes: usize,
     pool: Option<Arc<PinnedPool>>,
@@ -153,15 +153,16 @@ impl Slab {
         Prepared { request_id: request.request_id, outcome: Some(outcome) }
     }
 
+    /// The pages that the adapter takes.
+    pub(super) fn pack(&self, read: &PeftAdapter) -> Result<AdapterImage, adapter::AdapterError> {
+        read.pack(self.layout, self.page_bytes)
+    }
+
     fn try_prepare(&self, request: &PrepareAdapter) -> Result<AdapterReport, adapter::AdapterError> {
-        let mut limits = AdapterLimits::default();
-        if request.rank_max != 0 {
-            limits.rank_max = limits.rank_max.min(request.rank_max as usize);
-        }
-        let read = adapter::read(Path::new(&request.dir), &self.spec, &limits)?;
+        let read = adapter::read(Path::new(&request.dir), &self.spec, &limits(request.rank_max))?;
         let image = match self.get(&read.content_id) {
             Some(image) => image,
-            None => Arc::new(SlabImage::new(read.pack(self.layout, self.page_bytes)?, self.pool.as_ref())),
+            None => Arc::new(SlabImage::new(self.pack(&read)?, self.pool.as_ref())),
         };
         let report = AdapterReport {
             content_id: read.content_id.to_vec(),
@@ -172,13 +173,24 @@ impl Slab {
             host_bytes: image.image().bytes() as u64,
             modules: read.module_names.clone(),
             base_model: read.base_model.clone(),
+            features: read.features.iter().map(|&name| name.to_owned()).collect(),
+            ..AdapterReport::default()
         };
         self.images.write().unwrap_or_else(PoisonError::into_inner).insert(read.content_id, image);
         Ok(report)
     }
 }
 
+/// Limits of the loader, the operator's on the rank included; 0 = none.
+pub(super) fn limits(rank_max: u32) -> AdapterLimits {
+    let mut limits = AdapterLimits::default();
+    if rank_max != 0 {
+        limits.rank_max = limits.rank_max.min(rank_max as usize);
+    }
+    limits
+}
+
 /// Counts on the wire are u32; one that does not fit is refused by whoever compares it with a limit.
-fn saturating(n: usize) -> u32 {
+pub(super) fn saturating(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
