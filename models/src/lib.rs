@@ -7,6 +7,7 @@
 
 pub mod adapter;
 mod decoder;
+mod describe;
 mod error;
 mod families;
 mod files;
@@ -16,10 +17,11 @@ mod text;
 mod weights;
 
 pub use decoder::{Batch, Decoder, DecoderLimits, DecoderOps, NormAt, Site, run_layers};
+pub use describe::describe;
 pub use error::ModelError;
 pub use rope::inv_freq;
 pub use spec::{DecoderSpec, RopeScaling, RopeSpec};
 pub use text::{TextFiles, text_files};
 pub use weights::{
-    CpuStore, LayerWeights, LoadFormat, LoadOptions, Model, Progress, WeightStore, Weights, load, load_into,
+    BaseFiles, CpuStore, LayerWeights, LoadFormat, LoadOptions, Model, Progress, WeightStore, Weights, load, load_into,
 };

@@ -59,7 +59,7 @@ pub enum AdapterError {
         /// Its shape.
         found: Vec<usize>,
         /// The shape that fits.
-        want: [usize; 2],
+        want: Vec<usize>,
     },
     /// A file or an extent passes a limit.
     #[error("{file}: {what} is {found}, the limit is {limit}")]
@@ -83,6 +83,14 @@ pub enum AdapterError {
         /// The largest rank admitted.
         limit: usize,
     },
+    /// The adapter changes the base's weights by what they are, and they cannot be read.
+    #[error("cannot read the base model's weights, which the adapter's {feature} needs: {reason}")]
+    Base {
+        /// The feature, by its PEFT name.
+        feature: &'static str,
+        /// What went wrong.
+        reason: String,
+    },
     /// The adapter does not fit the device pages.
     #[error("cannot lay out the adapter in pages: {0}")]
     Pack(#[source] OpError),
@@ -98,7 +106,7 @@ impl AdapterError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "model_not_found",
-            Self::Io { .. } => "adapter_load_failed",
+            Self::Io { .. } | Self::Base { .. } => "adapter_load_failed",
             Self::Invalid { .. } => "adapter_invalid",
             Self::Unsupported { .. } => "adapter_unsupported",
             Self::UnmatchedTensors { .. } | Self::BaseShape { .. } => "adapter_base_mismatch",

@@ -7,9 +7,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::adapters::{AdapterCheck, AdapterFailure, ForgetMode, MergeAsk, PinLevel, PinRefused, PreparedAdapter};
 use super::run::Message;
 use super::status::EngineStatus;
-use super::types::{AdapterFailure, Failure, GenerateEvent, GenerateRequest, PreparedAdapter};
+use super::types::{ContentId, Failure, GenerateEvent, GenerateRequest};
 use crate::scheduler::RequestId;
 
 /// What handles and the engine thread share.
@@ -65,13 +66,53 @@ impl EngineHandle {
     /// # Errors
     /// [`AdapterFailure`] with the exact reason; `adapter_load_failed` when no shard could answer.
     pub async fn prepare_adapter(&self, dir: PathBuf) -> Result<PreparedAdapter, AdapterFailure> {
-        let gone = || AdapterFailure {
-            code: "adapter_load_failed".into(),
-            message: "service unavailable: the server is shutting down".into(),
-        };
         let (reply, answer) = oneshot::channel();
         self.inbox.send(Message::Prepare { dir, reply }).map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
+    }
+
+    /// Has the shard read and validate one adapter directory and say everything it finds. Nothing is kept.
+    ///
+    /// # Errors
+    /// [`AdapterFailure`] only when no shard could answer: a bad adapter is a check that is not ok.
+    pub async fn check_adapter(&self, dir: PathBuf) -> Result<AdapterCheck, AdapterFailure> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Check { dir, reply }).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Has the shard merge several adapters into a new directory.
+    ///
+    /// # Errors
+    /// [`AdapterFailure`] with the exact reason; then nothing was written under the names of an adapter's files.
+    pub async fn merge_adapters(&self, ask: MergeAsk) -> Result<(), AdapterFailure> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Merge { ask: Box::new(ask), reply }).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Pins a content, or unpins it with `None`. A cold one is read first. Answers when the pin is decided; the upload of a
+    /// device pin may come a moment later, and comes again after a shard's death.
+    ///
+    /// # Errors
+    /// [`PinRefused`]; nothing changed.
+    pub async fn pin_adapter(&self, content: ContentId, level: Option<PinLevel>) -> Result<(), PinRefused> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Pin { content, level, reply }).map_err(|_| PinRefused::Draining)?;
+        answer.await.map_err(|_| PinRefused::Draining)?
+    }
+
+    /// No new request may use the content, and its memory on device and host is given back: once its requests ended, or by
+    /// ending them. It is unknown then, until it is prepared again. Its files must stay until it has left
+    /// [`EngineStatus::contents`]: running requests may need them after a shard's death.
+    pub fn forget_adapter(&self, content: ContentId, mode: ForgetMode) {
+        // Fails only when the engine has ended, and with it everything that could be forgotten.
+        let _ = self.inbox.send(Message::Forget { content, mode });
+    }
+
+    /// A request for the content is expected: brings it back into host memory, and to the device if pages are free.
+    pub fn prefetch_adapter(&self, content: ContentId) {
+        let _ = self.inbox.send(Message::Prefetch { content });
     }
 
     /// The latest snapshot.
@@ -90,6 +131,10 @@ impl EngineHandle {
         self.begin_drain();
         let _ = self.inbox.send(Message::ShutDown);
     }
+}
+
+fn gone() -> AdapterFailure {
+    AdapterFailure::new("adapter_load_failed", "service unavailable: the server is shutting down")
 }
 
 /// What a request adds to the queue's token bound.
