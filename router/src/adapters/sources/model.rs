@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use futures_util::TryStreamExt;
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
 use super::buckets::{self, Object};
 use super::{Sources, hub_cache, hub_list, within};
@@ -195,13 +196,22 @@ impl Sources {
             kind => format!("{}:{}", kind.name(), self.buckets.endpoint(kind)),
         };
         let versions: Vec<String> = files.iter().map(ModelFile::version).collect();
-        let revision = shop.commit.unwrap_or_else(|| files.iter().max_by_key(|f| f.bytes).map(ModelFile::version).unwrap_or_default());
+        let revision = shop
+            .commit
+            .unwrap_or_else(|| files.iter().max_by_key(|f| f.bytes).map(ModelFile::version).unwrap_or_default());
         let which = model.gguf.as_deref().unwrap_or("safetensors");
         let identity = match reference.source {
             SourceKind::Hub => format!("{place}/{}@{revision}#{which}", reference.locator),
             _ => format!("{place}/{}#{which}:{}", reference.locator, versions.join(",")),
         };
         Ok(ModelListing { identity, revision, files, reference: reference.clone() })
+    }
+}
+
+impl ModelListing {
+    /// A directory's name: 32 hex digits that stand for these exact bytes.
+    pub fn key(&self) -> String {
+        Sha256::digest(&self.identity).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 }
 

@@ -33,7 +33,12 @@ impl Sources {
     ///
     /// # Errors
     /// [`SourceError`]; what is there stays for the next attempt.
-    pub async fn download_model(&self, listing: &ModelListing, dir: &Path, done: &AtomicU64) -> Result<(), SourceError> {
+    pub async fn download_model(
+        &self,
+        listing: &ModelListing,
+        dir: &Path,
+        done: &AtomicU64,
+    ) -> Result<(), SourceError> {
         std::fs::create_dir_all(dir).map_err(|error| disk(&error))?;
         let files = stream::iter(&listing.files).map(|file| {
             let arrival = Arrival { sources: self, listing, file, path: dir.join(&file.name), done };
@@ -61,7 +66,10 @@ impl Arrival<'_> {
         let mut is_second = false;
         while !self.receive().await? {
             if is_second {
-                let message = format!("{} does not have the hash that its source promises, also when loaded again", self.file.name);
+                let message = format!(
+                    "{} does not have the hash that its source promises, also when loaded again",
+                    self.file.name
+                );
                 return Err(SourceError::Permanent { code: "model_invalid", message });
             }
             is_second = true;
@@ -124,7 +132,8 @@ impl Partial {
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path)?;
         let bytes = file.metadata()?.len();
         let mut hash = Hash::new(planned);
-        let mut start = Self { path, file: file.try_clone()?, bytes: 0, expected: planned.digest, hash: Hash::new(planned) };
+        let mut start =
+            Self { path, file: file.try_clone()?, bytes: 0, expected: planned.digest, hash: Hash::new(planned) };
         if !planned.can_resume || bytes > planned.bytes {
             start.restart()?;
             return Ok(start);

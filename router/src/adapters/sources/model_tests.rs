@@ -1,7 +1,7 @@
 //! Base models from a hub and a store: names, shards, resume, hashes, caches.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use axum::body::Body;
 use axum::http::Response;
@@ -34,7 +34,10 @@ fn hub(parts: &Parts) -> Response<Body> {
     let name = path.rsplit('/').next().unwrap_or_default();
     if path.starts_with("/api/models/acme/quantised") {
         let body = serde_json::json!({"id": "acme/quantised", "sha": COMMIT, "siblings": [{"rfilename": "tiny.gguf"}, {"rfilename": "../x.gguf"}]});
-        return Response::builder().header("content-type", "application/json").body(Body::from(body.to_string())).unwrap();
+        return Response::builder()
+            .header("content-type", "application/json")
+            .body(Body::from(body.to_string()))
+            .unwrap();
     }
     let is_there = path.starts_with("/acme/model/") != name.ends_with(".gguf");
     match bytes_of(name).filter(|_| is_there && (path.starts_with("/acme/model/") || name.ends_with(".gguf"))) {
@@ -52,7 +55,8 @@ fn sources(server: &Server) -> Sources {
 }
 
 async fn listing(sources: &Sources, text: &str) -> ModelListing {
-    match sources.resolve_model(&ModelRef::parse(text).unwrap()).await.unwrap_or_else(|error| panic!("{text}: {error}")) {
+    match sources.resolve_model(&ModelRef::parse(text).unwrap()).await.unwrap_or_else(|error| panic!("{text}: {error}"))
+    {
         ModelPlace::Remote(listing) => listing,
         ModelPlace::Here(dir) => panic!("{}", dir.display()),
     }
@@ -80,7 +84,16 @@ fn a_model_is_named_like_an_adapter_or_by_its_gguf_file() {
 #[test]
 fn an_index_names_plain_files_only() {
     assert_eq!(shards(INDEX_TEXT).unwrap(), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
-    for name in ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", "", ".safetensors", "a..safetensors", "x\\u0000.safetensors"] {
+    for name in [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "x.bin",
+        "",
+        ".safetensors",
+        "a..safetensors",
+        "x\\u0000.safetensors",
+    ] {
         assert!(shards(format!(r#"{{"weight_map":{{"a":"{name}"}}}}"#).as_bytes()).is_err(), "{name}");
     }
     for text in ["", "{}", r#"{"weight_map":{}}"#, r#"{"weight_map":[]}"#] {
