@@ -14,7 +14,7 @@ from adapter_files import write_adapter
 from faults.client import SERVER_KEY, FaultServer
 from faults.programs import HTML, PROGRAMS
 from faults.world import crc32c, git_sha1_hex
-from loramux_server import Server
+from loramux_server import Server, wait_until
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SIGNED = {"authorization": f"AWS4-HMAC-SHA256 Credential={SERVER_KEY}/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"}
@@ -130,9 +130,9 @@ def test_faults_of_the_transport(faults):
                            ("chunked", {"cut": True}), ("length", {"claim": 10**7}), ("huge_headers", {"bytes_": 1 << 23})):
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
             faulty(faults, do, **parameters)
-    for do in ("hang", "stall", "tarpit", "slow_head"):
+    for do, parameters in (("hang", {}), ("stall", {}), ("tarpit", {"bytes_per_s": 1}), ("slow_head", {"bytes_per_s": 1})):
         with pytest.raises(httpx.TimeoutException):
-            faulty(faults, do, timeout=0.2)
+            faulty(faults, do, timeout=0.2, **parameters)
     assert faulty(faults, "delay", seconds=0.3).elapsed.total_seconds() >= 0.3
 
 
@@ -201,10 +201,7 @@ def test_a_fault_ends_with_its_client(faults):
         raw.sendall(b"GET /loras/m3/adapter_config.json HTTP/1.1\r\nHost: x\r\n\r\n")
         assert faults.open_connections() == before + 1
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    for _ in range(200):
-        if faults.open_connections() == before:
-            break
-    assert faults.open_connections() == before
+    wait_until(lambda: faults.open_connections() == before, "the fault program has ended")
 
 
 @pytest.mark.parametrize("kind,complaint", [("good", None), ("expired", "expired"), ("wrong_host", "mismatch"), ("stranger", "self-signed|unable to get local issuer")])

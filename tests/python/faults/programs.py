@@ -237,6 +237,7 @@ async def _endless(x: Exchange, bytes_max: int = 1 << 28):
     while x.request.method != "HEAD" and x.sent < bytes_max:
         await x.body(piece)
         await asyncio.sleep(0)
+    x.cut(False)
 
 
 async def _garbage(x: Exchange):
