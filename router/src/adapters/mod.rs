@@ -1,12 +1,21 @@
 //! Which adapter a name means, and whether it can be used: names, local directories, life cycle.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+pub mod fetch;
 mod name;
 mod registry;
+pub mod store;
 mod types;
 
+pub use fetch::{FetchError, FetchLimits, Fetcher, Phase, Progress, ProgressNow, Tenant};
 pub use name::is_valid_name;
-pub use registry::{AdapterCard, AdapterRow, AdapterSettings, Registry, ResolvedAdapter, Wait};
+pub use registry::{
+    AdapterCard, AdapterSettings, AdapterState, AdapterView, AliasAsk, AliasView, Ask, ErrorView, Files, FilesHere,
+    ListFilter, LoadAsk, MergeSpec, NextView, Registry, RegistryError, ResolvedAdapter, StickyBy, Supply, UnloadAsk,
+    Wait, Weighted,
+};
+pub use store::{Store, StoreStatus, Stored};
 pub use types::{
-    AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError, SourceKind,
+    AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
+    SourceKind,
 };

@@ -1,6 +1,6 @@
 //! The words that sources, disk store, loader and registry share. Plain data and two traits.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -53,6 +53,13 @@ pub struct AdapterRef {
     pub locator: String,
     /// Branch, tag or commit; hub only. `None` = `main`.
     pub revision: Option<String>,
+}
+
+impl AdapterRef {
+    /// A directory of this machine, named by the operator.
+    pub fn directory(path: &Path) -> Self {
+        Self { source: SourceKind::Local, locator: path.display().to_string(), revision: None }
+    }
 }
 
 /// The files an adapter may have. Nothing else is ever asked for, and no remote string becomes part of a path.

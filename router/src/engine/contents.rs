@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use super::types::{ContentId, PreparedAdapter};
+use super::adapters::PreparedAdapter;
+use super::types::ContentId;
 
 /// Directories remembered for one content.
 const DIRS_MAX: usize = 16;

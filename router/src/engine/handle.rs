@@ -7,9 +7,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::adapters::{AdapterCheck, AdapterFailure, ForgetMode, MergeAsk, PinLevel, PinRefused, PreparedAdapter};
 use super::run::Message;
 use super::status::EngineStatus;
-use super::types::{AdapterFailure, Failure, GenerateEvent, GenerateRequest, PreparedAdapter};
+use super::types::{ContentId, Failure, GenerateEvent, GenerateRequest};
 use crate::scheduler::RequestId;
 
 /// What handles and the engine thread share.
@@ -65,14 +66,45 @@ impl EngineHandle {
     /// # Errors
     /// [`AdapterFailure`] with the exact reason; `adapter_load_failed` when no shard could answer.
     pub async fn prepare_adapter(&self, dir: PathBuf) -> Result<PreparedAdapter, AdapterFailure> {
-        let gone = || AdapterFailure {
-            code: "adapter_load_failed".into(),
-            message: "service unavailable: the server is shutting down".into(),
-        };
         let (reply, answer) = oneshot::channel();
         self.inbox.send(Message::Prepare { dir, reply }).map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
+
+    /// Has the shard read and validate one adapter directory and say everything it finds. Nothing is kept.
+    ///
+    /// # Errors
+    /// [`AdapterFailure`] only when no shard could answer: a bad adapter is a check that is not ok.
+    #[expect(clippy::unused_async, reason = "the shard's side is not there yet")]
+    pub async fn check_adapter(&self, _dir: PathBuf) -> Result<AdapterCheck, AdapterFailure> {
+        Err(AdapterFailure::new("adapter_load_failed", "this server cannot check adapters yet"))
+    }
+
+    /// Has the shard merge several adapters into a new directory.
+    ///
+    /// # Errors
+    /// [`AdapterFailure`] with the exact reason; then nothing was written under the two names.
+    #[expect(clippy::unused_async, reason = "the shard's side is not there yet")]
+    pub async fn merge_adapters(&self, _ask: MergeAsk) -> Result<(), AdapterFailure> {
+        Err(AdapterFailure::new("adapter_load_failed", "this server cannot merge adapters yet"))
+    }
+
+    /// Pins a content, or unpins it with `None`. Answers when that is decided; the upload of a device pin may come later,
+    /// and happens again after a shard's death.
+    ///
+    /// # Errors
+    /// [`PinRefused`]; nothing changed.
+    #[expect(clippy::unused_async, reason = "the engine's side is not there yet")]
+    pub async fn pin_adapter(&self, content: ContentId, _level: Option<PinLevel>) -> Result<(), PinRefused> {
+        Err(PinRefused::Unknown(content.short()))
+    }
+
+    /// No new request may use the content, and its memory on device and host is given back: once its requests ended, or by
+    /// ending them. It is unknown then, until it is prepared again.
+    pub fn forget_adapter(&self, _content: ContentId, _mode: ForgetMode) {}
+
+    /// A request for the content is expected: brings it back into host memory, and to the device if pages are free.
+    pub fn prefetch_adapter(&self, _content: ContentId) {}
 
     /// The latest snapshot.
     pub fn status(&self) -> Arc<EngineStatus> {
@@ -90,6 +122,10 @@ impl EngineHandle {
         self.begin_drain();
         let _ = self.inbox.send(Message::ShutDown);
     }
+}
+
+fn gone() -> AdapterFailure {
+    AdapterFailure::new("adapter_load_failed", "service unavailable: the server is shutting down")
 }
 
 /// What a request adds to the queue's token bound.

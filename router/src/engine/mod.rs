@@ -3,6 +3,7 @@
 //! [`EngineHandle`] is the HTTP side's end. The thread's loop is in `run`: take messages, watch the shard, plan and send
 //! steps, publish a snapshot. It alone touches the scheduler and the shard, so neither needs a lock.
 
+mod adapters;
 mod contents;
 mod handle;
 mod prepare;
@@ -15,10 +16,12 @@ mod types;
 #[cfg(test)]
 mod tests;
 
+pub use adapters::{
+    AdapterCheck, AdapterFailure, ContentStatus, ForgetMode, MajoritySign, MergeAsk, MergeStrategy, PinLevel,
+    PinRefused, PreparedAdapter, Refusal, Tier,
+};
 pub use handle::{EngineHandle, Generation};
 pub use run::{EngineError, EngineOptions, Spawned, Started, spawn};
 pub use shard::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
 pub use status::{EngineCounters, EngineStatus};
-pub use types::{
-    AdapterFailure, AdapterUse, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest, PreparedAdapter,
-};
+pub use types::{AdapterUse, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest};

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use loramux_proto::{AdapterReport, DropAdapter, PrepareAdapter, Prepared, prepared, to_shard};
 use tokio::sync::oneshot;
 
+use super::adapters::{AdapterFailure, PreparedAdapter};
 use super::contents::Residency;
 use super::run::Engine;
-use super::types::{AdapterFailure, ContentId, Failure, GenerateEvent, PreparedAdapter};
+use super::types::{ContentId, Failure, GenerateEvent};
 use crate::scheduler::NewRequest;
 
 /// A preparation the shard was asked for.
@@ -82,7 +83,7 @@ impl Engine {
         let Some(preparing) = self.preparing.remove(&message.request_id) else { return };
         let outcome = match message.outcome {
             Some(prepared::Outcome::Report(report)) => read_report(report),
-            Some(prepared::Outcome::Error(error)) => Err(AdapterFailure { code: error.code, message: error.message }),
+            Some(prepared::Outcome::Error(error)) => Err(AdapterFailure::new(error.code, error.message)),
             None => Err(malformed()),
         };
         if let Ok(prepared) = &outcome {
@@ -175,7 +176,7 @@ impl Engine {
 }
 
 fn malformed() -> AdapterFailure {
-    AdapterFailure { code: "adapter_load_failed".into(), message: "the shard's answer was malformed".into() }
+    AdapterFailure::new("adapter_load_failed", "the shard's answer was malformed")
 }
 
 fn read_report(report: AdapterReport) -> Result<PreparedAdapter, AdapterFailure> {
@@ -187,5 +188,7 @@ fn read_report(report: AdapterReport) -> Result<PreparedAdapter, AdapterFailure>
         modules: report.modules,
         base_model: report.base_model,
         host_bytes: report.host_bytes,
+        rank_blocks: report.rank_blocks,
+        features: Vec::new(),
     })
 }

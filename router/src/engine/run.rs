@@ -12,13 +12,14 @@ use loramux_proto::{FromShard, Info, Loading};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use super::adapters::{AdapterFailure, PreparedAdapter};
 use super::contents::Contents;
 use super::handle::{EngineHandle, Shared, queue_tokens};
 use super::prepare::{Parked, Preparing};
 use super::shard::{ShardExit, ShardLauncher};
 use super::status::{EngineCounters, EngineStatus};
 use super::supervise::Link;
-use super::types::{AdapterFailure, Failure, GenerateEvent, GenerateRequest, PreparedAdapter};
+use super::types::{Failure, GenerateEvent, GenerateRequest};
 use crate::scheduler::{NewRequest, RequestId, Scheduler, SchedulerEvent};
 
 /// How often the snapshot is renewed while steps run.

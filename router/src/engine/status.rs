@@ -1,7 +1,11 @@
 //! A snapshot of the engine for `/health`, `/metrics` and the start-up summary.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use loramux_proto::Info;
 
+use super::adapters::ContentStatus;
 use super::types::ContentId;
 
 /// What the engine is doing, renewed at most every 50 ms.
@@ -33,6 +37,10 @@ pub struct EngineStatus {
     pub resident: Vec<ContentId>,
     /// Adapters that a waiting sequence needs.
     pub waiting_for_load: Vec<ContentId>,
+    /// Every content the engine knows, as of at most a moment ago. Shared by snapshots that saw no change.
+    pub contents: Arc<HashMap<ContentId, ContentStatus>>,
+    /// Pages of contents that are pinned on the device, resident or not.
+    pub pages_pinned: u32,
     /// Adapters in the shard's host memory.
     pub host_adapters: u32,
     /// Their bytes.

@@ -134,31 +134,3 @@ pub enum Failure {
     #[error("the server is shutting down")]
     Draining,
 }
-
-/// What preparing an adapter directory gave.
-#[derive(Clone, Debug)]
-pub struct PreparedAdapter {
-    /// The content that the shard read.
-    pub content: ContentId,
-    /// Arena pages it takes while resident.
-    pub pages_needed: u32,
-    /// Smallest and largest rank over its modules.
-    pub ranks: (u32, u32),
-    /// Module names it adapts, such as `q_proj`.
-    pub modules: Vec<String>,
-    /// `base_model_name_or_path` of its config.
-    pub base_model: String,
-    /// Bytes in the host slab.
-    pub host_bytes: u64,
-}
-
-/// Why an adapter cannot be used; `code` is the API's stable code and decides the status.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct AdapterFailure {
-    /// `adapter_invalid`, `adapter_unsupported`, `adapter_base_mismatch`, `adapter_too_large`, `adapter_rank_limit`,
-    /// `model_not_found`, `adapter_load_failed`.
-    pub code: String,
-    /// What was found, what is accepted, what to change.
-    pub message: String,
-}

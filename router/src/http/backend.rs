@@ -6,7 +6,8 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 
 use crate::engine::{
-    AdapterFailure, EngineHandle, EngineStatus, Failure, GenerateEvent, GenerateRequest, Generation, PreparedAdapter,
+    AdapterCheck, AdapterFailure, ContentId, EngineHandle, EngineStatus, Failure, ForgetMode, GenerateEvent,
+    GenerateRequest, Generation, MergeAsk, PinLevel, PinRefused, PreparedAdapter,
 };
 
 /// The engine, seen from the HTTP side. [`EngineHandle`] is the real one.
@@ -18,6 +19,16 @@ pub trait Backend: Send + Sync + 'static {
     fn submit(&self, request: GenerateRequest) -> Result<Box<dyn Events>, Failure>;
     /// See [`EngineHandle::prepare_adapter`].
     fn prepare_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<PreparedAdapter, AdapterFailure>>;
+    /// See [`EngineHandle::check_adapter`].
+    fn check_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<AdapterCheck, AdapterFailure>>;
+    /// See [`EngineHandle::merge_adapters`].
+    fn merge_adapters(&self, ask: MergeAsk) -> BoxFuture<'static, Result<(), AdapterFailure>>;
+    /// See [`EngineHandle::pin_adapter`].
+    fn pin_adapter(&self, content: ContentId, level: Option<PinLevel>) -> BoxFuture<'static, Result<(), PinRefused>>;
+    /// See [`EngineHandle::forget_adapter`].
+    fn forget_adapter(&self, content: ContentId, mode: ForgetMode);
+    /// See [`EngineHandle::prefetch_adapter`].
+    fn prefetch_adapter(&self, content: ContentId);
     /// See [`EngineHandle::status`].
     fn status(&self) -> Arc<EngineStatus>;
     /// See [`EngineHandle::begin_drain`].
@@ -40,6 +51,29 @@ impl Backend for EngineHandle {
     fn prepare_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<PreparedAdapter, AdapterFailure>> {
         let engine = self.clone();
         Box::pin(async move { Self::prepare_adapter(&engine, dir).await })
+    }
+
+    fn check_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<AdapterCheck, AdapterFailure>> {
+        let engine = self.clone();
+        Box::pin(async move { Self::check_adapter(&engine, dir).await })
+    }
+
+    fn merge_adapters(&self, ask: MergeAsk) -> BoxFuture<'static, Result<(), AdapterFailure>> {
+        let engine = self.clone();
+        Box::pin(async move { Self::merge_adapters(&engine, ask).await })
+    }
+
+    fn pin_adapter(&self, content: ContentId, level: Option<PinLevel>) -> BoxFuture<'static, Result<(), PinRefused>> {
+        let engine = self.clone();
+        Box::pin(async move { Self::pin_adapter(&engine, content, level).await })
+    }
+
+    fn forget_adapter(&self, content: ContentId, mode: ForgetMode) {
+        Self::forget_adapter(self, content, mode);
+    }
+
+    fn prefetch_adapter(&self, content: ContentId) {
+        Self::prefetch_adapter(self, content);
     }
 
     fn status(&self) -> Arc<EngineStatus> {

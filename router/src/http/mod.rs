@@ -31,7 +31,7 @@ pub use config::{HttpLimits, RouterConfig};
 pub use error::{ApiError, Cause, Row};
 pub use server::serve;
 
-use crate::adapters::{AdapterSettings, Registry};
+use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::metrics::Metrics;
 use crate::text::TextModel;
 use openai::validate::Bounds;
@@ -73,7 +73,12 @@ impl App {
             config.served_names.push("base".into());
         }
         let engine: Arc<dyn Backend> = Arc::new(engine);
-        let settings = AdapterSettings { registered: config.adapters.clone(), dirs: config.adapter_dirs.clone() };
+        let settings = AdapterSettings {
+            registered: config.adapters.iter().map(|(name, dir)| (name.clone(), AdapterRef::directory(dir))).collect(),
+            dirs: config.adapter_dirs.clone(),
+            base_names: config.served_names.clone(),
+            ..AdapterSettings::default()
+        };
         let inner = AppInner {
             keys: auth::Keys::new(&config.api_keys),
             config,

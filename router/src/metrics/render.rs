@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Finished, Metrics};
-use crate::adapters::{AdapterRow, Registry};
+use crate::adapters::Registry;
 use crate::engine::EngineStatus;
 
 /// How long one text serves.
@@ -176,13 +176,7 @@ impl Metrics {
         let status = snapshot.status;
         page.family("loramux_adapters", "gauge", "Adapters by state.");
         for (state, n) in snapshot.registry.states() {
-            let state = match state {
-                AdapterRow::Registered => "registered",
-                AdapterRow::Preparing => "preparing",
-                AdapterRow::Ready => "ready",
-                AdapterRow::Failed => "failed",
-            };
-            page.bare("loramux_adapters", "state", state, n as f64);
+            page.bare("loramux_adapters", "state", state.name(), n as f64);
         }
         page.family("loramux_adapter_residency", "gauge", "Adapters by where their bytes are.");
         page.bare("loramux_adapter_residency", "residency", "device", status.resident.len() as f64);

@@ -5,7 +5,10 @@ use futures_util::future::BoxFuture;
 
 use super::*;
 use crate::adapters::{AdapterSettings, Registry};
-use crate::engine::{AdapterFailure, ContentId, EngineStatus, Failure, GenerateRequest, PreparedAdapter};
+use crate::engine::{
+    AdapterCheck, AdapterFailure, ContentId, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel,
+    PinRefused, PreparedAdapter,
+};
 use crate::http::{Backend, Events};
 
 fn start(adapter: Option<&str>) -> RequestStart {
@@ -53,8 +56,24 @@ impl Backend for NoEngine {
     }
 
     fn prepare_adapter(&self, _: PathBuf) -> BoxFuture<'static, Result<PreparedAdapter, AdapterFailure>> {
-        Box::pin(async { Err(AdapterFailure { code: "adapter_invalid".into(), message: String::new() }) })
+        Box::pin(async { Err(AdapterFailure::new("adapter_invalid", "")) })
     }
+
+    fn check_adapter(&self, _: PathBuf) -> BoxFuture<'static, Result<AdapterCheck, AdapterFailure>> {
+        Box::pin(async { Err(AdapterFailure::new("adapter_invalid", "")) })
+    }
+
+    fn merge_adapters(&self, _: MergeAsk) -> BoxFuture<'static, Result<(), AdapterFailure>> {
+        Box::pin(async { Err(AdapterFailure::new("adapter_invalid", "")) })
+    }
+
+    fn pin_adapter(&self, _: ContentId, _: Option<PinLevel>) -> BoxFuture<'static, Result<(), PinRefused>> {
+        Box::pin(async { Err(PinRefused::Draining) })
+    }
+
+    fn forget_adapter(&self, _: ContentId, _: ForgetMode) {}
+
+    fn prefetch_adapter(&self, _: ContentId) {}
 
     fn status(&self) -> Arc<EngineStatus> {
         Arc::default()

@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures_util::future::BoxFuture;
 
 use super::*;
-use crate::engine::{EngineStatus, Failure, GenerateRequest};
+use crate::engine::{AdapterCheck, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel, PinRefused};
 use crate::http::Events;
 
 /// Content = first byte of the weights file; `f` fails.
@@ -32,9 +32,22 @@ impl Backend for Reader {
                 modules: Vec::new(),
                 base_model: String::new(),
                 host_bytes: 1,
+                rank_blocks: 1,
+                features: Vec::new(),
             })
         })
     }
+    fn check_adapter(&self, _: PathBuf) -> BoxFuture<'static, Result<AdapterCheck, AdapterFailure>> {
+        Box::pin(async { Ok(AdapterCheck::default()) })
+    }
+    fn merge_adapters(&self, _: MergeAsk) -> BoxFuture<'static, Result<(), AdapterFailure>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn pin_adapter(&self, _: ContentId, _: Option<PinLevel>) -> BoxFuture<'static, Result<(), PinRefused>> {
+        Box::pin(async { Ok(()) })
+    }
+    fn forget_adapter(&self, _: ContentId, _: ForgetMode) {}
+    fn prefetch_adapter(&self, _: ContentId) {}
     fn status(&self) -> Arc<EngineStatus> {
         Arc::default()
     }
@@ -49,7 +62,14 @@ fn write(root: &Path, name: &str, weights: &str) {
 }
 
 fn registry(root: &Path, reader: &Reader) -> Registry {
-    Registry::new(AdapterSettings { registered: Vec::new(), dirs: vec![root.to_owned()] }, Arc::new(reader.clone()))
+    Registry::new(
+        AdapterSettings { dirs: vec![root.to_owned()], ..AdapterSettings::default() },
+        Arc::new(reader.clone()),
+    )
+}
+
+async fn wanted(registry: &Registry, name: &str, wait: Wait) -> Result<ResolvedAdapter, AdapterFailure> {
+    registry.resolve(&Caller::default(), &Ask::plain(name, wait)).await
 }
 
 const LONG: Wait = Wait::Until(Duration::from_secs(20));
@@ -60,7 +80,7 @@ async fn many_requests_for_one_name_read_it_once() {
         (tempfile::tempdir().unwrap(), Reader { delay: Duration::from_millis(20), ..Reader::default() });
     write(root.path(), "a", "1");
     let registry = registry(root.path(), &reader);
-    let all = futures_util::future::join_all((0..200).map(|_| registry.resolve("a", LONG))).await;
+    let all = futures_util::future::join_all((0..200).map(|_| wanted(&registry, "a", LONG))).await;
     assert!(all.iter().all(|one| one.as_ref().is_ok_and(|a| a.prepared.content.0[0] == b'1')));
     assert_eq!(reader.reads.load(Ordering::SeqCst), 1);
 }
@@ -71,9 +91,9 @@ async fn a_load_goes_on_when_its_caller_leaves() {
         (tempfile::tempdir().unwrap(), Reader { delay: Duration::from_millis(30), ..Reader::default() });
     write(root.path(), "a", "1");
     let registry = registry(root.path(), &reader);
-    assert_eq!(registry.resolve("a", Wait::Fail).await.unwrap_err().code, "adapter_loading");
-    assert_eq!(registry.resolve("a", Wait::Until(Duration::ZERO)).await.unwrap_err().code, "adapter_loading");
-    registry.resolve("a", LONG).await.unwrap();
+    assert_eq!(wanted(&registry, "a", Wait::Fail).await.unwrap_err().code, "adapter_loading");
+    assert_eq!(wanted(&registry, "a", Wait::Until(Duration::ZERO)).await.unwrap_err().code, "adapter_loading");
+    wanted(&registry, "a", LONG).await.unwrap();
     assert_eq!(reader.reads.load(Ordering::SeqCst), 1);
 }
 
@@ -82,17 +102,17 @@ async fn changed_files_are_new_content_and_gone_ones_are_gone() {
     let (root, reader) = (tempfile::tempdir().unwrap(), Reader::default());
     write(root.path(), "a", "1");
     let registry = registry(root.path(), &reader);
-    let old = registry.resolve("a", LONG).await.unwrap();
+    let old = wanted(&registry, "a", LONG).await.unwrap();
     write(root.path(), "a", "22");
-    let new = registry.resolve("a", LONG).await.unwrap();
+    let new = wanted(&registry, "a", LONG).await.unwrap();
     assert_eq!((old.prepared.content.0[0], new.prepared.content.0[0]), (b'1', b'2'), "who holds the old one keeps it");
-    registry.resolve("a", LONG).await.unwrap();
+    wanted(&registry, "a", LONG).await.unwrap();
     assert_eq!(reader.reads.load(Ordering::SeqCst), 2);
-    let (before, cards) = registry.cards();
+    let (before, cards) = registry.cards(&Caller::default());
     assert_eq!(cards.len(), 1);
     std::fs::remove_dir_all(root.path().join("a")).unwrap();
-    assert_eq!(registry.resolve("a", LONG).await.unwrap_err().code, "model_not_found");
-    let (after, cards) = registry.cards();
+    assert_eq!(wanted(&registry, "a", LONG).await.unwrap_err().code, "model_not_found");
+    let (after, cards) = registry.cards(&Caller::default());
     assert!(after > before && cards.is_empty());
 }
 
@@ -102,16 +122,16 @@ async fn a_failure_is_shared_until_the_files_change() {
     write(root.path(), "a", "f");
     let registry = registry(root.path(), &reader);
     for _ in 0..5 {
-        assert_eq!(registry.resolve("a", LONG).await.unwrap_err().code, "adapter_invalid");
+        assert_eq!(wanted(&registry, "a", LONG).await.unwrap_err().code, "adapter_invalid");
     }
     assert_eq!(reader.reads.load(Ordering::SeqCst), 1);
     assert_eq!(registry.failures(), [("adapter_invalid".to_owned(), 1)]);
     write(root.path(), "a", "good");
-    registry.resolve("a", LONG).await.unwrap();
+    wanted(&registry, "a", LONG).await.unwrap();
     // And back: a name whose new files are bad does not answer with its old content.
     write(root.path(), "a", "f2");
-    assert_eq!(registry.resolve("a", LONG).await.unwrap_err().code, "adapter_invalid");
-    assert!(registry.cards().1.is_empty());
+    assert_eq!(wanted(&registry, "a", LONG).await.unwrap_err().code, "adapter_invalid");
+    assert!(registry.cards(&Caller::default()).1.is_empty());
 }
 
 #[tokio::test]
@@ -127,9 +147,9 @@ async fn links_do_not_lead_out_of_an_adapter_directory() {
     link(&outside.path().join("secret/adapter_model.safetensors"), &root.path().join("half/adapter_model.safetensors"));
     std::fs::write(root.path().join("file"), "x").unwrap();
     let registry = registry(root.path(), &reader);
-    registry.resolve("inside", LONG).await.unwrap();
+    wanted(&registry, "inside", LONG).await.unwrap();
     for name in ["out", "self", "half", "file", "..", "real/..", "", "a/b", "real\0"] {
-        assert_eq!(registry.resolve(name, LONG).await.unwrap_err().code, "model_not_found", "{name:?}");
+        assert_eq!(wanted(&registry, name, LONG).await.unwrap_err().code, "model_not_found", "{name:?}");
     }
 }
 
@@ -141,9 +161,9 @@ async fn names_are_shown_for_contents() {
     }
     let registry = registry(root.path(), &reader);
     for name in ["a", "b", "c"] {
-        registry.resolve(name, LONG).await.unwrap();
+        wanted(&registry, name, LONG).await.unwrap();
     }
     let ids = [ContentId([b'2'; 32]), ContentId([b'1'; 32]), ContentId([9; 32])];
     assert_eq!(registry.names_of(&ids), ["c", "a", "0909090909090909"]);
-    assert_eq!(registry.states()[2], (AdapterRow::Ready, 3));
+    assert_eq!(registry.states()[5], (AdapterState::Ready, 3));
 }

@@ -8,6 +8,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use crate::access::Caller;
 use crate::adapters::AdapterCard;
 use crate::http::App;
 use crate::http::error::ApiError;
@@ -46,7 +47,7 @@ pub(crate) async fn list(State(app): State<App>) -> Result<Response, ApiError> {
     let version = app.registry.version();
     let mut kept = app.models_body.lock().unwrap_or_else(PoisonError::into_inner);
     if kept.as_ref().is_none_or(|(of, _)| *of != version) {
-        let (version, cards) = app.registry.cards();
+        let (version, cards) = app.registry.cards(&Caller::default());
         let base = app.config.served_names.iter().map(|name| app.base_card(name, context_tokens));
         let data = base.chain(cards.iter().map(|card| app.adapter_card(card, context_tokens))).collect();
         let body = serde_json::to_string(&List { object: "list", data }).unwrap_or_default();
@@ -62,9 +63,8 @@ pub(crate) async fn one(State(app): State<App>, Path(id): Path<String>) -> Resul
     let card = if app.is_base(&id) {
         app.base_card(&id, context_tokens)
     } else {
-        let (_, cards) = app.registry.cards();
-        let found = cards.iter().find(|card| card.name == id).ok_or_else(|| ApiError::model_not_found(&id))?;
-        app.adapter_card(found, context_tokens)
+        let found = app.registry.card(&Caller::default(), &id).ok_or_else(|| ApiError::model_not_found(&id))?;
+        app.adapter_card(&found, context_tokens)
     };
     Ok(json(serde_json::to_string(&card).unwrap_or_default()))
 }
@@ -108,7 +108,7 @@ impl App {
     /// # Errors
     /// 404 for a name that is neither.
     pub(crate) fn check_model(&self, name: &str) -> Result<(), ApiError> {
-        let known = name.is_empty() || self.is_base(name) || self.registry.is_candidate(name);
+        let known = name.is_empty() || self.is_base(name) || self.registry.is_candidate(&Caller::default(), name, None);
         if known { Ok(()) } else { Err(ApiError::model_not_found(name)) }
     }
 }

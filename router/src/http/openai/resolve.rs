@@ -5,7 +5,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::validate::{Bounds, Params};
-use crate::adapters::{ResolvedAdapter, Wait};
+use crate::access::Caller;
+use crate::adapters::{Ask, ResolvedAdapter, Wait};
 use crate::engine::AdapterUse;
 use crate::http::App;
 use crate::http::error::{ApiError, Cause, cut};
@@ -214,7 +215,10 @@ impl App {
 
     async fn adapter(&self, name: &str, ask: &AdapterAsk) -> Result<ResolvedAdapter, ApiError> {
         let target = self.adapter_target(name, ask)?;
-        self.registry.resolve(&target, ask.wait).await.map_err(|failure| ApiError::adapter(name, &failure))
+        self.registry
+            .resolve(&Caller::default(), &Ask::plain(&target, ask.wait))
+            .await
+            .map_err(|failure| ApiError::adapter(name, &failure))
     }
 
     /// `model`: a base name, an adapter, or `base:adapter`.
@@ -222,11 +226,13 @@ impl App {
         if name.is_empty() || self.is_base(name) {
             return Ok(Target::Base);
         }
-        if self.registry.is_candidate(name) {
+        if self.registry.is_candidate(&Caller::default(), name, None) {
             return Ok(Target::Adapter(name.to_owned()));
         }
         match name.split_once(':') {
-            Some((base, adapter)) if self.is_base(base) && self.registry.is_candidate(adapter) => {
+            Some((base, adapter))
+                if self.is_base(base) && self.registry.is_candidate(&Caller::default(), adapter, None) =>
+            {
                 Ok(Target::Adapter(adapter.to_owned()))
             }
             _ => Err(ApiError::model_not_found(name)),
@@ -240,7 +246,7 @@ impl App {
             let message = format!("`{}` is the base model; an adapter is expected here", cut(name));
             return Err(ApiError::at(Cause::NameIsBaseModel, "adapter_id", message));
         }
-        if local && self.registry.is_candidate(name) {
+        if local && self.registry.is_candidate(&Caller::default(), name, None) {
             Ok(name.to_owned())
         } else {
             Err(ApiError::model_not_found(name))

@@ -24,7 +24,8 @@ use tower::ServiceExt;
 
 use super::{App, Backend, Events, RouterConfig};
 use crate::engine::{
-    AdapterFailure, ContentId, EngineStatus, Failure, FinishReason, GenerateEvent, GenerateRequest, PreparedAdapter,
+    AdapterCheck, AdapterFailure, ContentId, EngineStatus, Failure, FinishReason, ForgetMode, GenerateEvent,
+    GenerateRequest, MergeAsk, PinLevel, PinRefused, PreparedAdapter, Refusal,
 };
 use crate::text::testing::{IM_END, byte_level, bytes_of};
 
@@ -207,7 +208,7 @@ impl Backend for Script {
                     tokio::time::sleep(time).await;
                     content
                 }
-                Load::Fails(code) => return Err(AdapterFailure { code: code.into(), message: "it is broken".into() }),
+                Load::Fails(code) => return Err(AdapterFailure::new(code, "it is broken")),
                 Load::Panics => panic!("scripted"),
             };
             Ok(PreparedAdapter {
@@ -217,9 +218,40 @@ impl Backend for Script {
                 modules: vec!["q_proj".into()],
                 base_model: "base".into(),
                 host_bytes: 1000,
+                rank_blocks: 2,
+                features: Vec::new(),
             })
         })
     }
+
+    fn check_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<AdapterCheck, AdapterFailure>> {
+        let prepared = self.prepare_adapter(dir);
+        Box::pin(async move {
+            Ok(match prepared.await {
+                Ok(prepared) => AdapterCheck {
+                    content: Some(prepared.content),
+                    base_matches: true,
+                    ranks: prepared.ranks,
+                    ..AdapterCheck::default()
+                },
+                Err(AdapterFailure { code, message, .. }) => {
+                    AdapterCheck { refusals: vec![Refusal { code, message }], ..AdapterCheck::default() }
+                }
+            })
+        })
+    }
+
+    fn merge_adapters(&self, _: MergeAsk) -> BoxFuture<'static, Result<(), AdapterFailure>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn pin_adapter(&self, _: ContentId, _: Option<PinLevel>) -> BoxFuture<'static, Result<(), PinRefused>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn forget_adapter(&self, _: ContentId, _: ForgetMode) {}
+
+    fn prefetch_adapter(&self, _: ContentId) {}
 
     fn status(&self) -> Arc<EngineStatus> {
         let ready = self.inner.ready.load(Ordering::SeqCst);

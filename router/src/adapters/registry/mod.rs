@@ -7,6 +7,9 @@
 //!
 //! Requests hold a content id, never a name: a name that gets new content does not touch what runs.
 
+mod settings;
+mod types;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +17,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Semaphore, watch};
 
+pub use settings::{AdapterSettings, Files, FilesHere, RegistryError, Supply};
+pub use types::{
+    AdapterCard, AdapterState, AdapterView, AliasAsk, AliasView, Ask, ErrorView, ListFilter, LoadAsk, MergeSpec,
+    NextView, ResolvedAdapter, StickyBy, UnloadAsk, Wait, Weighted,
+};
+
 use super::name::is_valid_segment;
-use crate::engine::{AdapterFailure, ContentId, PreparedAdapter};
+use super::{AdapterRef, Credential, SourceKind};
+use crate::access::Caller;
+use crate::engine::{AdapterCheck, AdapterFailure, ContentId, PinLevel, PreparedAdapter};
 use crate::http::Backend;
 
 /// How long a failed attempt answers for the next requests.
@@ -24,59 +35,6 @@ const FAILURE_KEPT: Duration = Duration::from_secs(5);
 const LOADS_MAX: usize = 8;
 /// Names with a state. Beyond it, names of adapter directories are refused until one goes away.
 const ENTRIES_MAX: usize = 65_536;
-
-/// What the operator registered.
-#[derive(Clone, Debug, Default)]
-pub struct AdapterSettings {
-    /// Name and directory, from `--adapter name=path`.
-    pub registered: Vec<(String, PathBuf)>,
-    /// Directories whose sub-directories are adapters.
-    pub dirs: Vec<PathBuf>,
-}
-
-/// How long a request waits for an adapter that is not prepared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// At most this long; then `adapter_loading`.
-    Until(Duration),
-    /// Not at all; the load goes on.
-    Fail,
-}
-
-/// An adapter that can be used now.
-#[derive(Clone, Debug)]
-pub struct ResolvedAdapter {
-    /// The name that was asked for.
-    pub name: String,
-    /// What the shard read.
-    pub prepared: Arc<PreparedAdapter>,
-}
-
-/// What `/v1/models` shows of an adapter.
-#[derive(Clone, Debug)]
-pub struct AdapterCard {
-    /// Its name.
-    pub name: String,
-    /// Its directory.
-    pub root: String,
-    /// Unix seconds at which it was first usable.
-    pub created: u64,
-    /// What the shard read.
-    pub prepared: Arc<PreparedAdapter>,
-}
-
-/// One line of the adapter overview, for metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum AdapterRow {
-    /// Not asked for yet.
-    Registered,
-    /// An attempt runs.
-    Preparing,
-    /// Usable.
-    Ready,
-    /// The last attempt failed.
-    Failed,
-}
 
 /// Inode, mtime (ns) and size of the two files of an adapter.
 type Fingerprint = [Option<(u64, i128, u64)>; 2];
@@ -133,7 +91,10 @@ impl Registry {
         for (name, _) in &self.inner.settings.registered {
             let (registry, name) = (self.clone(), name.clone());
             tokio::spawn(async move {
-                if let Err(failure) = registry.resolve(&name, Wait::Until(Duration::from_secs(3600))).await {
+                if let Err(failure) = registry
+                    .resolve(&Caller::default(), &Ask::plain(&name, Wait::Until(Duration::from_secs(3600))))
+                    .await
+                {
                     tracing::warn!(adapter = name, code = failure.code, "adapter is not usable: {failure}");
                 }
             });
@@ -141,9 +102,10 @@ impl Registry {
     }
 
     /// True if `name` may be resolved: registered, or a valid name when there are adapter directories.
-    pub fn is_candidate(&self, name: &str) -> bool {
+    pub fn is_candidate(&self, _caller: &Caller, name: &str, source: Option<SourceKind>) -> bool {
         let settings = &self.inner.settings;
-        settings.registered.iter().any(|(known, _)| known == name)
+        source.is_none_or(|source| source == SourceKind::Local)
+            && settings.registered.iter().any(|(known, _)| known == name)
             || (!settings.dirs.is_empty() && is_valid_segment(name))
     }
 
@@ -151,13 +113,14 @@ impl Registry {
     ///
     /// # Errors
     /// `model_not_found`, `adapter_loading` (deadline, or [`Wait::Fail`]), or what the shard found.
-    pub async fn resolve(&self, name: &str, wait: Wait) -> Result<ResolvedAdapter, AdapterFailure> {
+    pub async fn resolve(&self, _caller: &Caller, ask: &Ask<'_>) -> Result<ResolvedAdapter, AdapterFailure> {
+        let (name, wait) = (ask.name, ask.wait);
         let Some((dir, files)) = self.locate(name).await else {
             self.forget(name);
             return Err(failure("model_not_found", format!("no adapter is called `{name}`")));
         };
         let mut outcome = match self.ready_or_attempt(name, dir, files)? {
-            Found::Ready(prepared) => return Ok(ResolvedAdapter { name: name.to_owned(), prepared }),
+            Found::Ready(prepared) => return Ok(resolved(name, prepared)),
             Found::Attempt(outcome) => outcome,
         };
         let loading =
@@ -167,11 +130,11 @@ impl Registry {
         let done = done.map_err(|_| loading(&format!("after {} ms", limit.as_millis())))?;
         let gone = || failure("adapter_load_failed", "service unavailable: the load was given up".into());
         let result = done.map_err(|_| gone())?.clone().ok_or_else(gone)?;
-        result.map(|prepared| ResolvedAdapter { name: name.to_owned(), prepared })
+        result.map(|prepared| resolved(name, prepared))
     }
 
-    /// Adapters that can serve, by name, and a version that changes when the list does.
-    pub fn cards(&self) -> (u64, Vec<AdapterCard>) {
+    /// Adapters this caller may use and that can serve, by name, and a version that changes when any such list does.
+    pub fn cards(&self, _caller: &Caller) -> (u64, Vec<AdapterCard>) {
         let entries = self.entries();
         let card = |(name, entry): (&String, &Entry)| {
             let ready = entry.ready.as_ref()?;
@@ -186,6 +149,137 @@ impl Registry {
         let mut cards: Vec<_> = entries.by_name.iter().filter_map(card).collect();
         cards.sort_by(|a, b| a.name.cmp(&b.name));
         (entries.version, cards)
+    }
+
+    /// The card of one name, if this caller may use it and it can serve.
+    pub fn card(&self, caller: &Caller, name: &str) -> Option<AdapterCard> {
+        self.cards(caller).1.into_iter().find(|card| card.name == name)
+    }
+
+    /// Opens the registry with everything it can do: sources, a disk store, registrations of the last run.
+    ///
+    /// # Errors
+    /// The durable part cannot be opened.
+    pub fn open(
+        settings: AdapterSettings,
+        engine: Arc<dyn Backend>,
+        _supply: Option<Supply>,
+    ) -> Result<Self, RegistryError> {
+        Ok(Self::new(settings, engine))
+    }
+
+    /// Registers and loads. Waits for the outcome as long as `ask` says; the load goes on beyond that.
+    ///
+    /// # Errors
+    /// `adapter_exists`, `precondition_failed`, `name_is_base_model`, `invalid_value` (name), `adapter_loading`, or why the
+    /// load failed.
+    pub async fn load(&self, _ask: LoadAsk) -> Result<AdapterView, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// Takes a name away. After it no request resolves to what the name stood for.
+    ///
+    /// # Errors
+    /// `model_not_found`.
+    pub async fn unload(&self, _ask: UnloadAsk) -> Result<AdapterView, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// One registered adapter.
+    pub fn get(&self, _namespace: &str, _name: &str) -> Option<AdapterView> {
+        None
+    }
+
+    /// One page of registered adapters by (namespace, name), and what `after` has to be for the next one.
+    pub fn list(&self, _filter: &ListFilter) -> (Vec<AdapterView>, Option<String>) {
+        (Vec::new(), None)
+    }
+
+    /// Keeps an adapter in host memory or on the device, or (`None`) no longer.
+    ///
+    /// # Errors
+    /// `model_not_found`, `precondition_failed` (too much would be pinned).
+    pub async fn pin(
+        &self,
+        _namespace: &str,
+        _name: &str,
+        _level: Option<PinLevel>,
+    ) -> Result<AdapterView, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// One alias.
+    pub fn alias(&self, _namespace: &str, _name: &str) -> Option<AliasView> {
+        None
+    }
+
+    /// All aliases, by (namespace, name).
+    pub fn aliases(&self) -> Vec<AliasView> {
+        Vec::new()
+    }
+
+    /// Makes or changes an alias in one step.
+    ///
+    /// # Errors
+    /// `invalid_value`, `precondition_failed`, `adapter_exists` (an adapter has the name), `name_is_base_model`.
+    pub async fn set_alias(&self, _ask: AliasAsk) -> Result<AliasView, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// Takes an alias away.
+    ///
+    /// # Errors
+    /// `model_not_found`, `precondition_failed`.
+    pub async fn delete_alias(
+        &self,
+        _namespace: &str,
+        _name: &str,
+        _expected_version: Option<u64>,
+    ) -> Result<AliasView, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// The versions before the last change come back, under a new version number.
+    ///
+    /// # Errors
+    /// `model_not_found`, `precondition_failed` (there is no version before).
+    pub async fn rollback_alias(&self, _namespace: &str, _name: &str) -> Result<AliasView, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// A dry run: fetches, checks, keeps and registers nothing.
+    ///
+    /// # Errors
+    /// What the source says. A bad adapter is no error, but a report with refusals.
+    pub async fn validate(
+        &self,
+        _reference: &AdapterRef,
+        _credential: Credential,
+    ) -> Result<AdapterCheck, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// Several adapters as one. Each is resolved for this caller first; the merge is kept by their contents.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`]; `adapter_unsupported` for what cannot be merged.
+    pub async fn merge(
+        &self,
+        _caller: &Caller,
+        _spec: &MergeSpec,
+        _ask: &Ask<'_>,
+    ) -> Result<ResolvedAdapter, AdapterFailure> {
+        Err(not_yet())
+    }
+
+    /// Every adapter the server needs before it takes requests was usable once.
+    pub fn is_ready(&self) -> bool {
+        self.waiting_for().is_empty()
+    }
+
+    /// Adapters that [`Self::is_ready`] waits for, with what is wrong, at most 16.
+    pub fn waiting_for(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Changes when [`Self::cards`] would.
@@ -208,23 +302,20 @@ impl Registry {
     }
 
     /// How many adapters are in each state.
-    pub fn states(&self) -> [(AdapterRow, usize); 4] {
+    pub fn states(&self) -> [(AdapterState, usize); 8] {
         let entries = self.entries();
         let state = |entry: &Entry| match (&entry.ready, &entry.attempt) {
-            (_, Attempt::Running { .. }) => AdapterRow::Preparing,
-            (Some(_), _) => AdapterRow::Ready,
-            (None, Attempt::Failed { .. }) => AdapterRow::Failed,
-            (None, Attempt::None) => AdapterRow::Registered,
+            (_, Attempt::Running { .. }) => AdapterState::Preparing,
+            (Some(_), _) => AdapterState::Ready,
+            (None, Attempt::Failed { .. }) => AdapterState::Failed,
+            (None, Attempt::None) => AdapterState::Registered,
         };
-        let count = |row| entries.by_name.values().filter(|entry| state(entry) == row).count();
         let untouched =
             self.inner.settings.registered.iter().filter(|(name, _)| !entries.by_name.contains_key(name)).count();
-        [
-            (AdapterRow::Registered, count(AdapterRow::Registered) + untouched),
-            (AdapterRow::Preparing, count(AdapterRow::Preparing)),
-            (AdapterRow::Ready, count(AdapterRow::Ready)),
-            (AdapterRow::Failed, count(AdapterRow::Failed)),
-        ]
+        AdapterState::ALL.map(|row| {
+            let seen = entries.by_name.values().filter(|entry| state(entry) == row).count();
+            (row, if row == AdapterState::Registered { seen + untouched } else { seen })
+        })
     }
 
     /// Failed attempts by code.
@@ -240,8 +331,13 @@ impl Registry {
 
     /// Where `name` lies and what its files look like; `None` if nothing has this name.
     async fn locate(&self, name: &str) -> Option<(PathBuf, Fingerprint)> {
-        let registered =
-            self.inner.settings.registered.iter().find(|(known, _)| known == name).map(|(_, dir)| dir.clone());
+        let registered = self
+            .inner
+            .settings
+            .registered
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, reference)| PathBuf::from(&reference.locator));
         let dirs =
             if registered.is_none() && is_valid_segment(name) { self.inner.settings.dirs.clone() } else { Vec::new() };
         let name = name.to_owned();
@@ -344,8 +440,23 @@ enum Found {
     Attempt(watch::Receiver<Option<Outcome>>),
 }
 
+fn not_yet() -> AdapterFailure {
+    AdapterFailure::new("adapter_load_failed", "not available yet")
+}
+
+fn resolved(name: &str, prepared: Arc<PreparedAdapter>) -> ResolvedAdapter {
+    ResolvedAdapter {
+        name: name.to_owned(),
+        prepared,
+        source: SourceKind::Local,
+        revision: Arc::from(""),
+        scale: 1.0,
+        hold: types::Hold::of(Vec::new()),
+    }
+}
+
 fn failure(code: &str, message: String) -> AdapterFailure {
-    AdapterFailure { code: code.into(), message }
+    AdapterFailure::new(code, message)
 }
 
 fn unix_seconds() -> u64 {

@@ -1,0 +1,100 @@
+//! What the operator said about adapters, and the parts the registry works with.
+
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use globset::GlobSet;
+
+use crate::adapters::{AdapterRef, Credential, Resolved, Source, SourceKind};
+use crate::engine::AdapterFailure;
+
+/// What the operator set.
+#[derive(Clone, Debug)]
+pub struct AdapterSettings {
+    /// Name and reference, from `--adapter name=ref`. Directories are read when first asked for; the others at the start,
+    /// and the server is ready once they are.
+    pub registered: Vec<(String, AdapterRef)>,
+    /// Directories whose sub-directories are adapters (`--adapter-dir`).
+    pub dirs: Vec<PathBuf>,
+    /// Places where bare names are looked for, in order: a directory, `s3://bucket/loras/`, `hf://org`. They are the
+    /// operator's, so the server's credentials answer.
+    pub source_prefixes: Vec<String>,
+    /// Names of the base model: no adapter may have one.
+    pub base_names: Vec<String>,
+    /// Where `org/repo` and bare names are looked for when the request names no source.
+    pub default_source: SourceKind,
+    /// `--allow-adapters`: what may be resolved dynamically, by name or printed reference; `None` = everything.
+    pub allowed: Option<GlobSet>,
+    /// The server's hub token answers for callers without one.
+    pub share_hub_token: bool,
+    /// Holds `registry.redb`; `None` = registrations are forgotten at the end.
+    pub data_dir: Option<PathBuf>,
+    /// Adapters that are loaded at the same time.
+    pub loads_max: usize,
+}
+
+impl Default for AdapterSettings {
+    fn default() -> Self {
+        Self {
+            registered: Vec::new(),
+            dirs: Vec::new(),
+            source_prefixes: Vec::new(),
+            base_names: Vec::new(),
+            default_source: SourceKind::Hub,
+            allowed: None,
+            share_hub_token: false,
+            data_dir: None,
+            loads_max: 8,
+        }
+    }
+}
+
+/// Where adapters come from. Without it, directories that the operator named are the only ones.
+#[derive(Clone)]
+pub struct Supply {
+    /// Says what a reference stands for, and whether it may be read.
+    pub source: Arc<dyn Source>,
+    /// Kinds that the operator set up.
+    pub kinds: Vec<SourceKind>,
+    /// Brings bytes to this machine's disk.
+    pub files: Arc<dyn Files>,
+}
+
+/// Bytes of adapters on this machine's disk.
+pub trait Files: Send + Sync + 'static {
+    /// The files of `resolved`, downloaded if they are not here. One download for an identity, however many ask.
+    fn fetch<'a>(
+        &'a self,
+        resolved: &'a Resolved,
+        credential: &'a Credential,
+        tenant: u64,
+    ) -> BoxFuture<'a, Result<FilesHere, AdapterFailure>>;
+    /// The files of this identity, if they are here.
+    fn here(&self, identity: &str) -> Option<FilesHere>;
+    /// Deletes them once nobody holds them. Bytes freed.
+    fn forget(&self, identity: &str) -> u64;
+}
+
+/// A directory with the two files of an adapter.
+#[derive(Clone)]
+pub struct FilesHere {
+    /// Where.
+    pub dir: PathBuf,
+    /// Keeps the directory while it lives.
+    pub guard: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// Why the registry could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// `registry.redb` cannot be opened or read.
+    #[error("{path}: {reason}; another server may use this data directory (--data-dir)")]
+    Durable {
+        /// The file.
+        path: String,
+        /// What the database says.
+        reason: String,
+    },
+}
