@@ -27,10 +27,11 @@ def environment(faults: FaultServer, folder: Path, time_scale: float | None = No
             "AWS_REGION": "us-east-1", "GOOGLE_APPLICATION_CREDENTIALS": str(account), **scale}
 
 
-def flags(faults: FaultServer, *more: str) -> list[str]:
+def flags(faults: FaultServer, *more: str, networks: str | None = "127.0.0.0/8") -> list[str]:
     """All sources on, pointed at the fault server."""
-    return ["--hub-hosts", f"127.0.0.1:{faults.ports['cdn']}", "--adapter-http-hosts", faults.url("http"),
-            "--adapter-http-networks", "127.0.0.0/8", "--allow-runtime-adapters", "--admin-listen", "off", "--admin-key", ADMIN_KEY, *more]
+    opened = ["--adapter-http-networks", networks] if networks else []
+    return ["--hub-hosts", f"127.0.0.1:{faults.ports['cdn']}", "--adapter-http-hosts", faults.url("http"), *opened,
+            "--allow-runtime-adapters", "--admin-listen", "off", "--admin-key", ADMIN_KEY, *more]
 
 
 ADMIN_KEY = "admin-of-the-tests"
@@ -54,12 +55,12 @@ class SourcedServer(Server):
     """`with SourcedServer(faults, "--flag") as server:`; `server.ask(..)` is the client of `asking.py` bound to it."""
 
     def __init__(self, faults: FaultServer, *more: str, data_dir: str | None = None, time_scale: float | None = TIME_SCALE,
-                 env: dict | None = None, **settings):
+                 env: dict | None = None, networks: str | None = "127.0.0.0/8", **settings):
         self.folder = tempfile.TemporaryDirectory(prefix="sourced-")
         where = Path(self.folder.name)
         self.data = Path(data_dir or where / "data")
         variables = {**environment(faults, where, time_scale), **(env or {})}
-        super().__init__(*flags(faults, *more), data_dir=str(self.data), env=variables, **settings)
+        super().__init__(*flags(faults, *more, networks=networks), data_dir=str(self.data), env=variables, **settings)
 
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
