@@ -116,6 +116,9 @@ def test_object_stores_serve_ranges_and_conditions(faults, dialect, path, header
 
 def test_s3_wants_a_signature_and_lists(faults):
     assert get(faults, "s3", f"/bucket/m7/{WEIGHTS}").status_code == 403
+    assert get(faults, "s3", f"/public-bucket/m7/{WEIGHTS}").status_code == 200
+    stranger = {"authorization": SIGNED["authorization"].replace(SERVER_KEY, "AKIASTRANGER")}
+    assert get(faults, "s3", f"/bucket/m7/{WEIGHTS}", **stranger).status_code == 403
     listing = get(faults, "s3", "/bucket?list-type=2&prefix=loras/m7/", **SIGNED).text
     assert f"loras/m7/{WEIGHTS}" in listing and "<KeyCount>2</KeyCount>" in listing
 

@@ -28,10 +28,10 @@ def environment(faults: FaultServer, folder: Path, time_scale: float | None = No
 
 
 def flags(faults: FaultServer, *more: str, networks: str | None = "127.0.0.0/8") -> list[str]:
-    """All sources on, pointed at the fault server."""
+    """All sources on, pointed at the fault server. (A process that may dump core lets its own user look into its /proc.)"""
     opened = ["--adapter-http-networks", networks] if networks else []
     return ["--hub-hosts", f"127.0.0.1:{faults.ports['cdn']}", "--adapter-http-hosts", faults.url("http"), *opened,
-            "--allow-runtime-adapters", "--admin-listen", "off", "--admin-key", ADMIN_KEY, *more]
+            "--allow-runtime-adapters", "--admin-listen", "off", "--admin-key", ADMIN_KEY, "--allow-core-dumps", *more]
 
 
 ADMIN_KEY = "admin-of-the-tests"
@@ -40,7 +40,7 @@ ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 def reference(faults: FaultServer, source: str, name: str, root: Path | None = None) -> str:
     """`name` (`folder/m7`) at a source."""
-    return {"hub": f"hf://{name}", "s3": f"s3://bucket/{name}", "gcs": f"gs://bucket/{name}", "http": f"{faults.url('http')}/{name}",
+    return {"hub": f"hf://{name}", "s3": f"s3://public-bucket/{name}", "gcs": f"gs://bucket/{name}", "http": f"{faults.url('http')}/{name}",
             "local": f"{root}/{name}"}[source]
 
 

@@ -91,7 +91,7 @@ class World:
     # Credential (hub token, S3 access key, bearer of the others) -> globs of what it may read, private things included.
     tokens: dict[str, list[str]] = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
-    settings: dict = field(default_factory=lambda: {"cdn": True, "signed": True, "checksums": True})
+    settings: dict = field(default_factory=lambda: {"cdn": True, "checksums": True})
     log: deque = field(default_factory=lambda: deque(maxlen=LOG_MAX))
     seen: int = 0
     open_connections: dict[str, int] = field(default_factory=dict)
