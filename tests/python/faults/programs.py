@@ -1,19 +1,20 @@
 """Fault programs: which requests they hit, and what they do to the honest reply.
 
 A rule is a JSON object: `dialect`, `method`, `path` (a regular expression, searched) choose requests; `skip` lets the first ones pass,
-`times` ends it; `do` names the fault and the other keys are its parameters (`RULE_KEYS` below are not). Rules are tried in order, and
+`times` ends it, `chance` leaves it to a seeded die; `do` names the fault and the other keys are its parameters (`RULE_KEYS` below are not). Rules are tried in order, and
 the first that matches acts.
 """
 
 import asyncio
 import gzip
+import random
 import re
 import zlib
 from dataclasses import dataclass, field
 
 from faults.wire1 import Reply, Request, reset
 
-RULE_KEYS = {"dialect", "method", "path", "skip", "times", "do"}
+RULE_KEYS = {"dialect", "method", "path", "skip", "times", "chance", "do"}
 HTML = b"<!doctype html><html><head><title>Sign in</title></head><body>Please sign in to the hotel network.</body></html>"
 FOREVER_S = 3600.0
 
@@ -27,7 +28,9 @@ class Rule:
     path: str | None = None
     skip: int = 0
     times: int | None = None
+    chance: float = 1.0
     hits: int = 0
+    die: random.Random = field(default_factory=lambda: random.Random(1))
 
     @classmethod
     def parse(cls, rule: dict) -> "Rule":
@@ -40,6 +43,8 @@ class Rule:
         if self.dialect not in (None, dialect) or self.method not in (None, request.method):
             return False
         if self.path is not None and not re.search(self.path, request.path):
+            return False
+        if self.chance < 1 and self.die.random() >= self.chance:
             return False
         self.hits += 1
         return self.hits > self.skip and (self.times is None or self.hits <= self.skip + self.times)
