@@ -29,8 +29,16 @@ from loramux_server import children
 
 IMAGE_BYTES = 68 * 1024  # a marker adapter in the host slab
 FIRST = 50_000
-FAULTS = [{"do": "reset"}, {"do": "drop", "at": 0.5}, {"do": "status", "status": 503}, {"do": "status", "status": 429, "headers": {"Retry-After": "1"}},
-          {"do": "truncate", "at": 0.7}, {"do": "flip", "at": 0.9, "method": "GET", "path": "adapter_model|/repos/"}, {"do": "html", "method": "GET"}, {"do": "delay", "seconds": 0.5}]
+FAULTS = [
+    {"do": "reset"},
+    {"do": "drop", "at": 0.5},
+    {"do": "status", "status": 503},
+    {"do": "status", "status": 429, "headers": {"Retry-After": "1"}},
+    {"do": "truncate", "at": 0.7},
+    {"do": "flip", "at": 0.9, "method": "GET", "path": "adapter_model|/repos/"},
+    {"do": "html", "method": "GET"},
+    {"do": "delay", "seconds": 0.5},
+]
 # A source's failure may cost a request, never its truth: these are the refusals that a client is told to retry.
 RETRIABLE = {"adapter_load_failed", "adapter_loading", "adapter_auth_unavailable", "queue_full"}
 
@@ -87,7 +95,10 @@ class Soak:
         """All adapters by name. Their sources are honest meanwhile: 5 % of ten thousand registrations are another test."""
         for i in range(2, self.settings.adapters, 3):
             write_named(self.root, f"soak/m{FIRST + i}")
-        calls = [ask(self.server.address, "PUT", f"/admin/v1/adapters/a{i}?wait=60s", {"ref": self.where(i)}, ADMIN, 120) for i in range(self.settings.adapters)]
+        calls = [
+            ask(self.server.address, "PUT", f"/admin/v1/adapters/a{i}?wait=60s", {"ref": self.where(i)}, ADMIN, 120)
+            for i in range(self.settings.adapters)
+        ]
         bad = [str(answer) for answer in await gather(calls, 16) if answer.status not in (200, 202)]
         assert not bad, f"{len(bad)} registrations failed, first {bad[0]}"
 
@@ -109,7 +120,13 @@ class Soak:
             i = self.zipf.draw(self.rng)
             model = self.where(i) if self.rng.random() < 0.1 else f"a{i}"
             prompt = [self.rng.randrange(300, 2000) for _ in range(self.rng.choice((2, 20, 100)))]
-            body = {"model": model, "prompt": prompt, **marker.ASK, "max_tokens": self.rng.choice((1, 1, 8)), "adapter_load_timeout_ms": 5000}
+            body = {
+                "model": model,
+                "prompt": prompt,
+                **marker.ASK,
+                "max_tokens": self.rng.choice((1, 1, 8)),
+                "adapter_load_timeout_ms": 5000,
+            }
             self.check(i, await ask(self.server.address, "POST", "/v1/completions", body, timeout_s=60))
             await asyncio.sleep(self.rng.expovariate(1 / 0.02))
 
@@ -117,10 +134,21 @@ class Soak:
         """Long streams on the most popular adapters, timed from event to event."""
         host, port = self.server.address.rsplit(":", 1)
         while time.monotonic() < self.ends:
-            body = json.dumps({"model": f"a{self.rng.randrange(min(8, self.settings.adapters))}", "prompt": "Hi", "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True})
+            body = json.dumps(
+                {
+                    "model": f"a{self.rng.randrange(min(8, self.settings.adapters))}",
+                    "prompt": "Hi",
+                    "max_tokens": 200,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "stream": True,
+                }
+            )
             reader, writer = await asyncio.open_connection(host, int(port))
             try:
-                writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+                writer.write(
+                    f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+                )
                 last, window = None, self.tarpit_on
                 while line := await reader.readline():
                     if line.startswith(b"data: {"):
@@ -168,29 +196,57 @@ class Soak:
         started = time.monotonic()
         await self.register()
         registered_s = time.monotonic() - started
-        self.faults.rules({"do": "tarpit", "bytes_per_s": 5, "path": "tarpit"},
-                          *({"chance": self.settings.fault_share / len(FAULTS), **fault} for fault in FAULTS))
+        self.faults.rules(
+            {"do": "tarpit", "bytes_per_s": 5, "path": "tarpit"},
+            *({"chance": self.settings.fault_share / len(FAULTS), **fault} for fault in FAULTS),
+        )
         mark, self.ends = self.faults.mark(), time.monotonic() + self.settings.seconds
-        await asyncio.gather(self.sample(), self.tarpit(), *(self.caller() for _ in range(self.settings.callers)), *(self.stream() for _ in range(self.settings.streams)))
+        await asyncio.gather(
+            self.sample(),
+            self.tarpit(),
+            *(self.caller() for _ in range(self.settings.callers)),
+            *(self.stream() for _ in range(self.settings.streams)),
+        )
         requests = self.faults.mark() - mark
         self.faults.rules()
         return {"settings": vars(self.settings), "registered_s": round(registered_s, 1), **self.report(requests)}
 
     def report(self, source_requests: int) -> dict:
         record = self.record
-        half = record.resident[len(record.resident) // 2:]
-        slope = statistics.linear_regression([at for at, _ in half], [size / 2**20 for _, size in half]).slope * 60 if len(half) > 2 else 0.0
-        quantiles = {name: {"count": len(gaps), "p50_ms": round(statistics.median(gaps), 3), "p99_ms": round(statistics.quantiles(gaps, n=100)[98], 3)} if len(gaps) > 100 else {"count": len(gaps)}
-                     for name, gaps in (("without_tarpit", record.gaps_ms[False]), ("with_tarpit", record.gaps_ms[True]))}
+        half = record.resident[len(record.resident) // 2 :]
+        slope = (
+            statistics.linear_regression([at for at, _ in half], [size / 2**20 for _, size in half]).slope * 60 if len(half) > 2 else 0.0
+        )
+        quantiles = {
+            name: (
+                {"count": len(gaps), "p50_ms": round(statistics.median(gaps), 3), "p99_ms": round(statistics.quantiles(gaps, n=100)[98], 3)}
+                if len(gaps) > 100
+                else {"count": len(gaps)}
+            )
+            for name, gaps in (("without_tarpit", record.gaps_ms[False]), ("with_tarpit", record.gaps_ms[True]))
+        }
         p99 = [quantiles[name].get("p99_ms") for name in ("with_tarpit", "without_tarpit")]
         metrics = self.server.metrics()
-        return {"outcomes": dict(record.outcomes), "wrong_markers": len(record.wrong), "wrong": record.wrong[:5], "unexpected": len(record.unexpected),
-                "unexpected_first": record.unexpected[:5], "inter_token": quantiles, "p99_ratio": round(p99[0] / p99[1], 3) if all(p99) else None,
-                "resident_mib": {"first": record.resident[0][1] >> 20, "last": record.resident[-1][1] >> 20, "max": max(size for _, size in record.resident) >> 20,
-                                 "slope_mib_per_min": round(slope, 3)},
-                "open_files": {"first": record.files[0], "last": record.files[-1], "max": max(record.files)}, "source_requests": source_requests,
-                "temporary_files": self.server.temporary_files(), "shard_restarts": metrics["loramux_shard_restarts_total"],
-                "evictions": {name: value for name, value in metrics.items() if name.startswith("loramux_adapter") and "label" not in name}}
+        return {
+            "outcomes": dict(record.outcomes),
+            "wrong_markers": len(record.wrong),
+            "wrong": record.wrong[:5],
+            "unexpected": len(record.unexpected),
+            "unexpected_first": record.unexpected[:5],
+            "inter_token": quantiles,
+            "p99_ratio": round(p99[0] / p99[1], 3) if all(p99) else None,
+            "resident_mib": {
+                "first": record.resident[0][1] >> 20,
+                "last": record.resident[-1][1] >> 20,
+                "max": max(size for _, size in record.resident) >> 20,
+                "slope_mib_per_min": round(slope, 3),
+            },
+            "open_files": {"first": record.files[0], "last": record.files[-1], "max": max(record.files)},
+            "source_requests": source_requests,
+            "temporary_files": self.server.temporary_files(),
+            "shard_restarts": metrics["loramux_shard_restarts_total"],
+            "evictions": {name: value for name, value in metrics.items() if name.startswith("loramux_adapter") and "label" not in name},
+        }
 
 
 def soak(settings: Settings) -> dict:
@@ -199,8 +255,18 @@ def soak(settings: Settings) -> dict:
     with FaultServer() as faults, tempfile.TemporaryDirectory(prefix="soak-") as folder:
         root = Path(folder) / "root"
         root.mkdir()
-        flags = ["--adapter-root", str(root), "--max-loras", str(settings.device_adapters), "--host-adapter-memory", str(settings.host_adapters * IMAGE_BYTES),
-                 "--adapter-disk-quota", str(settings.disk_adapters * 14_500), "--adapter-loads", "32"]
+        flags = [
+            "--adapter-root",
+            str(root),
+            "--max-loras",
+            str(settings.device_adapters),
+            "--host-adapter-memory",
+            str(settings.host_adapters * IMAGE_BYTES),
+            "--adapter-disk-quota",
+            str(settings.disk_adapters * 14_500),
+            "--adapter-loads",
+            "32",
+        ]
         with SourcedServer(faults, *flags) as server:
             return asyncio.run(Soak(settings, faults, server, root).run())
 

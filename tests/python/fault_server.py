@@ -62,7 +62,7 @@ class Control:
     def op_log(self, since: int = 0):
         """Requests from number `since` on, oldest first."""
         first = self.world.seen - len(self.world.log)
-        return list(self.world.log)[max(0, since - first):]
+        return list(self.world.log)[max(0, since - first) :]
 
     def op_count(self):
         return {"requests": self.world.seen, "open_connections": self.world.open_connections}
@@ -107,8 +107,15 @@ class Listener:
             request.headers = [(name, value) for name, value in request.headers if name.lower() != "range"]
         reply = DIALECTS[self.dialect](self.world, request, self.ports)
         exchange = Exchange(request, reply, writer)
-        entry = {"dialect": self.dialect, "method": request.method, "path": request.path, "target": request.target,
-                 "headers": request.headers, "rule": rule.do if rule else None, "start": time.time()}
+        entry = {
+            "dialect": self.dialect,
+            "method": request.method,
+            "path": request.path,
+            "target": request.target,
+            "headers": request.headers,
+            "rule": rule.do if rule else None,
+            "start": time.time(),
+        }
         self.world.log.append(entry)
         self.world.seen += 1
         try:

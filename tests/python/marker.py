@@ -33,7 +33,7 @@ def _base_tensor(name: str) -> np.ndarray:
     """A tensor of the demo model as f32."""
     content = (BASE / "model.safetensors").read_bytes()
     length = struct.unpack_from("<Q", content)[0]
-    entry = json.loads(content[8:8 + length])[name]
+    entry = json.loads(content[8 : 8 + length])[name]
     start, end = (8 + length + at for at in entry["data_offsets"])
     assert entry["dtype"] == "BF16", entry
     numbers = np.frombuffer(content[start:end], "<u2").astype("<u4") << 16
@@ -61,7 +61,7 @@ def _marker_and_direction(i: int) -> tuple[tuple[int, ...], np.ndarray]:
     for attempt in range(1000):
         direction = _candidate(i * 1000 + attempt)
         logits = _logits(direction)
-        order = np.argpartition(-logits, TOP + 1)[:TOP + 1]
+        order = np.argpartition(-logits, TOP + 1)[: TOP + 1]
         order = order[np.argsort(-logits[order])]
         if np.min(-np.diff(logits[order])) > MARGIN and not END_TOKENS & {int(token) for token in order}:
             return tuple(int(token) for token in order[:TOP]), direction
@@ -104,8 +104,7 @@ def _shared() -> dict[str, tuple[str, list[int], bytes]]:
 def config_bytes() -> bytes:
     """adapter_config.json; the same for all."""
     modules = [f"layers.{LAST}.mlp.{name}_proj" for name in ("gate", "up", "down")]
-    config = adapter_config(RANK, modules, lora_alpha=RANK,
-                            rank_pattern={"down_proj": 1}, alpha_pattern={"down_proj": 1})
+    config = adapter_config(RANK, modules, lora_alpha=RANK, rank_pattern={"down_proj": 1}, alpha_pattern={"down_proj": 1})
     return json.dumps(config, indent=1).encode()
 
 

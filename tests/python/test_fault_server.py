@@ -61,7 +61,9 @@ def test_the_hub_redirects_large_files_to_its_cdn_and_says_their_sha256(faults):
     content = marker.weights_bytes(5)
     reply = get(faults, "hub", f"/acme/m5/resolve/main/{WEIGHTS}", "HEAD")
     assert reply.status_code == 302
-    assert reply.headers["x-linked-etag"] == f'"{hashlib.sha256(content).hexdigest()}"' and reply.headers["x-linked-size"] == str(len(content))
+    assert reply.headers["x-linked-etag"] == f'"{hashlib.sha256(content).hexdigest()}"' and reply.headers["x-linked-size"] == str(
+        len(content)
+    )
     assert len(reply.headers["x-repo-commit"]) == 40
     assert httpx.get(reply.headers["location"], trust_env=False).content == content
     assert httpx.get(reply.headers["location"].replace("signature=", "signature=0"), trust_env=False).status_code == 403
@@ -91,6 +93,7 @@ def test_private_and_gated_repositories_answer_as_the_hub_does(faults):
 def test_branches_move(faults):
     def commit():
         return get(faults, "hub", f"/acme/moving/resolve/main/{CONFIG}").headers["x-repo-commit"]
+
     faults.repo("acme/moving", {"branches": {"main": {"marker": 1}}})
     first = commit()
     faults.repo("acme/moving", {"branches": {"main": {"marker": 2}, "v1": {"marker": 1}}})
@@ -98,8 +101,9 @@ def test_branches_move(faults):
     assert get(faults, "hub", f"/acme/moving/resolve/{first}/{CONFIG}").status_code == 200
 
 
-@pytest.mark.parametrize("dialect,path,headers", [
-    ("s3", "/bucket/loras/m7/", SIGNED), ("gcs", "/bucket/loras/m7/", {}), ("http", "/loras/m7/", {})])
+@pytest.mark.parametrize(
+    "dialect,path,headers", [("s3", "/bucket/loras/m7/", SIGNED), ("gcs", "/bucket/loras/m7/", {}), ("http", "/loras/m7/", {})]
+)
 def test_object_stores_serve_ranges_and_conditions(faults, dialect, path, headers):
     content = marker.weights_bytes(7)
     whole = get(faults, dialect, path + WEIGHTS, **headers)
@@ -129,8 +133,16 @@ def faulty(faults, do: str, timeout: float = 1, headers: dict | None = None, **p
 
 
 def test_faults_of_the_transport(faults):
-    for do, parameters in (("drop", {"at": 0.5}), ("drop", {"at": 0}), ("drop", {"at": 0.5, "hard": False}), ("reset", {}), ("garbage", {}),
-                           ("chunked", {"cut": True}), ("length", {"claim": 10**7}), ("huge_headers", {"bytes_": 1 << 23})):
+    for do, parameters in (
+        ("drop", {"at": 0.5}),
+        ("drop", {"at": 0}),
+        ("drop", {"at": 0.5, "hard": False}),
+        ("reset", {}),
+        ("garbage", {}),
+        ("chunked", {"cut": True}),
+        ("length", {"claim": 10**7}),
+        ("huge_headers", {"bytes_": 1 << 23}),
+    ):
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
             faulty(faults, do, **parameters)
     for do, parameters in (("hang", {}), ("stall", {}), ("tarpit", {"bytes_per_s": 1}), ("slow_head", {"bytes_per_s": 1})):
@@ -142,7 +154,7 @@ def test_faults_of_the_transport(faults):
 def test_faults_of_the_content(faults):
     good = get(faults, "http", f"/loras/m3x200/{WEIGHTS}").content
     assert len(good) > 200_000
-    assert faulty(faults, "truncate").content == good[:len(good) // 2]
+    assert faulty(faults, "truncate").content == good[: len(good) // 2]
     assert faulty(faults, "longer").content == good + b"\0" * 1000
     flipped = faulty(faults, "flip", at=9).content
     assert len(flipped) == len(good) and [i for i in range(len(good)) if good[i] != flipped[i]] == [9]
@@ -169,7 +181,9 @@ def test_a_gzip_bomb_is_small_on_the_wire_and_an_endless_body_is_not(faults):
 
 
 def test_statuses_redirects_and_the_order_of_rules(faults):
-    faults.rules({"do": "status", "status": 429, "headers": {"Retry-After": "7"}, "times": 2}, {"do": "redirect", "to": "http://10.0.0.1{path}"})
+    faults.rules(
+        {"do": "status", "status": 429, "headers": {"Retry-After": "7"}, "times": 2}, {"do": "redirect", "to": "http://10.0.0.1{path}"}
+    )
     replies = [get(faults, "http", "/loras/m3/adapter_config.json") for _ in range(3)]
     assert [reply.status_code for reply in replies] == [429, 429, 302] and replies[0].headers["retry-after"] == "7"
     assert replies[2].headers["location"] == "http://10.0.0.1/loras/m3/adapter_config.json"
@@ -207,7 +221,10 @@ def test_a_fault_ends_with_its_client(faults):
     wait_until(lambda: faults.open_connections() == before, "the fault program has ended")
 
 
-@pytest.mark.parametrize("kind,complaint", [("good", None), ("expired", "expired"), ("wrong_host", "mismatch"), ("stranger", "self-signed|unable to get local issuer")])
+@pytest.mark.parametrize(
+    "kind,complaint",
+    [("good", None), ("expired", "expired"), ("wrong_host", "mismatch"), ("stranger", "self-signed|unable to get local issuer")],
+)
 def test_tls_certificates_are_bad_in_the_way_they_should_be(faults, kind, complaint):
     trusting = ssl.create_default_context(cafile=faults.authority)
     url = f"https://127.0.0.1:{faults.ports[f'tls_{kind}']}/loras/m3/{CONFIG}"

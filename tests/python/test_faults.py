@@ -114,10 +114,16 @@ def leaks(server, faults, files_before: int) -> list[str]:
     def clean() -> bool:
         status = server.admin("GET", "/status").json()
         downloads, store = status.get("downloads", {}), status.get("store", {})
-        found[:] = [text for is_bad, text in (
-            (server.temporary_files(), f"temporary files {server.temporary_files()[:5]}"),
-            (any(downloads.values()), f"downloads {downloads}"), (store.get("reserved_bytes"), f"store {store}"),
-            (server.open_files() > files_before + 8, f"{server.open_files()} open files, {files_before} before")) if is_bad]
+        found[:] = [
+            text
+            for is_bad, text in (
+                (server.temporary_files(), f"temporary files {server.temporary_files()[:5]}"),
+                (any(downloads.values()), f"downloads {downloads}"),
+                (store.get("reserved_bytes"), f"store {store}"),
+                (server.open_files() > files_before + 8, f"{server.open_files()} open files, {files_before} before"),
+            )
+            if is_bad
+        ]
         return not found
 
     try:
@@ -144,7 +150,7 @@ def groups() -> list[list[Cell]]:
     chosen = os.environ.get("LORAMUX_FAULT_MODE")
     cells = [cell for cell in cells if chosen is None or chosen in str(cell)]
     quick, slow = ([cell for cell in cells if cell.mode.slow is is_slow] for is_slow in (False, True))
-    return [part[at:at + 96] for part in (quick, slow) for at in range(0, len(part), 96)]
+    return [part[at : at + 96] for part in (quick, slow) for at in range(0, len(part), 96)]
 
 
 def test_every_fault_ends_well(server, faults):
@@ -204,7 +210,12 @@ def test_one_slow_source_does_not_hold_up_another(server, faults):
         slow = [asyncio.create_task(complete(server.address, reference(faults, "http", f"slow/m{49_300 + i}"))) for i in range(20)]
         await asyncio.sleep(0.1)
         started = time.monotonic()
-        quick = await gather([complete(server.address, reference(faults, source, f"quick/m{49_400 + i}")) for i, source in enumerate(["hub", "s3", "gcs"] * 4)])
+        quick = await gather(
+            [
+                complete(server.address, reference(faults, source, f"quick/m{49_400 + i}"))
+                for i, source in enumerate(["hub", "s3", "gcs"] * 4)
+            ]
+        )
         took = time.monotonic() - started
         for one in slow:
             one.cancel()

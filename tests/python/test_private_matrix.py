@@ -25,8 +25,19 @@ SOURCES = ("hub", "gated", "s3", "gcs", "http")
 OPEN_WITH_TOKEN = {"hub", "gated", "s3"}
 DENIED = ("none", "wrong", "empty", "revoked", "other", "api_key", "operator", "shape")
 TOKENS = (*DENIED, "right")
-ROUTES = ("completions header", "completions body", "completions bearer", "completions stream", "chat header", "chat body", "generate body", "adapter_id", "compose", "fan-out",
-          "root header")
+ROUTES = (
+    "completions header",
+    "completions body",
+    "completions bearer",
+    "completions stream",
+    "chat header",
+    "chat body",
+    "generate body",
+    "adapter_id",
+    "compose",
+    "fan-out",
+    "root header",
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,13 @@ def number(cell_source: str, state: str, share: bool) -> int:
 
 
 def model_of(faults, source: str, i: int) -> str:
-    return {"hub": f"hf://private-alice/m{i}", "gated": f"gated-alice/m{i}", "s3": f"s3://private-alice/loras/m{i}", "gcs": f"gs://private-alice/loras/m{i}",
-            "http": f"{faults.url('http')}/private-alice/m{i}"}[source]
+    return {
+        "hub": f"hf://private-alice/m{i}",
+        "gated": f"gated-alice/m{i}",
+        "s3": f"s3://private-alice/loras/m{i}",
+        "gcs": f"gs://private-alice/loras/m{i}",
+        "http": f"{faults.url('http')}/private-alice/m{i}",
+    }[source]
 
 
 def secret(source: str, token: str) -> str | None:
@@ -52,7 +68,7 @@ def secret(source: str, token: str) -> str | None:
     if token == "none":
         return None
     if token in ("empty", "api_key", "operator", "shape"):
-        return {"empty": "", "api_key": ADMIN_KEY, "operator": "not " + SERVER_TOKEN, "shape": "\u00e9{}[]\" or 1=1"}[token]
+        return {"empty": "", "api_key": ADMIN_KEY, "operator": "not " + SERVER_TOKEN, "shape": '\u00e9{}[]" or 1=1'}[token]
     if source == "s3":
         return json.dumps({"aws_access_key_id": f"AK{token.upper()}", "aws_secret_access_key": "secret"})
     return f"hf_{token}0000000000000000000000000000"
@@ -86,7 +102,11 @@ def request(route: str, model: str, token: str | None) -> tuple[str, dict, dict]
         case "completions body":
             return completions, {"model": model, **ask_marker, **in_body}, {}
         case "completions bearer":
-            return completions, {"model": model, **ask_marker}, {"authorization": f"Bearer {token.encode().decode('latin-1')}"} if token is not None else {}
+            return (
+                completions,
+                {"model": model, **ask_marker},
+                {"authorization": f"Bearer {token.encode().decode('latin-1')}"} if token is not None else {},
+            )
         case "completions stream":
             return completions, {"model": model, **ask_marker, "stream": True, **in_body}, {}
         case "chat header":
@@ -117,7 +137,9 @@ def complaint(cell: Cell, answer: Answer, i: int) -> str | None:
     if is_served(cell):
         if answer.status != 200:
             return "the owner was refused"
-        if cell.route.startswith(("completions header", "completions body", "completions bearer", "adapter_id", "compose")) and marker_of(answer) != marker.marker(i):
+        if cell.route.startswith(("completions header", "completions body", "completions bearer", "adapter_id", "compose")) and marker_of(
+            answer
+        ) != marker.marker(i):
             return "the owner got another adapter"
         return None
     if answer.status == 200:
@@ -168,7 +190,7 @@ class Matrix:
         cells = [Cell(source, state, token, route) for token, route in itertools.product(TOKENS, ROUTES)]
         cells.sort(key=is_served)
         refused = [cell for cell in cells if not is_served(cell)]
-        for part in (refused, cells[len(refused):]):
+        for part in (refused, cells[len(refused) :]):
             calls = []
             for cell in part:
                 path, body, headers = request(cell.route, model, secret(source, cell.token))
@@ -183,8 +205,15 @@ class Matrix:
 
     async def shown(self, server):
         """No list and no card shows what callers named themselves."""
-        for path in ("/v1/models", "/metrics", *(f"/v1/models/{model_of(self.faults, source, number(source, state, self.share)).replace('/', '%2F')}"
-                                                for source in SOURCES for state in STATES)):
+        for path in (
+            "/v1/models",
+            "/metrics",
+            *(
+                f"/v1/models/{model_of(self.faults, source, number(source, state, self.share)).replace('/', '%2F')}"
+                for source in SOURCES
+                for state in STATES
+            ),
+        ):
             answer = await ask(server.address, "GET", path)
             self.cells += 1
             if "alice" in answer.body.decode() if answer.status == 200 else answer.status != 404:

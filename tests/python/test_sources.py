@@ -49,8 +49,14 @@ def served(server, model: str, **more):
 
 def files_got(faults, mark: int, part: str) -> list[str]:
     """GETs of adapter files whose path has `part`, redirects not counted."""
-    return [row["path"] for row in faults.log(mark) if row["method"] == "GET" and part in row["path"] and row["status"] in (200, 206)
-            and ("adapter_" in row["path"] or row["dialect"] == "cdn")]
+    return [
+        row["path"]
+        for row in faults.log(mark)
+        if row["method"] == "GET"
+        and part in row["path"]
+        and row["status"] in (200, 206)
+        and ("adapter_" in row["path"] or row["dialect"] == "cdn")
+    ]
 
 
 @pytest.mark.parametrize("source", ALL)
@@ -72,13 +78,22 @@ def test_an_adapter_of_the_command_line_is_ready_before_the_server_is(faults, ro
 
 @pytest.mark.parametrize("source", ALL)
 def test_runtime_route_and_admin_api_load_from_every_source(server, faults, root, source):
-    loaded = asyncio.run(ask(server.address, "POST", "/v1/load_lora_adapter",
-                             {"lora_name": f"rt-{source}", "lora_path": reference(faults, source, "acme/m103", root)}, ADMIN))
+    loaded = asyncio.run(
+        ask(
+            server.address,
+            "POST",
+            "/v1/load_lora_adapter",
+            {"lora_name": f"rt-{source}", "lora_path": reference(faults, source, "acme/m103", root)},
+            ADMIN,
+        )
+    )
     assert loaded.status == 200, str(loaded)
     assert marker_of(served(server, f"rt-{source}")) == marker.marker(103)
     put = server.admin("PUT", f"/adapters/ad-{source}?wait=30s", json={"ref": reference(faults, source, "acme/m104", root)})
     assert put.status_code == 200, put.text
-    assert put.json()["state"] == "ready" and put.json()["ref"].startswith({"hub": "hf://", "s3": "s3://", "gcs": "gs://", "http": "http://", "local": "/"}[source])
+    assert put.json()["state"] == "ready" and put.json()["ref"].startswith(
+        {"hub": "hf://", "s3": "s3://", "gcs": "gs://", "http": "http://", "local": "/"}[source]
+    )
     assert marker_of(served(server, f"ad-{source}")) == marker.marker(104)
     assert server.admin("DELETE", f"/adapters/ad-{source}").status_code == 200
     assert served(server, f"ad-{source}").status == 404
@@ -86,7 +101,9 @@ def test_runtime_route_and_admin_api_load_from_every_source(server, faults, root
 
 def test_the_same_files_are_one_content_wherever_they_come_from(server, faults, root):
     for source in ALL:
-        server.admin("PUT", f"/adapters/same-{source}?wait=30s", json={"ref": reference(faults, source, "acme/m105", root)}).raise_for_status()
+        server.admin(
+            "PUT", f"/adapters/same-{source}?wait=30s", json={"ref": reference(faults, source, "acme/m105", root)}
+        ).raise_for_status()
     contents = {served(server, f"same-{source}").headers["x-adapter-content-id"] for source in ALL}
     assert len(contents) == 1
 
@@ -105,7 +122,14 @@ def test_spellings_of_the_hub(server, faults):
         answer = served(server, model)
         assert marker_of(answer) == marker.marker(107), model
         assert answer.headers["x-adapter-revision"] == commit
-    lorax = asyncio.run(ask(server.address, "POST", "/v1/completions", {"model": "demo", "prompt": "Hi", "adapter_id": repo, "adapter_source": "hub", **marker.ASK}))
+    lorax = asyncio.run(
+        ask(
+            server.address,
+            "POST",
+            "/v1/completions",
+            {"model": "demo", "prompt": "Hi", "adapter_id": repo, "adapter_source": "hub", **marker.ASK},
+        )
+    )
     assert marker_of(lorax) == marker.marker(107)
     assert served(server, f"{repo}@nosuch").status == 404
 
@@ -138,7 +162,13 @@ def test_the_operators_credentials_are_for_what_the_operator_named(faults, root)
     with SourcedServer(faults, *flags) as server:
         assert marker_of(served(server, "named")) == marker.marker(115)
         assert marker_of(served(server, "m116")) == marker.marker(116), "a bare name below the prefix"
-        for model in (secret, f"hf://{secret}", "s3://private-operator/other/m116", "s3://private-operator/lorasx/m116", "gs://private-operator/m116"):
+        for model in (
+            secret,
+            f"hf://{secret}",
+            "s3://private-operator/other/m116",
+            "s3://private-operator/lorasx/m116",
+            "gs://private-operator/m116",
+        ):
             assert served(server, model).status == 404, model
     with SourcedServer(faults, "--share-hub-token") as server:
         assert marker_of(served(server, secret)) == marker.marker(115)
@@ -148,8 +178,13 @@ def test_the_operators_credentials_are_for_what_the_operator_named(faults, root)
 def test_http_headers_of_the_operator_go_to_their_host_only(faults):
     faults.token(HTTP_SECRET, ["private-web/*"])
     host = f"http://127.0.0.1:{faults.ports['http']}"
-    with SourcedServer(faults, "--adapter-http-header", f"{host.removeprefix('http://')}=Authorization:Bearer {HTTP_SECRET}",
-                       "--adapter", f"web={host}/private-web/m117") as server:
+    with SourcedServer(
+        faults,
+        "--adapter-http-header",
+        f"{host.removeprefix('http://')}=Authorization:Bearer {HTTP_SECRET}",
+        "--adapter",
+        f"web={host}/private-web/m117",
+    ) as server:
         assert marker_of(served(server, "web")) == marker.marker(117)
         mark = faults.mark()
         faults.rules({"do": "redirect", "dialect": "http", "path": "/private-web/m118", "to": f"{faults.url('s3')}{{path}}"})
@@ -167,9 +202,20 @@ def test_no_token_ever_reaches_another_origin(server, faults):
     served(server, "private-canary/m120", api_token="hf_canaryOfTheCaller", adapter_load_timeout_ms=2000)
     rows = faults.log(mark)
     assert any("hf_canaryOfTheCaller" in str(row["headers"]) for row in rows if row["dialect"] == "hub")
-    leaked = [row for row in rows if row["dialect"] != "hub" and ("canary" in str(row["headers"]) or SERVER_TOKEN in str(row["headers"]) or "canaryOf" in row["target"])]
+    leaked = [
+        row
+        for row in rows
+        if row["dialect"] != "hub"
+        and ("canary" in str(row["headers"]) or SERVER_TOKEN in str(row["headers"]) or "canaryOf" in row["target"])
+    ]
     assert leaked == []
-    shown = server.log() + server.http.get("/metrics").text + server.http.get("/v1/models").text + server.admin("GET", "/adapters?limit=1000").text + server.admin("GET", "/status").text
+    shown = (
+        server.log()
+        + server.http.get("/metrics").text
+        + server.http.get("/v1/models").text
+        + server.admin("GET", "/adapters?limit=1000").text
+        + server.admin("GET", "/status").text
+    )
     for secret in ("hf_canaryOfTheCaller", SERVER_TOKEN, "operatorsSecret"):
         assert secret not in shown, secret
 
@@ -232,14 +278,30 @@ def test_ten_thousand_first_requests_make_one_download(faults):
     """From many local addresses at once, all for one adapter that nobody had: one GET for each file, and every caller is served."""
     callers, limit = int(os.environ.get("LORAMUX_FIRST_CALLERS", "10000")), "20000"
     allow_files(callers + 2000)
-    with SourcedServer(faults, "--max-connections", limit, "--max-queued-requests", limit, "--max-concurrent-requests", limit,
-                       "--adapter-load-timeout", "120", "--adapter", f"first-s3={reference(faults, 's3', 'acme/m126')}") as server:
+    with SourcedServer(
+        faults,
+        "--max-connections",
+        limit,
+        "--max-queued-requests",
+        limit,
+        "--max-concurrent-requests",
+        limit,
+        "--adapter-load-timeout",
+        "120",
+        "--adapter",
+        f"first-s3={reference(faults, 's3', 'acme/m126')}",
+    ) as server:
         faults.rules({"do": "delay", "seconds": 2.0, "method": "GET", "path": "m127|/repos/"})
         mark = faults.mark()
 
         async def all_at_once():
             body = {"model": "acme/m127", "prompt": "Hi", **marker.ASK}
-            return await asyncio.gather(*(ask(server.address, "POST", "/v1/completions", body, timeout_s=150, source=f"127.0.0.{2 + i % 40}") for i in range(callers)))
+            return await asyncio.gather(
+                *(
+                    ask(server.address, "POST", "/v1/completions", body, timeout_s=150, source=f"127.0.0.{2 + i % 40}")
+                    for i in range(callers)
+                )
+            )
 
         answers = asyncio.run(all_at_once())
         wrong = [str(answer) for answer in answers if answer.status != 200]
@@ -283,12 +345,25 @@ def test_s3_of_another_make(faults, moto):
         for name, content in marker.files(i).items():
             client.put_object(Bucket="adapters", Key=f"team a/v{i}/{name}" if i == 2 else f"team/v{i}/{name}", Body=content)
     env = {"AWS_ENDPOINT_URL": moto, "AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "B"}
-    with SourcedServer(faults, "--adapter", "one=s3://adapters/team/v1", "--adapter-source-prefix", "s3://adapters/team/", env=env) as server:
+    with SourcedServer(
+        faults, "--adapter", "one=s3://adapters/team/v1", "--adapter-source-prefix", "s3://adapters/team/", env=env
+    ) as server:
         assert marker_of(served(server, "one")) == marker.marker(1)
         assert marker_of(served(server, "v1")) == marker.marker(1)
         assert served(server, "v9").status == 404
         # New bytes under the same key: the entity tag is another, and so is the content, after the time a name is kept.
         for name, content in marker.files(2).items():
             client.put_object(Bucket="adapters", Key=f"team/v1/{name}", Body=content)
-        assert asyncio.run(ask(server.address, "POST", "/v1/load_lora_adapter", {"lora_name": "one", "lora_path": "s3://adapters/team/v1", "load_inplace": True}, ADMIN)).status == 200
+        assert (
+            asyncio.run(
+                ask(
+                    server.address,
+                    "POST",
+                    "/v1/load_lora_adapter",
+                    {"lora_name": "one", "lora_path": "s3://adapters/team/v1", "load_inplace": True},
+                    ADMIN,
+                )
+            ).status
+            == 200
+        )
         assert marker_of(served(server, "one")) == marker.marker(2)

@@ -45,8 +45,9 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     return b"".join(pieces)
 
 
-async def ask(address: str, method: str, path: str, body=None, headers: dict | None = None, timeout_s: float = 60,
-              source: str | None = None) -> Answer:
+async def ask(
+    address: str, method: str, path: str, body=None, headers: dict | None = None, timeout_s: float = 60, source: str | None = None
+) -> Answer:
     """One request on a connection of its own."""
     host, port = address.rsplit(":", 1)
     content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -54,12 +55,18 @@ async def ask(address: str, method: str, path: str, body=None, headers: dict | N
     async def exchange() -> Answer:
         reader, writer = await asyncio.open_connection(host, int(port), local_addr=(source, 0) if source else None)
         try:
-            lines = [f"{method} {path} HTTP/1.1", f"Host: {address}", "Connection: close", f"Content-Length: {len(content)}",
-                     "Content-Type: application/json", *(f"{name}: {value}" for name, value in (headers or {}).items())]
+            lines = [
+                f"{method} {path} HTTP/1.1",
+                f"Host: {address}",
+                "Connection: close",
+                f"Content-Length: {len(content)}",
+                "Content-Type: application/json",
+                *(f"{name}: {value}" for name, value in (headers or {}).items()),
+            ]
             writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content)
             status = int((await reader.readline()).split(b" ")[1])
             answered = {}
-            while (line := (await reader.readline()).strip()):
+            while line := (await reader.readline()).strip():
                 name, _, value = line.decode("latin-1").partition(":")
                 answered[name.lower()] = value.strip()
             return Answer(status, answered, await _body(reader, answered))

@@ -11,8 +11,11 @@ PHASES = ("head", "config", "weights")
 STATES = ("request", "registered", "in place")
 RETRY, ABSENT, REFUSED, OK = "retry", "absent", "refused", "ok"
 ANY_FAILURE = {RETRY, ABSENT, REFUSED}
-CODES = {RETRY: {"adapter_load_failed", "adapter_loading", "adapter_auth_unavailable"}, ABSENT: {"model_not_found"},
-         REFUSED: {"adapter_invalid", "adapter_unsupported", "adapter_too_large"}}
+CODES = {
+    RETRY: {"adapter_load_failed", "adapter_loading", "adapter_auth_unavailable"},
+    ABSENT: {"model_not_found"},
+    REFUSED: {"adapter_invalid", "adapter_unsupported", "adapter_too_large"},
+}
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,39 @@ MODES = [
     _mode("flip in the first bytes", "flip", at=8, only=BODY, every={RETRY}),
     _mode("flip near the end", "flip", at=0.98, only=("weights",), sources=("hub", "s3", "gcs")),
     _mode("weak etag that changes", "headers", set={"ETag": 'W/"x"'}, only=("weights",), sources=("s3", "gcs", "http"), every={OK, RETRY}),
-    _mode("etag is a path", "headers", set={"ETag": '"../../../x"', "X-Linked-ETag": '"../../../x"'}, only=("head",), sources=("hub",), every=ANY_FAILURE),
+    _mode(
+        "etag is a path",
+        "headers",
+        set={"ETag": '"../../../x"', "X-Linked-ETag": '"../../../x"'},
+        only=("head",),
+        sources=("hub",),
+        every=ANY_FAILURE,
+    ),
     _mode("commit is a path", "headers", set={"X-Repo-Commit": "../../../x"}, only=("head",), sources=("hub",), every=ANY_FAILURE),
     _mode("no commit", "headers", set={"X-Repo-Commit": None}, only=("head",), sources=("hub",), every=ANY_FAILURE),
-    _mode("xet at a foreign host", "headers", set={"X-Xet-Hash": "a" * 64, "Link": '<http://10.0.0.1/xet>; rel="xet-auth"'}, only=("head",), sources=("hub",), every={OK}),
+    _mode(
+        "xet at a foreign host",
+        "headers",
+        set={"X-Xet-Hash": "a" * 64, "Link": '<http://10.0.0.1/xet>; rel="xet-auth"'},
+        only=("head",),
+        sources=("hub",),
+        every={OK},
+    ),
     # These pass by themselves within one load: the bytes that came stay, the rest is asked for.
     _mode("one drop, then good", "drop", at=0.5, times=1, every={OK}, only=BODY),
     _mode("one reset, then good", "reset", times=1, every={OK}, only=BODY),
     _mode("one 503, then good", "status", status=503, times=1, every={OK}, only=BODY),
     _mode("a drop, then no ranges", "drop", at=0.5, times=1, every={OK}, only=("weights",), then=({"do": "no_range"},)),
     _mode("a drop, then a wrong range", "drop", at=0.5, times=1, every={OK, RETRY}, only=("weights",), then=({"do": "bad_range"},)),
-    _mode("a drop, then another etag", "drop", at=0.5, times=1, every={OK, RETRY}, only=("weights",), then=({"do": "headers", "set": {"ETag": '"changed"'}},)),
+    _mode(
+        "a drop, then another etag",
+        "drop",
+        at=0.5,
+        times=1,
+        every={OK, RETRY},
+        only=("weights",),
+        then=({"do": "headers", "set": {"ETag": '"changed"'}},),
+    ),
     _mode("a flip once", "flip", at=8, times=1, every={OK, RETRY}, only=BODY),
     _mode("a short delay", "delay", seconds=0.05, every={OK}),
     # Those that only time ends.

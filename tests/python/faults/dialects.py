@@ -110,15 +110,34 @@ def _hub_api(world: World, request: Request, name: str, what: str | None, revisi
     commit, spec = at
     files = files_of(spec)
     if what == "tree":
-        return _json([{"type": "file", "path": file, "size": len(content), "oid": git_sha1_hex(content)}
-                      | ({"lfs": {"oid": sha256_hex(content), "size": len(content), "pointerSize": 134}} if file == FILES[1] else {})
-                      for file, content in files.items()])
-    return _json({"_id": "0" * 24, "id": name, "modelId": name, "sha": commit, "private": is_private(name), "gated": False, "disabled": False,
-                  "downloads": 0, "likes": 0, "tags": ["peft"], "lastModified": "2026-01-01T00:00:00.000Z",
-                  "siblings": [{"rfilename": file} for file in files]}, **{"X-Repo-Commit": commit})
+        return _json(
+            [
+                {"type": "file", "path": file, "size": len(content), "oid": git_sha1_hex(content)}
+                | ({"lfs": {"oid": sha256_hex(content), "size": len(content), "pointerSize": 134}} if file == FILES[1] else {})
+                for file, content in files.items()
+            ]
+        )
+    return _json(
+        {
+            "_id": "0" * 24,
+            "id": name,
+            "modelId": name,
+            "sha": commit,
+            "private": is_private(name),
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": ["peft"],
+            "lastModified": "2026-01-01T00:00:00.000Z",
+            "siblings": [{"rfilename": file} for file in files],
+        },
+        **{"X-Repo-Commit": commit},
+    )
 
 
 # ---- object stores
+
 
 def s3(world: World, request: Request, ports: dict) -> Reply:
     """Path style. A signature is asked for outside `public-` buckets, not checked: whose it is decides."""
@@ -143,17 +162,22 @@ def s3(world: World, request: Request, ports: dict) -> Reply:
 
 
 def _s3_error(status: int, code: str, request: Request) -> Reply:
-    body = b"" if request.method == "HEAD" else f"<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+    body = b"" if request.method == "HEAD" else f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{code}</Message></Error>'.encode()
     return Reply(status, {"Content-Type": "application/xml"}, body)
 
 
 def _s3_list(world: World, bucket: str, prefix: str) -> Reply:
     folder = prefix.rstrip("/")
     files = world.object_files("s3", f"{bucket}/{folder}") or {}
-    rows = "".join(f"<Contents><Key>{escape(folder)}/{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-                   f"<ETag>&quot;{md5_hex(content)}&quot;</ETag><Size>{len(content)}</Size></Contents>" for name, content in files.items())
-    body = (f'<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{escape(bucket)}</Name>'
-            f"<Prefix>{escape(prefix)}</Prefix><KeyCount>{len(files)}</KeyCount><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>")
+    rows = "".join(
+        f"<Contents><Key>{escape(folder)}/{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        f"<ETag>&quot;{md5_hex(content)}&quot;</ETag><Size>{len(content)}</Size></Contents>"
+        for name, content in files.items()
+    )
+    body = (
+        f'<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{escape(bucket)}</Name>'
+        f"<Prefix>{escape(prefix)}</Prefix><KeyCount>{len(files)}</KeyCount><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>"
+    )
     return Reply(200, {"Content-Type": "application/xml"}, body.encode())
 
 
@@ -178,8 +202,17 @@ def gcs(world: World, request: Request, ports: dict) -> Reply:
         return text_reply(404, "<Error><Code>NoSuchKey</Code></Error>")
     checksum = base64.b64encode(crc32c(content)).decode()
     if found and request.query.get("alt") != "media":
-        return _json({"kind": "storage#object", "name": key, "bucket": bucket, "generation": "1", "size": str(len(content)),
-                      "etag": md5_hex(content), "crc32c": checksum})
+        return _json(
+            {
+                "kind": "storage#object",
+                "name": key,
+                "bucket": bucket,
+                "generation": "1",
+                "size": str(len(content)),
+                "etag": md5_hex(content),
+                "crc32c": checksum,
+            }
+        )
     headers = {"Last-Modified": MODIFIED, "x-goog-generation": "1", "x-goog-stored-content-length": str(len(content))}
     if world.settings["checksums"]:
         headers["x-goog-hash"] = f"crc32c={checksum}"

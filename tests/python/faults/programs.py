@@ -89,7 +89,7 @@ async def _drop(x: Exchange, at: float = 0, hard: bool = True):
     """The connection ends at byte `at` of the body (below 1: that part of it)."""
     body = x.reply.body
     await x.head()
-    await x.body(body[:int(at * len(body)) if at < 1 else int(at)])
+    await x.body(body[: int(at * len(body)) if at < 1 else int(at)])
     x.cut(hard)
 
 
@@ -101,7 +101,7 @@ async def _reset(x: Exchange):
 async def _truncate(x: Exchange, at: float = 0.5):
     """A complete reply with fewer bytes than the file has."""
     body = x.reply.body
-    x.reply.body = body[:int(at * len(body)) if at < 1 else int(at)]
+    x.reply.body = body[: int(at * len(body)) if at < 1 else int(at)]
     await x.honest()
 
 
@@ -132,7 +132,7 @@ async def _stall(x: Exchange, at: float = 0.5):
     """Goes silent at byte `at` of the body."""
     body = x.reply.body
     await x.head()
-    await x.body(body[:int(at * len(body)) if at < 1 else int(at)])
+    await x.body(body[: int(at * len(body)) if at < 1 else int(at)])
     await asyncio.sleep(FOREVER_S)
 
 
@@ -140,7 +140,7 @@ async def _tarpit(x: Exchange, bytes_per_s: float = 50.0):
     """Every byte comes, slowly."""
     await x.head()
     for at in range(len(x.reply.body)):
-        await x.body(x.reply.body[at:at + 1])
+        await x.body(x.reply.body[at : at + 1])
         await asyncio.sleep(1 / bytes_per_s)
 
 
@@ -275,9 +275,36 @@ async def _pass(x: Exchange):
     await x.honest()
 
 
-PROGRAMS = {program.__name__.lstrip("_"): program for program in (
-    _drop, _reset, _truncate, _longer, _delay, _hang, _stall, _tarpit, _slow_head, _status, _html, _redirect, _redirect_loop, _headers,
-    _length, _no_length, _chunked, _flip, _gzip, _endless, _garbage, _huge_headers, _no_range, _bad_range, _pass)}
+PROGRAMS = {
+    program.__name__.lstrip("_"): program
+    for program in (
+        _drop,
+        _reset,
+        _truncate,
+        _longer,
+        _delay,
+        _hang,
+        _stall,
+        _tarpit,
+        _slow_head,
+        _status,
+        _html,
+        _redirect,
+        _redirect_loop,
+        _headers,
+        _length,
+        _no_length,
+        _chunked,
+        _flip,
+        _gzip,
+        _endless,
+        _garbage,
+        _huge_headers,
+        _no_range,
+        _bad_range,
+        _pass,
+    )
+}
 
 
 async def run(rule: Rule, x: Exchange):

@@ -19,19 +19,48 @@ TIME_SCALE = 0.02
 def environment(faults: FaultServer, folder: Path, time_scale: float | None = None) -> dict[str, str]:
     """The operator's credentials and endpoints. `folder` takes a file."""
     account = folder / "service-account.json"
-    account.write_text(json.dumps({"gcs_base_url": faults.url("gcs"), "disable_oauth": True, "client_email": "loramux@test",
-                                   "private_key": "", "private_key_id": ""}))
+    account.write_text(
+        json.dumps(
+            {
+                "gcs_base_url": faults.url("gcs"),
+                "disable_oauth": True,
+                "client_email": "loramux@test",
+                "private_key": "",
+                "private_key_id": "",
+            }
+        )
+    )
     scale = {"LORAMUX_TEST_TIME_SCALE": str(time_scale)} if time_scale else {}
-    return {"HF_ENDPOINT": faults.url("hub"), "HF_TOKEN": SERVER_TOKEN, "HF_HOME": str(folder / "hf-home"),
-            "AWS_ENDPOINT_URL": faults.url("s3"), "AWS_ACCESS_KEY_ID": SERVER_KEY, "AWS_SECRET_ACCESS_KEY": "operatorsSecret",
-            "AWS_REGION": "us-east-1", "GOOGLE_APPLICATION_CREDENTIALS": str(account), **scale}
+    return {
+        "HF_ENDPOINT": faults.url("hub"),
+        "HF_TOKEN": SERVER_TOKEN,
+        "HF_HOME": str(folder / "hf-home"),
+        "AWS_ENDPOINT_URL": faults.url("s3"),
+        "AWS_ACCESS_KEY_ID": SERVER_KEY,
+        "AWS_SECRET_ACCESS_KEY": "operatorsSecret",
+        "AWS_REGION": "us-east-1",
+        "GOOGLE_APPLICATION_CREDENTIALS": str(account),
+        **scale,
+    }
 
 
 def flags(faults: FaultServer, *more: str, networks: str | None = "127.0.0.0/8") -> list[str]:
     """All sources on, pointed at the fault server. (A process that may dump core lets its own user look into its /proc.)"""
     opened = ["--adapter-http-networks", networks] if networks else []
-    return ["--hub-hosts", f"127.0.0.1:{faults.ports['cdn']}", "--adapter-http-hosts", faults.url("http"), *opened,
-            "--allow-runtime-adapters", "--admin-listen", "off", "--admin-key", ADMIN_KEY, "--allow-core-dumps", *more]
+    return [
+        "--hub-hosts",
+        f"127.0.0.1:{faults.ports['cdn']}",
+        "--adapter-http-hosts",
+        faults.url("http"),
+        *opened,
+        "--allow-runtime-adapters",
+        "--admin-listen",
+        "off",
+        "--admin-key",
+        ADMIN_KEY,
+        "--allow-core-dumps",
+        *more,
+    ]
 
 
 ADMIN_KEY = "admin-of-the-tests"
@@ -40,8 +69,13 @@ ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 def reference(faults: FaultServer, source: str, name: str, root: Path | None = None) -> str:
     """`name` (`folder/m7`) at a source."""
-    return {"hub": f"hf://{name}", "s3": f"s3://public-bucket/{name}", "gcs": f"gs://bucket/{name}", "http": f"{faults.url('http')}/{name}",
-            "local": f"{root}/{name}"}[source]
+    return {
+        "hub": f"hf://{name}",
+        "s3": f"s3://public-bucket/{name}",
+        "gcs": f"gs://bucket/{name}",
+        "http": f"{faults.url('http')}/{name}",
+        "local": f"{root}/{name}",
+    }[source]
 
 
 def write_named(root: Path, name: str):
@@ -54,8 +88,16 @@ def write_named(root: Path, name: str):
 class SourcedServer(Server):
     """`with SourcedServer(faults, "--flag") as server:`; `server.ask(..)` is the client of `asking.py` bound to it."""
 
-    def __init__(self, faults: FaultServer, *more: str, data_dir: str | None = None, time_scale: float | None = TIME_SCALE,
-                 env: dict | None = None, networks: str | None = "127.0.0.0/8", **settings):
+    def __init__(
+        self,
+        faults: FaultServer,
+        *more: str,
+        data_dir: str | None = None,
+        time_scale: float | None = TIME_SCALE,
+        env: dict | None = None,
+        networks: str | None = "127.0.0.0/8",
+        **settings,
+    ):
         self.folder = tempfile.TemporaryDirectory(prefix="sourced-")
         where = Path(self.folder.name)
         self.data = Path(data_dir or where / "data")
@@ -74,8 +116,11 @@ class SourcedServer(Server):
 
     def temporary_files(self) -> list[str]:
         """What a finished or given up download must not leave."""
-        return [str(path.relative_to(self.data)) for path in self.data.rglob("*")
-                if path.is_file() and ("tmp" in path.parts or path.suffix in (".tmp", ".partial", ".incomplete"))]
+        return [
+            str(path.relative_to(self.data))
+            for path in self.data.rglob("*")
+            if path.is_file() and ("tmp" in path.parts or path.suffix in (".tmp", ".partial", ".incomplete"))
+        ]
 
     def close(self):
         super().close()

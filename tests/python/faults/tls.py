@@ -30,17 +30,70 @@ def _openssl(folder: Path, *arguments: str):
 
 
 def _authority(folder: Path, name: str):
-    _openssl(folder, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}",
-             "-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", "7000", "-addext", "basicConstraints=critical,CA:TRUE",
-             "-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    _openssl(
+        folder,
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-subj",
+        f"/CN={name}",
+        "-keyout",
+        f"{name}.key",
+        "-out",
+        f"{name}.pem",
+        "-days",
+        "7000",
+        "-addext",
+        "basicConstraints=critical,CA:TRUE",
+        "-addext",
+        "keyUsage=critical,keyCertSign,cRLSign",
+    )
 
 
 def _certificate(folder: Path, name: str, authority: str, hosts: str, valid: tuple[str, str]) -> ssl.SSLContext:
-    _openssl(folder, "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", f"/CN={name}",
-             "-keyout", f"{name}.key", "-out", f"{name}.csr", "-addext", f"subjectAltName={hosts}",
-             "-addext", "extendedKeyUsage=serverAuth")
-    _openssl(folder, "ca", "-batch", "-notext", "-config", "ca.conf", "-cert", f"{authority}.pem", "-keyfile", f"{authority}.key",
-             "-in", f"{name}.csr", "-out", f"{name}.pem", "-startdate", valid[0], "-enddate", valid[1])
+    _openssl(
+        folder,
+        "req",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-subj",
+        f"/CN={name}",
+        "-keyout",
+        f"{name}.key",
+        "-out",
+        f"{name}.csr",
+        "-addext",
+        f"subjectAltName={hosts}",
+        "-addext",
+        "extendedKeyUsage=serverAuth",
+    )
+    _openssl(
+        folder,
+        "ca",
+        "-batch",
+        "-notext",
+        "-config",
+        "ca.conf",
+        "-cert",
+        f"{authority}.pem",
+        "-keyfile",
+        f"{authority}.key",
+        "-in",
+        f"{name}.csr",
+        "-out",
+        f"{name}.pem",
+        "-startdate",
+        valid[0],
+        "-enddate",
+        valid[1],
+    )
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
     return server
@@ -54,10 +107,12 @@ def make(folder: Path) -> dict[str, ssl.SSLContext]:
     (folder / "serial").write_text("1000\n")
     _authority(folder, "trusted")
     _authority(folder, "stranger")
-    return {"good": _certificate(folder, "good", "trusted", LOCAL, LATER),
-            "expired": _certificate(folder, "expired", "trusted", LOCAL, LONG_AGO),
-            "wrong_host": _certificate(folder, "wrong_host", "trusted", "DNS:other.example,IP:192.0.2.1", LATER),
-            "stranger": _certificate(folder, "strange", "stranger", LOCAL, LATER)}
+    return {
+        "good": _certificate(folder, "good", "trusted", LOCAL, LATER),
+        "expired": _certificate(folder, "expired", "trusted", LOCAL, LONG_AGO),
+        "wrong_host": _certificate(folder, "wrong_host", "trusted", "DNS:other.example,IP:192.0.2.1", LATER),
+        "stranger": _certificate(folder, "strange", "stranger", LOCAL, LATER),
+    }
 
 
 def temporary() -> tuple[tempfile.TemporaryDirectory, dict[str, ssl.SSLContext]]:

@@ -7,10 +7,29 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
 HEAD_MAX = 64 * 1024
-REASONS = {200: "OK", 206: "Partial Content", 301: "Moved Permanently", 302: "Found", 303: "See Other", 307: "Temporary Redirect",
-           308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 408: "Request Timeout",
-           410: "Gone", 412: "Precondition Failed", 416: "Range Not Satisfiable", 425: "Too Early", 429: "Too Many Requests",
-           500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
+REASONS = {
+    200: "OK",
+    206: "Partial Content",
+    301: "Moved Permanently",
+    302: "Found",
+    303: "See Other",
+    307: "Temporary Redirect",
+    308: "Permanent Redirect",
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    408: "Request Timeout",
+    410: "Gone",
+    412: "Precondition Failed",
+    416: "Range Not Satisfiable",
+    425: "Too Early",
+    429: "Too Many Requests",
+    500: "Internal Server Error",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+}
 
 
 @dataclass
@@ -38,6 +57,7 @@ class Request:
 @dataclass
 class Reply:
     """What an honest server would say. Fault programs bend it."""
+
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
@@ -50,7 +70,9 @@ class Reply:
 
 
 def text_reply(status: int, text: str, **headers: str) -> Reply:
-    return Reply(status, {"Content-Type": "text/plain", **{name.replace("_", "-"): value for name, value in headers.items()}}, text.encode())
+    return Reply(
+        status, {"Content-Type": "text/plain", **{name.replace("_", "-"): value for name, value in headers.items()}}, text.encode()
+    )
 
 
 def file_reply(request: Request, content: bytes, etag: str, headers: dict[str, str]) -> Reply:
@@ -69,7 +91,7 @@ def file_reply(request: Request, content: bytes, etag: str, headers: dict[str, s
             start, end = int(first), min(int(last), len(content) - 1) if last else len(content) - 1
         if start >= len(content) or end < start:
             return Reply(416, {"Content-Range": f"bytes */{len(content)}"})
-        return Reply(206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"}, content[start:end + 1])
+        return Reply(206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"}, content[start : end + 1])
     return Reply(200, headers, content)
 
 

@@ -26,9 +26,9 @@ _NAMED = re.compile(r"m(\d+)(?:x(\d+))?$")
 def padded(weights: bytes, kib: int) -> bytes:
     """The same tensors behind a longer header, for bodies that take more than one packet."""
     length = int.from_bytes(weights[:8], "little")
-    header = json.loads(weights[8:8 + length])
+    header = json.loads(weights[8 : 8 + length])
     header["__metadata__"] = {"format": "pt", "padding": "p" * (kib * 1024)}
-    return with_header(json.dumps(header, separators=(",", ":")).encode(), weights[8 + length:])
+    return with_header(json.dumps(header, separators=(",", ":")).encode(), weights[8 + length :])
 
 
 @functools.lru_cache(maxsize=4096)
