@@ -7,6 +7,7 @@
 
 pub mod adapter;
 mod decoder;
+mod describe;
 mod error;
 mod families;
 mod files;
@@ -16,6 +17,7 @@ mod text;
 mod weights;
 
 pub use decoder::{Batch, Decoder, DecoderLimits, DecoderOps, NormAt, Site, run_layers};
+pub use describe::describe;
 pub use error::ModelError;
 pub use rope::inv_freq;
 pub use spec::{DecoderSpec, RopeScaling, RopeSpec};

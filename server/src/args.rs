@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use secrecy::SecretString;
 
+use crate::adapters_cli::args::AdaptersArgs;
 use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
@@ -21,7 +23,7 @@ pub(crate) struct Cli {
 const AFTER_HELP: &str = "\
 Examples:
   loramux                                       serve the built-in demo model and its adapters
-  loramux --model-id ./Llama-3.2-1B --adapter sql=./loras/sql --adapter legal=./loras/legal
+  loramux --model-id ./Llama-3.2-1B --adapter sql=./loras/sql --adapter legal=hf://acme/legal-lora
   loramux --model-id ./model.gguf --adapter-dir ./loras      each folder of ./loras, read at its first request
   curl localhost:8000/v1/completions -H 'content-type: application/json' \\
        -d '{\"model\": \"sql\", \"prompt\": \"List users\", \"max_tokens\": 32}'
@@ -33,6 +35,8 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Look at this machine: what works, what does not, and what to do about it
     Doctor(Box<DoctorArgs>),
+    /// Look at and change the adapters of a running server, or check one without a server
+    Adapters(AdaptersArgs),
     /// Compile the CUDA kernels of models into the cache; needs the compiler (NVRTC) and no GPU
     WarmKernels(WarmArgs),
     /// Execute steps for a router; started by `serve`
@@ -82,6 +86,8 @@ pub(crate) struct ServeArgs {
     pub(crate) model: ModelArgs,
     #[command(flatten)]
     pub(crate) adapters: AdapterArgs,
+    #[command(flatten)]
+    pub(crate) sources: SourceArgs,
     #[command(flatten)]
     pub(crate) network: NetworkArgs,
     #[command(flatten)]
@@ -134,9 +140,13 @@ pub(crate) struct ModelArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Adapters")]
 pub(crate) struct AdapterArgs {
-    /// A LoRA adapter and the name clients use for it; repeat for more
-    #[arg(long, env = "LORAMUX_ADAPTER", value_name = "NAME=PATH", value_delimiter = ',')]
+    /// A LoRA adapter and the name clients use for it: a folder, hf://org/repo[@revision], s3://bucket/path, gs://..,
+    /// https://..; repeat for more
+    #[arg(long, alias = "lora-modules", alias = "lora-paths", env = "LORAMUX_ADAPTER", value_name = "NAME=REF", num_args = 1..)]
     pub(crate) adapter: Vec<String>,
+    /// The same for adapters that are called as their reference is
+    #[arg(long, value_name = "REF", num_args = 1.., hide = true)]
+    pub(crate) preloaded_adapter_ids: Vec<String>,
     /// A folder whose sub-folders are adapters, each read at its first request; repeat for more
     #[arg(long, env = "LORAMUX_ADAPTER_DIR", value_name = "DIR", value_delimiter = ',')]
     pub(crate) adapter_dir: Vec<PathBuf>,
@@ -157,6 +167,74 @@ pub(crate) struct AdapterArgs {
     pub(crate) max_composed_adapters: u32,
 }
 
+/// Where a bare name is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SourceChoice {
+    /// The Hugging Face Hub
+    Hub,
+    /// S3 and compatible stores
+    S3,
+    /// Google Cloud Storage
+    Gcs,
+    /// HTTP(S)
+    Http,
+    /// This machine
+    Local,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Adapter sources")]
+pub(crate) struct SourceArgs {
+    /// Where a request's bare name is looked for when it names no source
+    #[arg(long, alias = "default-adapter-source", env = "LORAMUX_ADAPTER_SOURCE", value_enum, default_value = "hub")]
+    pub(crate) adapter_source: SourceChoice,
+    /// A folder below which requests may name adapters by absolute path; repeat for more. Default: <data-dir>/adapters
+    #[arg(long, env = "LORAMUX_ADAPTER_ROOT", value_name = "DIR", value_delimiter = ',')]
+    pub(crate) adapter_root: Vec<PathBuf>,
+    /// Where bare names are looked for first, such as s3://bucket/loras/ or /adapters/; read with the server's credentials
+    #[arg(long, env = "LORAMUX_ADAPTER_SOURCE_PREFIX", value_name = "REF", value_delimiter = ',')]
+    pub(crate) adapter_source_prefix: Vec<String>,
+    /// What requests may name that is not registered: globs on names and references; `` (empty) = nothing
+    #[arg(long, env = "LORAMUX_ALLOW_ADAPTERS", value_name = "GLOBS", default_value = "*", value_delimiter = ',')]
+    pub(crate) allow_adapters: Vec<String>,
+    /// Hosts that adapters may come from by HTTP(S): host, host:port, *.domain; plain HTTP as http://host[:port]
+    #[arg(long, env = "LORAMUX_ADAPTER_HTTP_HOSTS", value_name = "HOSTS", value_delimiter = ',')]
+    pub(crate) adapter_http_hosts: Vec<String>,
+    /// A header for one of these hosts, such as example.com=Authorization:Bearer..; repeat for more
+    #[arg(long, env = "LORAMUX_ADAPTER_HTTP_HEADER", value_name = "HOST=NAME:VALUE", hide_env_values = true, value_parser = parse_secret)]
+    pub(crate) adapter_http_header: Vec<SecretString>,
+    /// Private networks that these hosts may lie in, such as 10.1.0.0/16
+    #[arg(long, env = "LORAMUX_ADAPTER_HTTP_NETWORKS", value_name = "CIDR", value_delimiter = ',')]
+    pub(crate) adapter_http_networks: Vec<String>,
+    /// Hosts that the hub may send downloads to besides its own
+    #[arg(long, env = "LORAMUX_HUB_HOSTS", value_name = "HOSTS", value_delimiter = ',')]
+    pub(crate) hub_hosts: Vec<String>,
+    /// Let the server's hub token answer for callers that send none
+    #[arg(long, env = "LORAMUX_SHARE_HUB_TOKEN", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) share_hub_token: bool,
+    /// Ask the cloud's metadata service for S3 and GCS credentials where the environment has none
+    #[arg(long, env = "LORAMUX_INSTANCE_CREDENTIALS", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) instance_credentials: bool,
+    /// Largest adapter, such as 2GiB
+    #[arg(long, env = "LORAMUX_ADAPTER_MAX_BYTES", default_value = "2GiB", value_parser = parse_bytes)]
+    pub(crate) adapter_max_bytes: u64,
+    /// Disk for downloaded adapters; those not in use go when it is full
+    #[arg(long, env = "LORAMUX_ADAPTER_DISK_QUOTA", default_value = "64GiB", value_parser = parse_bytes)]
+    pub(crate) adapter_disk_quota: u64,
+    /// Adapters that load at the same time
+    #[arg(long, env = "LORAMUX_ADAPTER_LOADS", default_value_t = 8)]
+    pub(crate) adapter_loads: usize,
+    /// Let clients load and unload adapters by name (/v1/load_lora_adapter)
+    #[arg(long, env = "LORAMUX_ALLOW_RUNTIME_ADAPTERS", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) allow_runtime_adapters: bool,
+    /// Let programs of this machine do that, and list models, without a key. Not behind a proxy on the same machine
+    #[arg(long, env = "LORAMUX_TRUST_LOOPBACK_ADAPTERS", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) trust_loopback_adapters: bool,
+    /// Let requests ask for the base model's answer while their adapter loads (`adapter_wait: base`)
+    #[arg(long, env = "LORAMUX_ALLOW_BASE_FALLBACK", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) allow_base_fallback: bool,
+}
+
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Network")]
 pub(crate) struct NetworkArgs {
@@ -167,8 +245,23 @@ pub(crate) struct NetworkArgs {
     #[arg(short, long, env = "LORAMUX_PORT", default_value_t = 8000)]
     pub(crate) port: u16,
     /// Key that clients must send as `Authorization: Bearer KEY`; repeat for more
-    #[arg(long, env = "LORAMUX_API_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true)]
-    pub(crate) api_key: Vec<String>,
+    #[arg(long, env = "LORAMUX_API_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true, value_parser = parse_secret)]
+    pub(crate) api_key: Vec<SecretString>,
+    /// A file with one such key a line. Read again on SIGHUP
+    #[arg(long, env = "LORAMUX_API_KEY_FILE", value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// A file (TOML) of keys with namespaces, allowed adapters and rates. Read again on SIGHUP
+    #[arg(long, env = "LORAMUX_KEYS_FILE", value_name = "FILE")]
+    pub(crate) keys_file: Option<PathBuf>,
+    /// Key of the admin API; opens /admin/v1 on the main port too. Repeat for more
+    #[arg(long, env = "LORAMUX_ADMIN_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true, value_parser = parse_secret)]
+    pub(crate) admin_key: Vec<SecretString>,
+    /// Where the admin API listens: address, unix:/path or off. Default: 127.0.0.1:8001, if it is free
+    #[arg(long, env = "LORAMUX_ADMIN_LISTEN", value_name = "ADDRESS")]
+    pub(crate) admin_listen: Option<String>,
+    /// Let debuggers attach and memory be dumped. Off, because this process holds keys and tokens
+    #[arg(long, env = "LORAMUX_ALLOW_CORE_DUMPS", hide = true)]
+    pub(crate) allow_core_dumps: bool,
     /// Largest request body, such as 4MiB
     #[arg(long, env = "LORAMUX_MAX_BODY_BYTES", default_value = "4MiB", value_parser = parse_bytes)]
     pub(crate) max_body_bytes: u64,
@@ -236,6 +329,16 @@ pub(crate) struct OutputArgs {
     /// What to log: error, warn, info, debug, trace, or a filter such as info,loramux_router=debug
     #[arg(long, env = "LORAMUX_LOG_LEVEL", default_value = "info")]
     pub(crate) log_level: String,
+}
+
+/// Yes and no as orchestrators write them: true, 1, yes, on.
+fn boolish() -> clap::builder::BoolishValueParser {
+    clap::builder::BoolishValueParser::new()
+}
+
+/// Kept so that nothing prints it.
+pub(crate) fn parse_secret(text: &str) -> Result<SecretString, std::convert::Infallible> {
+    Ok(SecretString::from(text))
 }
 
 /// `512MiB`, `4GB`, `1073741824`.

@@ -1,12 +1,20 @@
 //! What is meant: built once from what was typed and the environment, then never changed. The only reader of the
 //! environment besides the flags' own variables.
 
+pub(crate) mod adapters;
+mod keys;
+mod sources;
+
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use loramux_router::adapters::is_valid_name;
+use loramux_router::adapters::{AdapterRef, SourceDefaults, SourceSettings};
+use loramux_router::http::KeySpec;
 
-use crate::args::{Fusion, LogFormat, ServeArgs, ShardMode};
+pub(crate) use keys::read_keys;
+
+use crate::args::{Fusion, LogFormat, ServeArgs, ShardMode, SourceArgs};
 use crate::demo;
 use crate::shard::{CudaPaths, ShardOptions, is_gguf};
 
@@ -21,20 +29,28 @@ pub(crate) enum ConfigError {
         "--model-id: {0} has no config.json\n  give the folder that holds config.json and *.safetensors, or a .gguf file"
     )]
     ModelWithoutConfig(String),
-    #[error("--adapter {0}: must be NAME=PATH, such as --adapter sql=./loras/sql")]
+    #[error("--adapter {0}: must be NAME=REF, such as --adapter sql=./loras/sql or sql=hf://acme/sql-lora")]
     AdapterForm(String),
     #[error("--adapter {0}: the name must be letters, digits, `.`, `_`, `-`, with at most one `/`")]
     AdapterName(String),
     #[error("--adapter {0}: given twice")]
     AdapterTwice(String),
-    #[error("--adapter {name}={path}: no such directory\n  give the folder that holds adapter_config.json")]
+    #[error(
+        "--adapter {name}={path}: no such directory\n  give the folder that holds adapter_config.json, or hf://org/repo, s3://bucket/path, .."
+    )]
     AdapterMissing { name: String, path: String },
+    #[error("--adapter {name}: {reason}")]
+    AdapterRef { name: String, reason: String },
     #[error("--adapter {name}: the base model is served under this name; choose another, or set --served-model-name")]
     AdapterIsBase { name: String },
-    #[error("--adapter-dir: no such directory: {0}")]
-    AdapterDirMissing(String),
+    #[error("--{flag}: cannot read {path}: {reason}")]
+    File { flag: &'static str, path: String, reason: String },
+    #[error("--{flag}: no such directory: {path}")]
+    DirMissing { flag: &'static str, path: String },
     #[error("--{flag}: must be {rule}; got {value}")]
     Range { flag: &'static str, rule: &'static str, value: String },
+    #[error("{name}: {reason}")]
+    Variable { name: &'static str, reason: String },
     #[error("--chat-template: cannot read {path}: {error}")]
     ChatTemplate { path: String, error: std::io::Error },
     #[error("cannot unpack the built-in model into {path}: {error}\n  set --data-dir to a folder this user may write")]
@@ -49,13 +65,65 @@ pub(crate) struct Config {
     pub(crate) step_watchdog: Duration,
     pub(crate) served_names: Vec<String>,
     pub(crate) is_demo: bool,
-    pub(crate) adapters: Vec<(String, PathBuf)>,
+    pub(crate) adapters: Vec<(String, AdapterRef)>,
     pub(crate) adapter_dirs: Vec<PathBuf>,
+    pub(crate) sources: SourceSettings,
+    pub(crate) source_defaults: SourceDefaults,
+    pub(crate) source_prefixes: Vec<String>,
+    pub(crate) share_hub_token: bool,
+    pub(crate) allow_runtime_adapters: bool,
+    pub(crate) keys: Vec<KeySpec>,
+    pub(crate) admin: AdminListen,
+    pub(crate) data_dir: PathBuf,
     pub(crate) host: String,
     pub(crate) port: u16,
     pub(crate) chat_template: Option<String>,
     pub(crate) use_generation_config: bool,
     pub(crate) args: ServeArgs,
+}
+
+/// Where the admin API listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AdminListen {
+    /// Nowhere.
+    Off,
+    /// At the address nobody typed: not being able to is no failure.
+    Default,
+    /// At this address.
+    Address(String),
+    /// At this socket file.
+    Unix(PathBuf),
+}
+
+/// The environment's variables that are not flags of ours.
+#[derive(Debug, Default)]
+pub(crate) struct Env(HashMap<String, String>);
+
+impl Env {
+    /// As it is now.
+    pub(crate) fn read() -> Self {
+        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        Self(std::env::vars_os().filter_map(text).collect())
+    }
+
+    /// The first of these variables that is set and not empty.
+    fn first(&self, names: &[&str]) -> Option<&str> {
+        names.iter().find_map(|name| self.0.get(*name)).map(|value| value.trim()).filter(|value| !value.is_empty())
+    }
+
+    /// True for 1, true, yes, on, whatever their case.
+    fn is_true(&self, name: &str) -> bool {
+        let yes = |value: &str| ["1", "true", "yes", "on"].iter().any(|word| value.eq_ignore_ascii_case(word));
+        self.first(&[name]).is_some_and(yes)
+    }
+
+    /// The parts of a list, separated by commas or spaces.
+    fn list(&self, name: &str) -> Vec<String> {
+        let parts = self.first(&[name]).unwrap_or("").split([',', ' ']);
+        parts.map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect()
+    }
 }
 
 /// Log settings; needed before anything can fail.
@@ -66,30 +134,21 @@ pub(crate) fn log_settings(args: &ServeArgs) -> (LogFormat, String) {
 
 impl Config {
     /// Checks everything that can be checked without loading the model.
-    pub(crate) fn resolve(args: ServeArgs) -> Result<Self, ConfigError> {
+    pub(crate) fn resolve(args: ServeArgs, env: &Env) -> Result<Self, ConfigError> {
         check_ranges(&args)?;
         let is_demo = args.model.model_id.is_none();
-        let (model, mut adapters) = match &args.model.model_id {
+        let (model, demo_adapters) = match &args.model.model_id {
             Some(path) => (check_model(path, args.model.load_format)?, Vec::new()),
             None => unpack_demo(&args)?,
         };
         let served_names = served_names(&args, &model, is_demo);
-        for typed in &args.adapters.adapter {
-            let (name, path) = parse_adapter(typed)?;
-            if served_names.contains(&name) {
-                return Err(ConfigError::AdapterIsBase { name });
-            }
-            if args.adapters.adapter.iter().filter(|other| other.split('=').next() == Some(&name)).count() > 1 {
-                return Err(ConfigError::AdapterTwice(name));
-            }
-            adapters.retain(|(other, _)| *other != name);
-            adapters.push((name, path));
-        }
-        for dir in &args.adapters.adapter_dir {
-            if !dir.is_dir() {
-                return Err(ConfigError::AdapterDirMissing(dir.display().to_string()));
-            }
-        }
+        let adapters = adapters::registered(&args.adapters, env, demo_adapters, &served_names)?;
+        let data_dir = args.engine.data_dir.clone().unwrap_or_else(default_data_dir);
+        let data_dir = std::path::absolute(&data_dir).unwrap_or(data_dir);
+        let adapter_dirs = adapters::directories("adapter-dir", &args.adapters.adapter_dir)?;
+        let sources = sources::settings(&args.sources, env, &adapters, &adapter_dirs, &data_dir)?;
+        let keys = read_keys(&args.network, env)?;
+        let admin = keys::admin_listen(&args.network, &keys)?;
         let chat_template = args.model.chat_template.as_ref().map(|path| {
             std::fs::read_to_string(path)
                 .map_err(|error| ConfigError::ChatTemplate { path: path.display().to_string(), error })
@@ -101,7 +160,16 @@ impl Config {
             served_names,
             is_demo,
             adapters,
-            adapter_dirs: args.adapters.adapter_dir.clone(),
+            adapter_dirs,
+            sources,
+            source_defaults: sources::defaults(env),
+            source_prefixes: args.sources.adapter_source_prefix.clone(),
+            share_hub_token: args.sources.share_hub_token || env.is_true("LORAX_USE_GLOBAL_HF_TOKEN"),
+            allow_runtime_adapters: args.sources.allow_runtime_adapters
+                || env.is_true("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+            keys,
+            admin,
+            data_dir,
             host: args.network.host.clone(),
             port: args.network.port,
             chat_template: chat_template.transpose()?,
@@ -133,8 +201,8 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     if !(1..=128).contains(&engine.max_n) {
         return range("max-n", "1..128", engine.max_n.to_string());
     }
-    if args.network.api_key.iter().any(|key| key.trim().is_empty()) {
-        return range("api-key", "a key that is not empty", "an empty one".into());
+    if args.sources.adapter_loads == 0 {
+        return range("adapter-loads", "at least 1", "0".into());
     }
     if args.adapters.max_loras == Some(0) {
         return range("max-loras", "at least 1", "0".into());
@@ -205,18 +273,6 @@ fn served_names(args: &ServeArgs, model: &Path, is_demo: bool) -> Vec<String> {
     vec![last.map_or_else(|| "base".to_owned(), |name| name.to_string_lossy().into_owned())]
 }
 
-fn parse_adapter(typed: &str) -> Result<(String, PathBuf), ConfigError> {
-    let Some((name, path)) = typed.split_once('=').filter(|(name, path)| !name.is_empty() && !path.is_empty()) else {
-        return Err(ConfigError::AdapterForm(typed.to_owned()));
-    };
-    if !is_valid_name(name) {
-        return Err(ConfigError::AdapterName(name.to_owned()));
-    }
-    let missing = || ConfigError::AdapterMissing { name: name.to_owned(), path: path.to_owned() };
-    let full = Path::new(path).canonicalize().map_err(|_| missing())?;
-    if full.is_dir() { Ok((name.to_owned(), full)) } else { Err(missing()) }
-}
-
 fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOptions {
     ShardOptions {
         model,
@@ -246,6 +302,15 @@ pub(crate) fn kernel_cache_dir(typed: Option<&Path>) -> PathBuf {
     std::path::absolute(&dir).unwrap_or(dir)
 }
 
+/// Sources for a program that serves nobody: `reference` is the operator's own, wherever it lies.
+pub(crate) fn sources_alone(
+    args: &SourceArgs,
+    env: &Env,
+    reference: &AdapterRef,
+) -> Result<SourceSettings, ConfigError> {
+    sources::settings(args, env, &[(String::new(), reference.clone())], &[], Path::new(""))
+}
+
 /// Where CUDA's libraries may be: the folders typed, and what the environment says.
 pub(crate) fn cuda_paths(typed: &[PathBuf]) -> CudaPaths {
     let path = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -264,7 +329,7 @@ mod tests {
 
     fn resolve(typed: &[&str]) -> Result<Config, ConfigError> {
         let cli = Cli::try_parse_from([&["loramux"], typed].concat()).expect("parses");
-        Config::resolve(cli.serve)
+        Config::resolve(cli.serve, &Env::default())
     }
 
     #[test]
@@ -285,7 +350,7 @@ mod tests {
             (&["--max-n", "0"], "--max-n: must be 1..128; got 0"),
             (&["--generation-config", "x"], "--generation-config"),
             (&["--chat-template", "/nonexistent"], "--chat-template"),
-            (&["--adapter", "x"], "must be NAME=PATH"),
+            (&["--adapter", "x"], "must be NAME=REF"),
             (&["--adapter", "a/b/c=."], "at most one `/`"),
             (&["--adapter", "..=."], "--adapter ..: the name"),
             (&["--adapter", "x=/nonexistent"], "no such directory"),

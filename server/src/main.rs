@@ -1,5 +1,6 @@
 //! `loramux`: one base model and thousands of LoRA adapters from one device, behind the OpenAI API.
 
+mod adapters_cli;
 mod args;
 mod config;
 mod demo;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
         None => serve::main(cli.serve).map(|()| ExitCode::SUCCESS),
         Some(Command::Serve(args)) => serve::main(*args).map(|()| ExitCode::SUCCESS),
         Some(Command::Doctor(args)) => doctor::main(&args),
+        Some(Command::Adapters(args)) => adapters_cli::main(args),
         Some(Command::WarmKernels(args)) => doctor::warm::main(&args).map(|()| ExitCode::SUCCESS),
         Some(Command::Shard(args)) => shard_main(&args).map(|()| ExitCode::SUCCESS),
     };

@@ -1,17 +1,21 @@
 //! `loramux serve`: binds, starts the shard, serves until told to stop.
 
+mod adapters;
+mod admin;
+
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use loramux_router::adapters::Registry;
 use loramux_router::engine::{self, EngineError, EngineHandle, EngineOptions, ShardLauncher};
-use loramux_router::http::{self, App, HttpLimits, RouterConfig};
+use loramux_router::http::{self, App, Backend, HttpLimits, RouterConfig};
 use loramux_router::text::{TextFiles, TextModel};
 
 use crate::args::{LogFormat, ServeArgs, ShardMode};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Env};
 use crate::shard::in_process::InProcessLauncher;
 use crate::shard::process::ProcessLauncher;
 use crate::terminal::{LoadProgress, Summary, init_logs};
@@ -20,8 +24,15 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let (format, level) = config::log_settings(&args);
     init_logs(format, &level).map_err(|e| anyhow!(e))?;
-    let config = Config::resolve(args)?;
+    if !args.network.allow_core_dumps {
+        keep_memory_private();
+    }
+    let env = Env::read();
+    let config = Config::resolve(args, &env)?;
     let listener = bind(&config)?;
+    let admin = admin::bind(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
+    let supply = adapters::supply(&config)?;
     let text = load_text(&config)?;
     let progress = Arc::new(LoadProgress::default());
     tracing::info!(model = %config.shard.model.display(), "loading");
@@ -37,13 +48,30 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
         names: &config.served_names,
         adapters: &names,
         adapter_dirs: &dirs,
+        sources: &adapters::shown_sources(&config, &supply.kinds),
         address: &shown_address(&config.host, address),
-        keys: config.args.network.api_key.len(),
+        admin: admin.as_ref().map(|admin| admin.address.as_str()),
+        keys: config.keys.iter().filter(|key| !key.is_admin).count(),
         took: started.elapsed(),
     };
     announce(&config, &summary);
-    let app = App::new(router_config(&config), text, engine.clone());
-    serve(listener, app, &engine, thread)
+    let backend = Arc::new(engine.clone());
+    let registry = {
+        let _inside = runtime.enter();
+        Registry::open(adapters::settings(&config)?, Arc::clone(&backend) as Arc<dyn Backend>, Some(supply))?
+    };
+    let app = App::with_registry(router_config(&config), text, backend, registry);
+    let started = Started { runtime, listener, admin, app, config, env };
+    started.serve(&engine, thread)
+}
+
+/// Neither dumps nor debuggers of the same user may read this process: it holds keys and tokens.
+fn keep_memory_private() {
+    // SAFETY: `prctl` with these arguments sets a flag of this process and touches no memory.
+    let outcome = unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+    if outcome != 0 {
+        tracing::warn!("memory dumps of this process cannot be turned off: {}", std::io::Error::last_os_error());
+    }
 }
 
 fn bind(config: &Config) -> anyhow::Result<TcpListener> {
@@ -118,11 +146,13 @@ fn router_config(config: &Config) -> RouterConfig {
     RouterConfig {
         served_names: config.served_names.clone(),
         model_root: if config.is_demo { "embedded".into() } else { config.shard.model.display().to_string() },
-        adapters: config.adapters.clone(),
         max_model_len: args.model.max_model_len,
         use_generation_config: config.use_generation_config,
-        adapter_dirs: config.adapter_dirs.clone(),
-        api_keys: args.network.api_key.clone(),
+        source_defaults: config.source_defaults.clone(),
+        keys: config.keys.clone(),
+        allow_runtime_adapters: config.allow_runtime_adapters,
+        trust_loopback_adapters: args.sources.trust_loopback_adapters,
+        allow_base_fallback: args.sources.allow_base_fallback,
         adapter_load_timeout: args.adapters.adapter_load_timeout,
         request_timeout: args.network.request_timeout,
         drain_timeout: args.network.drain_timeout,
@@ -134,6 +164,7 @@ fn router_config(config: &Config) -> RouterConfig {
             composed_max: args.adapters.max_composed_adapters as usize,
             ..HttpLimits::default()
         },
+        ..RouterConfig::default()
     }
 }
 
@@ -150,8 +181,11 @@ fn announce(config: &Config, summary: &Summary<'_>) {
     for note in &summary.info.notes {
         tracing::info!("{note}");
     }
-    if config.args.network.api_key.is_empty() {
+    if summary.keys == 0 {
         tracing::warn!("no --api-key: everyone who can reach this address can use the server");
+        if config.allow_runtime_adapters && !config.keys.iter().any(|key| key.is_admin) {
+            tracing::warn!("--allow-runtime-adapters without a key: they can load and unload adapters too");
+        }
     }
     if config::log_settings(&config.args).0 == LogFormat::Text {
         eprintln!("{}", summary.text());
@@ -167,30 +201,64 @@ fn announce(config: &Config, summary: &Summary<'_>) {
     );
 }
 
-fn serve(listener: TcpListener, app: App, engine: &EngineHandle, thread: EngineThread) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
-    let (ended_sender, ended) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new().name("engine-watch".into()).spawn(move || {
-        let outcome = thread.join().unwrap_or_else(|_| Err(EngineError::Start("the engine thread panicked".into())));
-        let _ = ended_sender.send(outcome);
-    })?;
-    let served = runtime.block_on(async {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        tokio::select! {
-            served = http::serve(listener, app, stop_signal()) => served.context("the listener failed"),
-            outcome = ended => match outcome {
-                Ok(Err(error)) => bail!("{error}"),
-                _ => bail!("the engine ended"),
-            },
+/// Everything there is before the first request.
+struct Started {
+    runtime: tokio::runtime::Runtime,
+    listener: TcpListener,
+    admin: Option<admin::Bound>,
+    app: App,
+    config: Config,
+    env: Env,
+}
+
+impl Started {
+    fn serve(self, engine: &EngineHandle, thread: EngineThread) -> anyhow::Result<()> {
+        let Self { runtime, listener, admin, app, config, env } = self;
+        let (ended_sender, ended) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new().name("engine-watch".into()).spawn(move || {
+            let outcome =
+                thread.join().unwrap_or_else(|_| Err(EngineError::Start("the engine thread panicked".into())));
+            let _ = ended_sender.send(outcome);
+        })?;
+        let served = runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            if let Some(admin) = admin {
+                tokio::spawn(http::serve_admin(admin.listener()?, app.clone()));
+            }
+            if config.args.network.keys_file.is_some() || config.args.network.api_key_file.is_some() {
+                tokio::spawn(reload_keys(app.clone(), config, env));
+            }
+            tokio::select! {
+                served = http::serve(listener, app, stop_signal()) => served.context("the listener failed"),
+                outcome = ended => match outcome {
+                    Ok(Err(error)) => bail!("{error}"),
+                    _ => bail!("the engine ended"),
+                },
+            }
+        });
+        engine.shut_down();
+        // Blocking threads (a tokenizer at work) are not waited for.
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        if served.is_ok() {
+            tracing::info!("stopped");
         }
-    });
-    engine.shut_down();
-    // Blocking threads (a tokenizer at work) are not waited for.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    if served.is_ok() {
-        tracing::info!("stopped");
+        served
     }
-    served
+}
+
+/// SIGHUP: reads the files of keys again. A mistake in them leaves the keys as they are.
+async fn reload_keys(app: App, config: Config, env: Env) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+    while hangup.recv().await.is_some() {
+        match config::read_keys(&config.args.network, &env) {
+            Ok(keys) => {
+                app.set_keys(&keys);
+                tracing::info!(keys = keys.len(), "keys were read again");
+            }
+            Err(error) => tracing::error!("keys stay as they were: {error}"),
+        }
+    }
 }
 
 /// SIGTERM or Ctrl-C: drain. The second one ends the process at once.

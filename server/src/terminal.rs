@@ -77,7 +77,9 @@ pub(crate) struct Summary<'a> {
     pub(crate) names: &'a [String],
     pub(crate) adapters: &'a [String],
     pub(crate) adapter_dirs: &'a [String],
+    pub(crate) sources: &'a str,
     pub(crate) address: &'a str,
+    pub(crate) admin: Option<&'a str>,
     pub(crate) keys: usize,
     pub(crate) took: Duration,
 }
@@ -102,8 +104,10 @@ impl Summary<'_> {
              \n    memory    {arena}: {pages} pages of {page}, room for {kv_tokens} tokens of context shared with adapters\
              \n    context   {context} tokens, {step} a step, {seqs} sequences\
              \n    adapters  {adapters}\
+             \n    sources   {sources}\
              \n    access    {key}\
-             \n    address   http://{address}/v1\n",
+             \n    address   http://{address}/v1\
+             \n    admin     {admin}\n",
             version = env!("CARGO_PKG_VERSION"),
             took = self.took.as_secs_f32(),
             name = self.names.join(", "),
@@ -120,6 +124,8 @@ impl Summary<'_> {
             step = info.step_tokens_max,
             seqs = info.seqs_max,
             address = self.address,
+            sources = self.sources,
+            admin = self.admin.unwrap_or("off"),
         )
     }
 }

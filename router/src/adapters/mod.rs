@@ -3,18 +3,22 @@
 
 pub mod fetch;
 mod name;
+mod reference;
 mod registry;
+pub mod sources;
 pub mod store;
 mod types;
 
-pub use fetch::{FetchError, FetchLimits, Fetcher, Phase, Progress, ProgressNow, Tenant};
+pub use fetch::{FetchError, FetchLimits, FetchStatus, Fetcher, Phase, Progress, ProgressNow, Tenant};
 pub use name::is_valid_name;
+pub use reference::{RefError, SourceDefaults};
 pub use registry::{
     AdapterCard, AdapterSettings, AdapterState, AdapterView, AliasAsk, AliasView, Ask, ErrorView, Files, FilesHere,
     ListFilter, LoadAsk, MergeSpec, NextView, Registry, RegistryError, ResolvedAdapter, StickyBy, Supply, UnloadAsk,
     Wait, Weighted,
 };
-pub use store::{Store, StoreStatus, Stored};
+pub use sources::{SourceSettings, SourceSettingsError, Sources};
+pub use store::{Store, StoreError, StoreStatus, Stored};
 pub use types::{
     AdapterRef, ByteStream, Credential, FileDigest, FileName, Origin, RemoteFile, Resolved, Source, SourceError,
     SourceKind,

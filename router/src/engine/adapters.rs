@@ -187,6 +187,9 @@ pub enum PinRefused {
         /// Bytes that may be.
         allowed: u64,
     },
+    /// An unfinished request needs what would be left.
+    #[error("a request that runs or waits needs the memory; try again when it has ended")]
+    Busy,
     /// The engine ends.
     #[error("the server is shutting down")]
     Draining,

@@ -75,36 +75,45 @@ impl EngineHandle {
     ///
     /// # Errors
     /// [`AdapterFailure`] only when no shard could answer: a bad adapter is a check that is not ok.
-    #[expect(clippy::unused_async, reason = "the shard's side is not there yet")]
-    pub async fn check_adapter(&self, _dir: PathBuf) -> Result<AdapterCheck, AdapterFailure> {
-        Err(AdapterFailure::new("adapter_load_failed", "this server cannot check adapters yet"))
+    pub async fn check_adapter(&self, dir: PathBuf) -> Result<AdapterCheck, AdapterFailure> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Check { dir, reply }).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
     }
 
     /// Has the shard merge several adapters into a new directory.
     ///
     /// # Errors
-    /// [`AdapterFailure`] with the exact reason; then nothing was written under the two names.
-    #[expect(clippy::unused_async, reason = "the shard's side is not there yet")]
-    pub async fn merge_adapters(&self, _ask: MergeAsk) -> Result<(), AdapterFailure> {
-        Err(AdapterFailure::new("adapter_load_failed", "this server cannot merge adapters yet"))
+    /// [`AdapterFailure`] with the exact reason; then nothing was written under the names of an adapter's files.
+    pub async fn merge_adapters(&self, ask: MergeAsk) -> Result<(), AdapterFailure> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Merge { ask: Box::new(ask), reply }).map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
     }
 
-    /// Pins a content, or unpins it with `None`. Answers when that is decided; the upload of a device pin may come later,
-    /// and happens again after a shard's death.
+    /// Pins a content, or unpins it with `None`. A cold one is read first. Answers when the pin is decided; the upload of a
+    /// device pin may come a moment later, and comes again after a shard's death.
     ///
     /// # Errors
     /// [`PinRefused`]; nothing changed.
-    #[expect(clippy::unused_async, reason = "the engine's side is not there yet")]
-    pub async fn pin_adapter(&self, content: ContentId, _level: Option<PinLevel>) -> Result<(), PinRefused> {
-        Err(PinRefused::Unknown(content.short()))
+    pub async fn pin_adapter(&self, content: ContentId, level: Option<PinLevel>) -> Result<(), PinRefused> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.send(Message::Pin { content, level, reply }).map_err(|_| PinRefused::Draining)?;
+        answer.await.map_err(|_| PinRefused::Draining)?
     }
 
     /// No new request may use the content, and its memory on device and host is given back: once its requests ended, or by
-    /// ending them. It is unknown then, until it is prepared again.
-    pub fn forget_adapter(&self, _content: ContentId, _mode: ForgetMode) {}
+    /// ending them. It is unknown then, until it is prepared again. Its files must stay until it has left
+    /// [`EngineStatus::contents`]: running requests may need them after a shard's death.
+    pub fn forget_adapter(&self, content: ContentId, mode: ForgetMode) {
+        // Fails only when the engine has ended, and with it everything that could be forgotten.
+        let _ = self.inbox.send(Message::Forget { content, mode });
+    }
 
     /// A request for the content is expected: brings it back into host memory, and to the device if pages are free.
-    pub fn prefetch_adapter(&self, _content: ContentId) {}
+    pub fn prefetch_adapter(&self, content: ContentId) {
+        let _ = self.inbox.send(Message::Prefetch { content });
+    }
 
     /// The latest snapshot.
     pub fn status(&self) -> Arc<EngineStatus> {

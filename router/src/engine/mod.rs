@@ -4,9 +4,12 @@
 //! steps, publish a snapshot. It alone touches the scheduler and the shard, so neither needs a lock.
 
 mod adapters;
+mod asks;
 mod contents;
 mod handle;
+mod keep;
 mod prepare;
+mod reports;
 mod run;
 mod shard;
 mod status;

@@ -10,20 +10,20 @@ use std::time::{Duration, Instant};
 
 use loramux_proto::{FromShard, Info, Loading};
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::oneshot;
 
-use super::adapters::{AdapterFailure, PreparedAdapter};
-use super::contents::Contents;
+use super::adapters::{AdapterCheck, ForgetMode, MergeAsk, PinLevel, PreparedAdapter};
+use super::asks::{Ask, Asks, Reply};
+use super::contents::{Contents, PinReply};
 use super::handle::{EngineHandle, Shared, queue_tokens};
-use super::prepare::{Parked, Preparing};
+use super::prepare::Parked;
 use super::shard::{ShardExit, ShardLauncher};
-use super::status::{EngineCounters, EngineStatus};
+use super::status::{ContentsView, EngineCounters, EngineStatus};
 use super::supervise::Link;
-use super::types::{Failure, GenerateEvent, GenerateRequest};
+use super::types::{ContentId, Failure, GenerateEvent, GenerateRequest};
 use crate::scheduler::{NewRequest, RequestId, Scheduler, SchedulerEvent};
 
 /// How often the snapshot is renewed while steps run.
-const PUBLISH_EVERY: Duration = Duration::from_millis(50);
+pub(super) const PUBLISH_EVERY: Duration = Duration::from_millis(50);
 /// The loop looks at clocks at least this often.
 const TICK_MAX: Duration = Duration::from_millis(250);
 
@@ -33,7 +33,12 @@ pub(super) enum Message {
     Submit { id: RequestId, request: Box<GenerateRequest>, events: UnboundedSender<GenerateEvent> },
     FinishSequence { id: RequestId, index: u32 },
     Cancel { id: RequestId },
-    Prepare { dir: PathBuf, reply: oneshot::Sender<Result<PreparedAdapter, AdapterFailure>> },
+    Prepare { dir: PathBuf, reply: Reply<PreparedAdapter> },
+    Check { dir: PathBuf, reply: Reply<AdapterCheck> },
+    Merge { ask: Box<MergeAsk>, reply: Reply<()> },
+    Pin { content: ContentId, level: Option<PinLevel>, reply: PinReply },
+    Forget { content: ContentId, mode: ForgetMode },
+    Prefetch { content: ContentId },
     Wake,
     ShutDown,
     Shard { incarnation: u64, message: Box<FromShard> },
@@ -110,7 +115,8 @@ pub(super) struct Engine {
     pub(super) clients: HashMap<RequestId, Client>,
     pub(super) contents: Contents,
     pub(super) parked: Vec<Parked>,
-    pub(super) preparing: HashMap<u64, Preparing>,
+    pub(super) asks: Asks,
+    contents_view: ContentsView,
     pub(super) counters: EngineCounters,
     pub(super) epoch: Instant,
     published: Instant,
@@ -147,7 +153,8 @@ pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::i
         clients: HashMap::new(),
         contents: Contents::default(),
         parked: Vec::new(),
-        preparing: HashMap::new(),
+        asks: Asks::default(),
+        contents_view: ContentsView::default(),
         counters: EngineCounters::default(),
         epoch: now,
         published: now,
@@ -191,6 +198,7 @@ impl Engine {
             self.watch()?;
             self.expire_parked();
             self.step();
+            self.settle_drains();
             if self.published.elapsed() >= PUBLISH_EVERY || self.link.in_flight.is_empty() {
                 self.publish();
             }
@@ -224,7 +232,12 @@ impl Engine {
                 self.parked.retain(|parked| parked.new.id != id);
                 self.client_ended(id);
             }
-            Message::Prepare { dir, reply } => self.prepare(dir, Some(reply), None),
+            Message::Prepare { dir, reply } => self.ask(Ask::Prepare { dir, reply: Some(reply), expected: None }),
+            Message::Check { dir, reply } => self.ask(Ask::Check { dir, reply }),
+            Message::Merge { ask, reply } => self.ask(Ask::Merge { ask: *ask, reply }),
+            Message::Pin { content, level, reply } => self.pin(content, level, reply),
+            Message::Forget { content, mode } => self.forget(content, mode),
+            Message::Prefetch { content } => self.prefetch(content),
             Message::Wake => {}
             Message::ShutDown => return Ok(false),
             Message::Shard { incarnation, message } if incarnation == self.link.incarnation => self.report(*message)?,
@@ -324,17 +337,20 @@ impl Engine {
             ..EngineStatus::default()
         };
         (status.host_adapters, status.host_bytes) = self.contents.host();
+        status.contents = self.contents_view.get(&self.contents, &self.parked, self.scheduler.as_ref());
         if let Some(scheduler) = &self.scheduler {
             let stats = scheduler.stats();
             counters.preemptions = stats.preemptions;
             counters.prefix_queries = stats.prefix_queries_tokens;
             counters.prefix_hits = stats.prefix_hit_tokens;
             counters.adapter_uploads = stats.adapter_uploads;
+            counters.adapter_prefetches = stats.adapter_prefetches;
             counters.adapter_evictions = stats.adapter_evictions;
             status.running = stats.running;
             status.waiting = stats.waiting + u32::try_from(self.parked.len()).unwrap_or(u32::MAX);
             status.pages_free = stats.pages_free;
             status.pages_kv = stats.pages_kv;
+            status.pages_pinned = stats.pages_pinned;
             status.pages_adapters = stats.pages_adapters;
             status.blocks_used = stats.blocks_used;
             status.blocks_total = stats.blocks_total;

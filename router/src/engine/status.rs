@@ -2,11 +2,16 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use loramux_proto::Info;
 
-use super::adapters::ContentStatus;
+use super::adapters::{ContentStatus, Tier};
+use super::contents::{Contents, Residency};
+use super::prepare::Parked;
+use super::run::PUBLISH_EVERY;
 use super::types::ContentId;
+use crate::scheduler::Scheduler;
 
 /// What the engine is doing, renewed at most every 50 ms.
 #[derive(Clone, Debug, Default)]
@@ -70,10 +75,71 @@ pub struct EngineCounters {
     pub prefix_hits: u64,
     /// Adapter uploads to the device.
     pub adapter_uploads: u64,
+    /// Of these, the ones fetched ahead of any sequence's turn.
+    pub adapter_prefetches: u64,
     /// Adapters evicted from the device.
     pub adapter_evictions: u64,
     /// Shards started after the first.
     pub shard_restarts: u64,
     /// Requests that were running when a shard died, and went on.
     pub replayed: u64,
+}
+
+/// The last list of contents that was made: making one takes a look at each, so it is made seldom and shared.
+#[derive(Default)]
+pub(super) struct ContentsView {
+    made: Option<Instant>,
+    list: Arc<HashMap<ContentId, ContentStatus>>,
+}
+
+impl ContentsView {
+    /// The list, at most [`PUBLISH_EVERY`] old.
+    pub(super) fn get(
+        &mut self,
+        contents: &Contents,
+        parked: &[Parked],
+        scheduler: Option<&Scheduler>,
+    ) -> Arc<HashMap<ContentId, ContentStatus>> {
+        if self.made.is_none_or(|made| made.elapsed() >= PUBLISH_EVERY) {
+            let list = list_contents(contents, parked, scheduler);
+            if *self.list != list {
+                self.list = Arc::new(list);
+            }
+            self.made = Some(Instant::now());
+        }
+        Arc::clone(&self.list)
+    }
+}
+
+fn list_contents(
+    contents: &Contents,
+    parked: &[Parked],
+    scheduler: Option<&Scheduler>,
+) -> HashMap<ContentId, ContentStatus> {
+    let mut list: HashMap<ContentId, ContentStatus> = contents
+        .iter()
+        .map(|(content, known)| {
+            let tier = if known.residency == Residency::Host { Tier::Host } else { Tier::Disk };
+            let (pinned, draining) = (known.pinned, known.draining);
+            (*content, ContentStatus { tier, pinned, draining, running: 0, waiting: 0 })
+        })
+        .collect();
+    for used in parked.iter().flat_map(|parked| &parked.new.request.adapters) {
+        if let Some(status) = list.get_mut(&used.content) {
+            status.waiting += 1;
+        }
+    }
+    let Some(scheduler) = scheduler else { return list };
+    for content in scheduler.contents_resident() {
+        if let Some(status) = list.get_mut(&content) {
+            status.tier = Tier::Device;
+        }
+    }
+    for (content, running, waiting) in scheduler.content_uses() {
+        if let Some(status) = list.get_mut(&content) {
+            status.running += running;
+            status.waiting += waiting;
+        }
+    }
+    list
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use loramux_proto::{FromShard, Info, Ping, Shutdown, Step, StepResult, ToShard, from_shard, to_shard};
 
+use super::adapters::AdapterFailure;
 use super::run::{Engine, EngineError};
 use super::shard::{Reports, Shard, ShardExit};
 use crate::scheduler::{Scheduler, SchedulerLimits};
@@ -41,7 +42,6 @@ pub(super) struct Link {
     restarts: u32,
     /// When the current shard became ready.
     up_since: Instant,
-    pub(super) next_prepare: u64,
 }
 
 impl Default for Link {
@@ -56,7 +56,6 @@ impl Default for Link {
             pinged: now,
             restarts: 0,
             up_since: now,
-            next_prepare: 0,
         }
     }
 }
@@ -127,6 +126,7 @@ impl Engine {
                 }
                 self.lost(&ShardExit { reason: fatal.message, killed_from_outside: false })?;
             }
+            Some(from_shard::Body::Merged(merged)) => self.merged(merged),
             Some(from_shard::Body::Pong(_)) | None => {}
         }
         Ok(())
@@ -163,14 +163,13 @@ impl Engine {
         self.info = info;
         self.link.up = true;
         self.link.up_since = Instant::now();
-        let mut again: Vec<u64> = self.preparing.keys().copied().collect();
-        again.sort_unstable();
-        for id in again {
-            self.send_prepare(id);
-        }
         for content in self.scheduler.as_ref().map(Scheduler::contents_needed).unwrap_or_default() {
             self.bring_back(content);
         }
+        for content in self.contents.wanted() {
+            self.bring_back(content);
+        }
+        self.send_asks();
         self.unpark();
         if let Some(started) = self.started.take() {
             let _ = started.send(Ok(self.info.clone()));
@@ -244,8 +243,13 @@ impl Engine {
         scheduler.shard_lost(if exit.killed_from_outside { BLAME_KILLED } else { BLAME_CRASH });
         let events = scheduler.take_events();
         self.contents.all_cold();
-        // Preparations that were meant to bring a content back are asked for anew when the next shard is up.
-        self.preparing.retain(|_, preparing| preparing.expected.is_none());
+        self.note_lost_pins();
+        for ask in self.asks.shard_lost() {
+            ask.fail(AdapterFailure::new(
+                "adapter_load_failed",
+                "the model process died each time these files were read",
+            ));
+        }
         self.deliver_all(events);
         self.launch()
     }

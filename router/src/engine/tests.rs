@@ -118,6 +118,7 @@ fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports
             to_shard::Body::Prepare(prepare) => say(from_shard::Body::Prepared(fake_prepare(script, &prepare))),
             to_shard::Body::DropAdapter(dropped) => script.dropped.lock().unwrap().push(dropped.content_id),
             to_shard::Body::Ping(ping) => say(from_shard::Body::Pong(loramux_proto::Pong { nonce: ping.nonce })),
+            to_shard::Body::Merge(_) => {}
             to_shard::Body::Shutdown(_) => return "told to stop",
         }
     }

@@ -1,66 +1,248 @@
-//! API keys: one layer over the whole router, default deny, decided on the matched route.
+//! Who asks, and whether they may: one layer over the whole router, default deny, decided on the matched route.
 
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::header;
+use axum::http::{HeaderMap, Method, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use subtle::ConstantTimeEq;
+use secrecy::SecretString;
 
 use super::App;
 use super::error::{ApiError, Cause};
+use super::keys::{Key, KeyRing};
+use super::rate::Meter;
+use crate::access::Caller;
 
 /// Routes that need no key. Every other one does, unknown ones included.
 const OPEN: &[&str] =
     &["/", "/health", "/health/live", "/health/ready", "/health/startup", "/startup", "/ping", "/metrics"];
+/// Routes that load and unload adapters for other servers' clients.
+const RUNTIME: &[&str] =
+    &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"];
+/// What a trusted peer of this machine may call without a key.
+const LOOPBACK: &[&str] = &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"];
+/// Where the admin API begins.
+const ADMIN: &str = "/admin/v1";
+/// Bytes of a caller's own token for an adapter's source.
+const TOKEN_BYTES_MAX: usize = 4096;
+/// A header with such a token.
+const TOKEN_HEADER: &str = "x-adapter-token";
 
-/// Whose request this is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Caller {
-    /// 0 on an open server, else derived from the key.
-    pub(crate) tenant: u64,
+/// Which listener a request came in by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// The one that clients use.
+    Main,
+    /// The operator's own.
+    Admin,
 }
 
-/// Hashes of the accepted keys.
-#[derive(Clone, Default)]
-pub(crate) struct Keys {
-    hashes: Vec<[u8; 32]>,
+/// The other end of the connection; absent on a Unix socket.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) IpAddr);
+
+/// The caller's own token for an adapter's source, if it sent one in a header.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct UpstreamToken(pub(crate) Option<SecretString>);
+
+/// What the caller's key has used; absent without a key.
+#[derive(Clone, Debug)]
+pub(crate) struct Metered(pub(crate) Arc<Meter>);
+
+/// What a route asks of its caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    Open,
+    Keyed,
+    Runtime,
+    Admin,
 }
 
-impl Keys {
-    pub(crate) fn new(keys: &[String]) -> Self {
-        Self { hashes: keys.iter().map(|key| *blake3::hash(key.as_bytes()).as_bytes()).collect() }
-    }
-
-    /// The caller behind `Authorization`, if its key is one of ours. Compares all keys, each in constant time.
-    fn caller(&self, authorization: Option<&[u8]>) -> Option<Caller> {
-        let (scheme, token) = authorization?.split_at_checked(7)?;
-        if !scheme.eq_ignore_ascii_case(b"bearer ") {
-            return None;
+impl Class {
+    fn of(path: &str, method: &Method) -> Self {
+        let generates = path == "/" && method == Method::POST;
+        if OPEN.contains(&path) && !generates {
+            Self::Open
+        } else if RUNTIME.contains(&path) {
+            Self::Runtime
+        } else if path.strip_prefix(ADMIN).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
+            Self::Admin
+        } else {
+            Self::Keyed
         }
-        let hash = *blake3::hash(token.trim_ascii()).as_bytes();
-        let mut found = subtle::Choice::from(0);
-        for known in &self.hashes {
-            found |= known.as_slice().ct_eq(hash.as_slice());
-        }
-        let tenant = hash.first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        bool::from(found).then_some(Caller { tenant })
     }
 }
 
 /// The layer.
 pub(crate) async fn authenticate(
-    State(app): State<App>,
+    State((app, side)): State<(App, Side)>,
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let open = request.extensions().get::<MatchedPath>().is_some_and(|path| OPEN.contains(&path.as_str()));
-    let caller = if app.keys.hashes.is_empty() || open {
-        Caller::default()
-    } else {
-        let authorization = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
-        let message = "a valid API key is required: `Authorization: Bearer <key>`";
-        app.keys.caller(authorization).ok_or_else(|| ApiError::new(Cause::InvalidApiKey, message))?
+    let path = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str).to_owned();
+    let ring = app.key_ring();
+    let visit = Visit {
+        app: &app,
+        ring: &ring,
+        path: &path,
+        peer: request.extensions().get::<Peer>().map(|peer| peer.0),
+        bearer: bearer(request.headers()),
+        headers: request.headers(),
     };
-    request.extensions_mut().insert(caller);
-    Ok(next.run(request).await)
+    let (caller, meter) = visit.caller(Class::of(&path, request.method()), side)?;
+    let token = visit.upstream_token()?;
+    let counted = meter.filter(|_| request.method() == Method::POST);
+    let permit = counted.as_ref().map(|meter| meter.admit()).transpose()?;
+    let extensions = request.extensions_mut();
+    extensions.insert(caller);
+    extensions.insert(UpstreamToken(token));
+    if let Some(meter) = counted {
+        extensions.insert(Metered(meter));
+    }
+    let response = next.run(request).await;
+    Ok(match permit {
+        Some(permit) => response.map(|body: Body| permit.hold(body)),
+        None => response,
+    })
+}
+
+/// The text behind `Authorization: Bearer`.
+fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
+    let (scheme, token) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+/// What is known of a request before its handler.
+struct Visit<'a> {
+    app: &'a App,
+    ring: &'a KeyRing,
+    path: &'a str,
+    peer: Option<IpAddr>,
+    bearer: Option<&'a [u8]>,
+    headers: &'a HeaderMap,
+}
+
+type Admitted = (Caller, Option<Arc<Meter>>);
+
+impl Visit<'_> {
+    fn caller(&self, class: Class, side: Side) -> Result<Admitted, ApiError> {
+        match (class, side) {
+            (Class::Open, _) => Ok((Caller::default(), None)),
+            (Class::Admin, Side::Admin) => self.admin_listener(),
+            (Class::Admin, Side::Main) if self.ring.has_admin => self.admin(),
+            (Class::Runtime, _) => self.runtime(),
+            // Without an admin key these routes do not exist here.
+            (Class::Admin, Side::Main) => self.keyed().and(Err(super::service::unknown_route(self.path))),
+            (Class::Keyed, _) => self.keyed(),
+        }
+    }
+
+    fn key(&self) -> Option<&Key> {
+        self.bearer.and_then(|typed| self.ring.find(typed))
+    }
+
+    /// The key, or why there is none.
+    fn any_key(&self) -> Result<&Key, ApiError> {
+        self.key().ok_or_else(|| {
+            // A request without any key is no guess.
+            let limited = self.peer.filter(|_| self.bearer.is_some()).map(|peer| self.app.wrong_keys.count(peer));
+            match limited {
+                Some(Err(wait)) => {
+                    let message = "too many requests with a wrong API key came from this address";
+                    ApiError::new(Cause::RateLimited, message).after(Some(wait))
+                }
+                _ => ApiError::new(Cause::InvalidApiKey, "a valid API key is required: `Authorization: Bearer <key>`"),
+            }
+        })
+    }
+
+    fn keyed(&self) -> Result<Admitted, ApiError> {
+        if !self.ring.has_keys || (LOOPBACK.contains(&self.path) && self.is_trusted_peer() && self.key().is_none()) {
+            return Ok((Caller::default(), None));
+        }
+        let key = self.any_key()?;
+        if key.caller.is_admin {
+            return Err(forbidden("an admin key opens the admin API only; send an API key here"));
+        }
+        Ok(admitted(key))
+    }
+
+    fn admin(&self) -> Result<Admitted, ApiError> {
+        let key = self.any_key()?;
+        if !key.caller.is_admin {
+            return Err(forbidden("this route needs an admin key (--admin-key)"));
+        }
+        Ok(admitted(key))
+    }
+
+    /// Without an admin key, whoever reaches the operator's listener is the operator; but a page in their browser is not.
+    fn admin_listener(&self) -> Result<Admitted, ApiError> {
+        if self.ring.has_admin {
+            return self.admin();
+        }
+        if ["origin", "sec-fetch-site"].iter().any(|name| self.headers.contains_key(*name)) {
+            return Err(forbidden("requests of web pages need an admin key (--admin-key)"));
+        }
+        Ok((Caller { is_admin: true, ..Caller::default() }, None))
+    }
+
+    /// With an admin key on this server, these routes are the admin's; else everybody's who has a key.
+    fn runtime(&self) -> Result<Admitted, ApiError> {
+        let enabled = self.app.config.allow_runtime_adapters || self.ring.has_admin;
+        let trusted = LOOPBACK.contains(&self.path) && self.is_trusted_peer();
+        let caller = match self.key() {
+            Some(key) if key.caller.is_admin || !self.ring.has_admin => Ok(admitted(key)),
+            _ if trusted => Ok((Caller::default(), None)),
+            Some(_) => Err(forbidden("with an admin key on this server, loading adapters needs it (--admin-key)")),
+            None if self.ring.has_admin || self.ring.has_keys => self.any_key().map(admitted),
+            None => Ok((Caller::default(), None)),
+        }?;
+        if !enabled {
+            let message = "loading adapters over this port is off; start the server with --allow-runtime-adapters";
+            return Err(ApiError::new(Cause::RuntimeAdaptersDisabled, message));
+        }
+        Ok(caller)
+    }
+
+    /// The socket's other end, never what a header says.
+    fn is_trusted_peer(&self) -> bool {
+        self.app.config.trust_loopback_adapters && self.peer.is_some_and(|peer| peer.to_canonical().is_loopback())
+    }
+
+    /// The header's, or on an open server a bearer that looks like the hub's.
+    fn upstream_token(&self) -> Result<Option<SecretString>, ApiError> {
+        if let Some(value) = self.headers.get(TOKEN_HEADER) {
+            return upstream_token(TOKEN_HEADER, &String::from_utf8_lossy(value.as_bytes()));
+        }
+        match self.bearer {
+            Some(typed) if !self.ring.has_keys && self.key().is_none() && typed.starts_with(b"hf_") => {
+                upstream_token("authorization", &String::from_utf8_lossy(typed))
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Checks a caller's own token, wherever it was sent. Empty means none.
+///
+/// # Errors
+/// 400 without the value: too long, or not visible ASCII.
+pub(crate) fn upstream_token(param: &str, token: &str) -> Result<Option<SecretString>, ApiError> {
+    let token = token.trim();
+    if token.len() > TOKEN_BYTES_MAX || !token.bytes().all(|b| b.is_ascii_graphic()) {
+        let message = format!("`{param}` must be at most {TOKEN_BYTES_MAX} visible ASCII characters");
+        return Err(ApiError::at(Cause::InvalidValue, param, message));
+    }
+    Ok((!token.is_empty()).then(|| SecretString::from(token)))
+}
+
+fn admitted(key: &Key) -> Admitted {
+    (key.caller.clone(), Some(Arc::clone(&key.meter)))
+}
+
+fn forbidden(message: &str) -> ApiError {
+    ApiError::new(Cause::RouteForbidden, message)
 }

@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::keys::KeySpec;
+use crate::adapters::SourceDefaults;
+
 /// Settings of the HTTP side, as meant.
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
@@ -12,8 +15,16 @@ pub struct RouterConfig {
     pub adapters: Vec<(String, PathBuf)>,
     /// `--adapter-dir`: each sub-directory is an adapter.
     pub adapter_dirs: Vec<PathBuf>,
-    /// `--api-key`. Empty: the server is open.
-    pub api_keys: Vec<String>,
+    /// API keys and admin keys. Without an API key the server is open.
+    pub keys: Vec<KeySpec>,
+    /// `--allow-runtime-adapters`: clients may load and unload adapters.
+    pub allow_runtime_adapters: bool,
+    /// `--trust-loopback-adapters`: peers of this machine may do so, and list models, without a key.
+    pub trust_loopback_adapters: bool,
+    /// `--allow-base-fallback`: a request may ask for the base model's answer while its adapter loads.
+    pub allow_base_fallback: bool,
+    /// Where names without a bucket lie.
+    pub source_defaults: SourceDefaults,
     /// Locator of the base model, shown as `root`.
     pub model_root: String,
     /// `--max-model-len`: at most this many tokens, prompt and completion.
@@ -36,7 +47,11 @@ impl Default for RouterConfig {
             served_names: vec!["base".into()],
             adapters: Vec::new(),
             adapter_dirs: Vec::new(),
-            api_keys: Vec::new(),
+            keys: Vec::new(),
+            allow_runtime_adapters: false,
+            trust_loopback_adapters: false,
+            allow_base_fallback: false,
+            source_defaults: SourceDefaults::default(),
             model_root: String::new(),
             max_model_len: None,
             use_generation_config: true,
@@ -69,6 +84,10 @@ pub struct HttpLimits {
     pub connections_per_address_max: usize,
     /// `n` and `best_of`.
     pub n_max: u32,
+    /// `stop` on LoRAX's routes.
+    pub native_stops_max: usize,
+    /// Requests that run or wait, as `/info` shows it; the engine keeps the bounds themselves.
+    pub requests_max: usize,
     /// Adapters of one `compose`: 1..=16.
     pub composed_max: usize,
     /// prompts x adapters x n.
@@ -93,6 +112,8 @@ impl Default for HttpLimits {
             connections_max: 16_384,
             connections_per_address_max: 1024,
             n_max: 8,
+            native_stops_max: 4,
+            requests_max: 1024,
             composed_max: 4,
             sequences_max: 256,
             stalled_events: 64,

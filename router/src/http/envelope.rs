@@ -4,8 +4,8 @@ use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
 use axum::body::Body;
-use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::FutureExt;
@@ -13,16 +13,38 @@ use futures_util::FutureExt;
 use super::App;
 use super::error::{ApiError, Cause};
 use super::leftover::Leftover;
+use super::lorax::error::lorax_response;
 
 /// The id of a request, in logs, headers and error bodies.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestId(pub(crate) String);
+
+/// How an error looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ErrorShape {
+    /// The envelope.
+    OpenAi,
+    /// What LoRAX's clients read.
+    Lorax,
+}
+
+impl ErrorShape {
+    /// By the matched route; a handler that knows better says so in the response's extensions.
+    fn of(request: &Request) -> Self {
+        match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
+            Some("/") if request.method() == Method::POST => Self::Lorax,
+            Some("/generate" | "/generate_stream" | "/invocations") => Self::Lorax,
+            _ => Self::OpenAi,
+        }
+    }
+}
 
 /// The layer.
 pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
     let (started, what) = (Instant::now(), (request.method().clone(), request.uri().path().to_owned()));
     request.extensions_mut().insert(RequestId(id.clone()));
+    let shape = ErrorShape::of(&request);
     let (request, leftover) = Leftover::of(request);
     let mut response = match check_head(&app, &request) {
         Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
@@ -31,16 +53,19 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
                 &app,
                 &ApiError::new(Cause::InternalError, "an internal error; the request id is in the log"),
                 &id,
+                shape,
             ),
         },
-        Err(error) => respond(&app, &error, &id),
+        Err(error) => respond(&app, &error, &id, shape),
     };
+    let shape = response.extensions_mut().remove::<ErrorShape>().unwrap_or(shape);
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
         let allow = response.headers_mut().remove(header::ALLOW); // set by the router with a 405
-        response = respond(&app, &error, &id);
+        response = respond(&app, &error, &id, shape);
         response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
     } else if !response.status().is_success() && response.headers().get("x-request-id").is_none() {
-        response = respond(&app, &ApiError::new(cause_of(response.status()), response.status().to_string()), &id);
+        let error = ApiError::new(cause_of(response.status()), response.status().to_string());
+        response = respond(&app, &error, &id, shape);
     }
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert("x-request-id", value);
@@ -53,17 +78,16 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     response
 }
 
-fn respond(app: &App, error: &ApiError, id: &str) -> Response {
+fn respond(app: &App, error: &ApiError, id: &str, shape: ErrorShape) -> Response {
     let row = error.cause.row();
     if row.status.is_server_error() {
         tracing::error!(request_id = id, code = row.code, "{error}");
     }
     app.metrics.rejected(row.code);
-    let retry_after_s = match error.cause {
-        Cause::Draining | Cause::NotReady | Cause::AdapterLoadFailed => 5,
-        _ => 1,
+    let mut response: axum::http::Response<Body> = match shape {
+        ErrorShape::OpenAi => error.response(id),
+        ErrorShape::Lorax => lorax_response(error, id),
     };
-    let mut response: axum::http::Response<Body> = error.response(id, retry_after_s);
     // Marks the body as an envelope, so that it is not wrapped twice.
     if let Ok(value) = HeaderValue::from_str(id) {
         response.headers_mut().insert("x-request-id", value);

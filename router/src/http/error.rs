@@ -1,5 +1,7 @@
 //! One error type for every route, and the one table from cause to status, type and code.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use axum::response::IntoResponse;
@@ -20,24 +22,33 @@ pub enum Cause {
     AdapterAmbiguous,
     NameIsBaseModel,
     InvalidApiKey,
+    RouteForbidden,
+    SourceForbidden,
     ModelNotFound,
     RouteNotFound,
+    RuntimeAdaptersDisabled,
     MethodNotAllowed,
     BodyTimeout,
     BodyTooLarge,
     UnsupportedMediaType,
     HeadersTooLarge,
+    AdapterExists,
+    PreconditionFailed,
     AdapterInvalid,
     AdapterUnsupported,
     AdapterBaseMismatch,
     AdapterTooLarge,
     AdapterRankLimit,
     QueueFull,
+    RateLimited,
+    QuotaExceeded,
     InternalError,
     ShardFault,
     AdapterNumerics,
     AdapterLoading,
     AdapterLoadFailed,
+    AdapterAuthUnavailable,
+    DiskFull,
     NotReady,
     Draining,
     DeadlineExceeded,
@@ -58,7 +69,7 @@ pub struct Row {
 
 impl Cause {
     /// All causes, for tests and metrics.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 38] = [
         Self::InvalidValue,
         Self::MissingField,
         Self::InvalidJson,
@@ -67,24 +78,33 @@ impl Cause {
         Self::AdapterAmbiguous,
         Self::NameIsBaseModel,
         Self::InvalidApiKey,
+        Self::RouteForbidden,
+        Self::SourceForbidden,
         Self::ModelNotFound,
         Self::RouteNotFound,
+        Self::RuntimeAdaptersDisabled,
         Self::MethodNotAllowed,
         Self::BodyTimeout,
         Self::BodyTooLarge,
         Self::UnsupportedMediaType,
         Self::HeadersTooLarge,
+        Self::AdapterExists,
+        Self::PreconditionFailed,
         Self::AdapterInvalid,
         Self::AdapterUnsupported,
         Self::AdapterBaseMismatch,
         Self::AdapterTooLarge,
         Self::AdapterRankLimit,
         Self::QueueFull,
+        Self::RateLimited,
+        Self::QuotaExceeded,
         Self::InternalError,
         Self::ShardFault,
         Self::AdapterNumerics,
         Self::AdapterLoading,
         Self::AdapterLoadFailed,
+        Self::AdapterAuthUnavailable,
+        Self::DiskFull,
         Self::NotReady,
         Self::Draining,
         Self::DeadlineExceeded,
@@ -94,6 +114,7 @@ impl Cause {
     pub fn row(self) -> Row {
         const INVALID: &str = "invalid_request_error";
         const SERVER: &str = "server_error";
+        const RATE: &str = "rate_limit_error";
         let (status, kind, code, retryable) = match self {
             Self::InvalidValue => (400, INVALID, "invalid_value", false),
             Self::MissingField => (400, INVALID, "missing_field", false),
@@ -103,10 +124,15 @@ impl Cause {
             Self::AdapterAmbiguous => (400, INVALID, "adapter_ambiguous", false),
             Self::NameIsBaseModel => (400, INVALID, "name_is_base_model", false),
             Self::InvalidApiKey => (401, "authentication_error", "invalid_api_key", false),
+            Self::RouteForbidden => (403, "permission_error", "route_forbidden", false),
+            Self::SourceForbidden => (403, "permission_error", "source_forbidden", false),
             Self::ModelNotFound => (404, INVALID, "model_not_found", false),
             Self::RouteNotFound => (404, INVALID, "route_not_found", false),
+            Self::RuntimeAdaptersDisabled => (404, INVALID, "runtime_adapters_disabled", false),
             Self::MethodNotAllowed => (405, INVALID, "method_not_allowed", false),
             Self::BodyTimeout => (408, INVALID, "body_timeout", true),
+            Self::AdapterExists => (409, INVALID, "adapter_exists", false),
+            Self::PreconditionFailed => (409, INVALID, "precondition_failed", false),
             Self::BodyTooLarge => (413, INVALID, "body_too_large", false),
             Self::UnsupportedMediaType => (415, INVALID, "unsupported_media_type", false),
             Self::HeadersTooLarge => (431, INVALID, "headers_too_large", false),
@@ -115,12 +141,16 @@ impl Cause {
             Self::AdapterBaseMismatch => (422, INVALID, "adapter_base_mismatch", false),
             Self::AdapterTooLarge => (422, INVALID, "adapter_too_large", false),
             Self::AdapterRankLimit => (422, INVALID, "adapter_rank_limit", false),
-            Self::QueueFull => (429, "rate_limit_error", "queue_full", true),
+            Self::QueueFull => (429, RATE, "queue_full", true),
+            Self::RateLimited => (429, RATE, "rate_limited", true),
+            Self::QuotaExceeded => (429, RATE, "quota_exceeded", true),
             Self::InternalError => (500, SERVER, "internal_error", false),
             Self::ShardFault => (500, SERVER, "shard_fault", true),
             Self::AdapterNumerics => (500, SERVER, "adapter_numerics", false),
             Self::AdapterLoading => (503, SERVER, "adapter_loading", true),
             Self::AdapterLoadFailed => (503, SERVER, "adapter_load_failed", true),
+            Self::AdapterAuthUnavailable => (503, SERVER, "adapter_auth_unavailable", true),
+            Self::DiskFull => (503, SERVER, "disk_full", true),
             Self::NotReady => (503, SERVER, "not_ready", true),
             Self::Draining => (503, SERVER, "draining", true),
             Self::DeadlineExceeded => (504, SERVER, "deadline_exceeded", true),
@@ -140,6 +170,12 @@ pub struct ApiError {
     pub message: String,
     /// The field at fault.
     pub param: Option<String>,
+    /// When to come back, for `Retry-After`; without it the cause decides.
+    pub retry_after: Option<Duration>,
+    /// Another server's status and type for the same cause, on routes that copy that server.
+    pub spelled: Option<(StatusCode, &'static str)>,
+    /// The report of a refused adapter, sent beside the error.
+    pub report: Option<Box<serde_json::Value>>,
 }
 
 /// Bytes of a value that an error message repeats.
@@ -148,12 +184,38 @@ const SHOWN_BYTES: usize = 64;
 impl ApiError {
     /// An error without a field.
     pub fn new(cause: Cause, message: impl Into<String>) -> Self {
-        Self { cause, message: message.into(), param: None }
+        Self { cause, message: message.into(), param: None, retry_after: None, spelled: None, report: None }
     }
 
     /// An error at `param`.
     pub fn at(cause: Cause, param: &str, message: impl Into<String>) -> Self {
-        Self { cause, message: message.into(), param: Some(param.to_owned()) }
+        Self { param: Some(param.to_owned()), ..Self::new(cause, message) }
+    }
+
+    /// The same, with the time after which a retry may succeed.
+    pub fn after(self, retry_after: Option<Duration>) -> Self {
+        Self { retry_after, ..self }
+    }
+
+    /// The same cause with the status and type that clients of another server know.
+    pub fn spelled(self, status: StatusCode, kind: &'static str) -> Self {
+        Self { spelled: Some((status, kind)), ..self }
+    }
+
+    /// The status on the wire.
+    pub fn status(&self) -> StatusCode {
+        self.spelled.map_or(self.cause.row().status, |(status, _)| status)
+    }
+
+    /// Whole seconds for `Retry-After`, rounded up, at least 1.
+    pub fn retry_after_s(&self) -> u32 {
+        let by_cause = match self.cause {
+            Cause::Draining | Cause::NotReady | Cause::AdapterLoadFailed | Cause::AdapterAuthUnavailable => 5,
+            Cause::DiskFull => 30,
+            _ => 1,
+        };
+        let ceil = |after: Duration| u32::try_from(after.as_millis().div_ceil(1000)).unwrap_or(u32::MAX);
+        self.retry_after.map_or(by_cause, ceil).max(1)
     }
 
     /// `` `{param}` must be {rule}; got {value} ``
@@ -180,7 +242,7 @@ impl ApiError {
 
     /// Unknown, or not the caller's: one text for both.
     pub fn model_not_found(name: &str) -> Self {
-        let message = format!("The model `{}` does not exist or you do not have access to it.", cut(name));
+        let message = format!("The model `{}` does not exist or you do not have access to it.", shown(name));
         Self::at(Cause::ModelNotFound, "model", message)
     }
 
@@ -200,25 +262,26 @@ impl ApiError {
         let body = Envelope {
             error: Inner {
                 message: &self.message,
-                kind: row.kind,
+                kind: self.spelled.map_or(row.kind, |(_, kind)| kind),
                 param: self.param.as_deref(),
                 code: row.code,
                 retryable: row.retryable,
                 request_id,
             },
+            report: self.report.as_deref(),
         };
         serde_json::to_string(&body).unwrap_or_default() // strings and a bool: this cannot fail
     }
 
-    /// The whole response. `retry_after_s` is sent with 429 and 503.
-    pub fn response(&self, request_id: &str, retry_after_s: u32) -> Response<Body> {
-        let status = self.cause.row().status;
+    /// The whole response.
+    pub fn response(&self, request_id: &str) -> Response<Body> {
+        let status = self.status();
         let mut response = Response::new(Body::from(self.envelope(request_id)));
         *response.status_mut() = status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_after_s.max(1)));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after_s()));
         }
         match self.cause {
             Cause::InvalidApiKey => headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer")),
@@ -236,7 +299,7 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response<Body> {
         let mut response = Response::new(Body::empty());
-        *response.status_mut() = self.cause.row().status;
+        *response.status_mut() = self.status();
         response.extensions_mut().insert(self);
         response
     }
@@ -245,6 +308,8 @@ impl IntoResponse for ApiError {
 #[derive(Serialize)]
 struct Envelope<'a> {
     error: Inner<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report: Option<&'a serde_json::Value>,
 }
 
 #[derive(Serialize)]
@@ -267,6 +332,43 @@ pub(crate) fn cut(value: &str) -> String {
     format!("{}…", value.get(..end).unwrap_or(""))
 }
 
+/// A name as messages repeat it.
+pub(crate) fn shown(name: &str) -> String {
+    cut(&without_secrets(name))
+}
+
+/// Of a URL, neither credentials nor query: messages, headers and metrics go into logs.
+pub(crate) fn without_secrets(name: &str) -> String {
+    let Some((scheme, rest)) = name.split_once("://") else { return name.to_owned() };
+    let rest = rest.split(['?', '#']).next().unwrap_or("");
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority.rsplit('@').next().unwrap_or("");
+    format!("{scheme}://{host}{path}")
+}
+
+/// The row of a code that the registry, a source or the shard gave.
+pub(crate) fn adapter_cause(code: &str) -> Cause {
+    const KNOWN: [Cause; 16] = [
+        Cause::AdapterInvalid,
+        Cause::AdapterUnsupported,
+        Cause::AdapterBaseMismatch,
+        Cause::AdapterTooLarge,
+        Cause::AdapterRankLimit,
+        Cause::AdapterLoading,
+        Cause::AdapterAuthUnavailable,
+        Cause::AdapterExists,
+        Cause::PreconditionFailed,
+        Cause::SourceForbidden,
+        Cause::ModelNotFound,
+        Cause::NameIsBaseModel,
+        Cause::AdapterAmbiguous,
+        Cause::QuotaExceeded,
+        Cause::DiskFull,
+        Cause::InvalidValue,
+    ];
+    KNOWN.into_iter().find(|cause| cause.row().code == code).unwrap_or(Cause::AdapterLoadFailed)
+}
+
 impl From<Failure> for ApiError {
     fn from(failure: Failure) -> Self {
         let cause = match &failure {
@@ -285,17 +387,11 @@ impl From<Failure> for ApiError {
 impl ApiError {
     /// What the shard or the registry found wrong with the adapter that was asked for as `name`.
     pub fn adapter(name: &str, failure: &AdapterFailure) -> Self {
-        let cause = match failure.code.as_str() {
-            "adapter_invalid" => Cause::AdapterInvalid,
-            "adapter_unsupported" => Cause::AdapterUnsupported,
-            "adapter_base_mismatch" => Cause::AdapterBaseMismatch,
-            "adapter_too_large" => Cause::AdapterTooLarge,
-            "adapter_rank_limit" => Cause::AdapterRankLimit,
-            "adapter_loading" => Cause::AdapterLoading,
-            "model_not_found" => return Self::model_not_found(name),
-            _ => Cause::AdapterLoadFailed,
-        };
-        Self::at(cause, "model", format!("adapter `{}`: {}", cut(name), failure.message))
+        let cause = adapter_cause(&failure.code);
+        if cause == Cause::ModelNotFound {
+            return Self::model_not_found(name);
+        }
+        Self::at(cause, "model", format!("adapter `{}`: {}", shown(name), failure.message)).after(failure.retry_after)
     }
 }
 

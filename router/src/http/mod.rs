@@ -2,6 +2,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod activity;
+mod admin;
 mod auth;
 mod backend;
 mod body;
@@ -9,8 +10,12 @@ mod config;
 mod envelope;
 mod error;
 mod json;
+mod keys;
 mod leftover;
+mod lorax;
 mod openai;
+mod rate;
+mod runtime;
 mod server;
 mod service;
 #[cfg(test)]
@@ -18,7 +23,7 @@ mod tests;
 mod tokenize;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
@@ -26,10 +31,13 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use tokio::sync::watch;
 
+pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
 pub use config::{HttpLimits, RouterConfig};
 pub use error::{ApiError, Cause, Row};
-pub use server::serve;
+pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
+pub use rate::Meter;
+pub use server::{Listener, serve, serve_admin};
 
 use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::metrics::Metrics;
@@ -49,12 +57,14 @@ pub struct AppInner {
     pub(crate) engine: Arc<dyn Backend>,
     pub(crate) registry: Registry,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) keys: auth::Keys,
+    keys: RwLock<Arc<keys::KeyRing>>,
+    pub(crate) wrong_keys: rate::WrongKeys,
     /// Unix seconds.
     pub(crate) started: u64,
-    /// Version of the registry's cards and the body of `/v1/models` made from them.
-    pub(crate) models_body: Mutex<Option<(u64, String)>>,
+    /// Bodies of `/v1/models`.
+    pub(crate) models: openai::models::Bodies,
     draining: AtomicBool,
+    stop_asked: watch::Sender<bool>,
     /// True: requests that still run end now.
     ending: watch::Sender<bool>,
 }
@@ -68,10 +78,7 @@ impl std::ops::Deref for App {
 
 impl App {
     /// Puts the parts together. Adapters of the configuration are prepared by [`serve`] (or [`Self::preload`]).
-    pub fn new(mut config: RouterConfig, text: TextModel, engine: impl Backend) -> Self {
-        if config.served_names.is_empty() {
-            config.served_names.push("base".into());
-        }
+    pub fn new(config: RouterConfig, text: TextModel, engine: impl Backend) -> Self {
         let engine: Arc<dyn Backend> = Arc::new(engine);
         let settings = AdapterSettings {
             registered: config.adapters.iter().map(|(name, dir)| (name.clone(), AdapterRef::directory(dir))).collect(),
@@ -79,16 +86,32 @@ impl App {
             base_names: config.served_names.clone(),
             ..AdapterSettings::default()
         };
+        let registry = Registry::new(settings, Arc::clone(&engine));
+        Self::with_registry(config, text, engine, registry)
+    }
+
+    /// The same around a registry that was opened elsewhere.
+    pub fn with_registry(
+        mut config: RouterConfig,
+        text: TextModel,
+        engine: Arc<dyn Backend>,
+        registry: Registry,
+    ) -> Self {
+        if config.served_names.is_empty() {
+            config.served_names.push("base".into());
+        }
         let inner = AppInner {
-            keys: auth::Keys::new(&config.api_keys),
+            keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None))),
+            wrong_keys: rate::WrongKeys::default(),
             config,
             text,
-            registry: Registry::new(settings, Arc::clone(&engine)),
+            registry,
             engine,
             metrics: Arc::default(),
             started: unix_seconds(),
-            models_body: Mutex::default(),
+            models: Default::default(),
             draining: AtomicBool::new(false),
+            stop_asked: watch::Sender::new(false),
             ending: watch::Sender::new(false),
         };
         Self { inner: Arc::new(inner) }
@@ -103,7 +126,11 @@ impl App {
     pub fn router(&self) -> Router {
         let app = self.clone();
         Router::new()
-            .route("/", get(service::ready))
+            .route("/", get(service::ready).post(lorax::compat))
+            .route("/generate", post(lorax::generate))
+            .route("/generate_stream", post(lorax::generate_stream))
+            .route("/invocations", post(lorax::invocations))
+            .route("/info", get(lorax::info))
             .route("/health", get(service::ready))
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))
@@ -120,17 +147,59 @@ impl App {
             .route("/v1/completions", post(openai::completions::completions))
             .route("/v1/chat/completions", post(openai::chat::chat_completions))
             .route("/v1/embeddings", post(service::no_embeddings))
+            .route("/v1/load_lora_adapter", post(runtime::load))
+            .route("/v1/unload_lora_adapter", post(runtime::unload))
+            .route("/load_lora_adapter", post(runtime::sglang_load))
+            .route("/unload_lora_adapter", post(runtime::sglang_unload))
+            .merge(admin::routes())
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
-            .layer(from_fn_with_state(app.clone(), auth::authenticate))
+            .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
             .layer(from_fn_with_state(app.clone(), envelope::envelope))
             .with_state(app)
+    }
+
+    /// The operator's own routes with their layers, for a listener that only the operator reaches.
+    pub fn admin_router(&self) -> Router {
+        let app = self.clone();
+        admin::routes()
+            .route("/health", get(service::ready))
+            .route("/health/ready", get(service::ready))
+            .route("/health/live", get(service::live))
+            .route("/metrics", get(service::metrics))
+            .fallback(service::no_route)
+            .method_not_allowed_fallback(service::no_method)
+            .layer(from_fn_with_state((app.clone(), auth::Side::Admin), auth::authenticate))
+            .layer(from_fn_with_state(app.clone(), envelope::envelope))
+            .with_state(app)
+    }
+
+    /// Takes these keys in place of the ones before. Requests that run go on.
+    pub fn set_keys(&self, keys: &[KeySpec]) {
+        let mut ring = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        *ring = Arc::new(keys::KeyRing::new(keys, Some(&ring)));
+    }
+
+    pub(crate) fn key_ring(&self) -> Arc<keys::KeyRing> {
+        Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// From now on health says no, and new generation requests get 503 `draining`.
     pub fn begin_drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
         self.engine.begin_drain();
+    }
+
+    /// The same as a signal to stop: [`serve`] drains and returns.
+    pub(crate) fn ask_to_stop(&self) {
+        self.stop_asked.send_replace(true);
+    }
+
+    /// Resolves once somebody asked to stop.
+    pub(crate) async fn stop_asked(&self) {
+        let mut asked = self.stop_asked.subscribe();
+        // The sender lives as long as `self`.
+        let _ = asked.wait_for(|asked| *asked).await;
     }
 
     /// Requests that still run end now with an error.
@@ -171,6 +240,7 @@ impl App {
             limits: self.config.limits,
             defaults: if self.config.use_generation_config { self.text.defaults() } else { Default::default() },
             adapter_load_timeout: self.config.adapter_load_timeout,
+            allow_base_fallback: self.config.allow_base_fallback,
         })
     }
 

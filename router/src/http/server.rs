@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,12 +15,14 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Notify;
 use tower::ServiceExt;
 
 use super::App;
 use super::activity::{Activity, TrackedBody, TrackedIo};
+use super::auth::Peer;
 use super::config::HttpLimits;
 
 /// Streams of one HTTP/2 connection.
@@ -52,23 +54,37 @@ pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output
     app.preload();
     let server = Server { app: app.clone(), router: app.router(), open: Arc::default() };
     let graceful = GracefulShutdown::new();
+    let listener = Listener::Tcp(listener);
     tokio::pin!(shutdown);
     loop {
         tokio::select! {
             biased;
             () = &mut shutdown => break,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, peer)) => server.connection(stream, peer.ip(), &graceful),
-                Err(error) => {
-                    tracing::warn!("accept failed: {error}");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            },
+            () = app.stop_asked() => break,
+            () = server.accept(&listener, &graceful) => {}
         }
     }
     drop(listener);
     drain(&app, graceful).await;
     Ok(())
+}
+
+/// Serves the operator's own routes until it is dropped: also while [`serve`] drains.
+pub async fn serve_admin(listener: Listener, app: App) {
+    let server = Server { router: app.admin_router(), app, open: Arc::default() };
+    let graceful = GracefulShutdown::new();
+    loop {
+        server.accept(&listener, &graceful).await;
+    }
+}
+
+/// Where connections come from.
+#[derive(Debug)]
+pub enum Listener {
+    /// An address.
+    Tcp(TcpListener),
+    /// A socket file.
+    Unix(UnixListener),
 }
 
 async fn drain(app: &App, graceful: GracefulShutdown) {
@@ -91,15 +107,41 @@ struct Server {
 }
 
 impl Server {
-    fn connection(&self, stream: TcpStream, peer: IpAddr, graceful: &GracefulShutdown) {
+    /// Takes one connection, or waits a little where none can be taken.
+    async fn accept(&self, listener: &Listener, graceful: &GracefulShutdown) {
+        let failed = match listener {
+            Listener::Tcp(listener) => match listener.accept().await {
+                Ok((stream, peer)) => {
+                    let _ = stream.set_nodelay(true); // tokens are small and late ones are what a reader notices
+                    return self.connection(stream, Some(peer.ip()), graceful);
+                }
+                Err(error) => error,
+            },
+            Listener::Unix(listener) => match listener.accept().await {
+                Ok((stream, _)) => return self.connection(stream, None, graceful),
+                Err(error) => error,
+            },
+        };
+        tracing::warn!("accept failed: {failed}");
+        tokio::time::sleep(ACCEPT_PAUSE).await;
+    }
+
+    /// `peer` is `None` on a socket file.
+    fn connection<S>(&self, stream: S, peer: Option<IpAddr>, graceful: &GracefulShutdown)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let limits = self.app.config.limits;
-        let Some(permit) = OpenConnections::admit(&self.open, peer, &limits) else { return };
-        let _ = stream.set_nodelay(true); // tokens are small and late ones are what a reader notices
+        let address = peer.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let Some(permit) = OpenConnections::admit(&self.open, address, &limits) else { return };
         let abort = ConnectionAbort(Arc::new(Notify::new()));
         let activity = Activity::new();
         let (router, handle, begun) = (self.router.clone(), abort.clone(), activity.clone());
         let service = service_fn(move |mut request: Request<Incoming>| {
             let running = begun.begin();
+            if let Some(peer) = peer {
+                request.extensions_mut().insert(Peer(peer));
+            }
             if request.version() < axum::http::Version::HTTP_2 {
                 request.extensions_mut().insert(handle.clone()); // on HTTP/2 it would end other streams too
             }
@@ -112,10 +154,10 @@ impl Server {
         tokio::spawn(async move {
             tokio::select! {
                 result = connection => if let Err(error) = result {
-                    tracing::debug!(%peer, "connection ended: {error}");
+                    tracing::debug!(%address, "connection ended: {error}");
                 },
-                () = abort.0.notified() => tracing::debug!(%peer, "connection ended: its client does not read"),
-                () = activity.expired(&limits) => tracing::debug!(%peer, "connection ended: no whole request in time"),
+                () = abort.0.notified() => tracing::debug!(%address, "connection ended: its client does not read"),
+                () = activity.expired(&limits) => tracing::debug!(%address, "connection ended: no whole request in time"),
             }
             drop(permit);
         });

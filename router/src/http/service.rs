@@ -19,6 +19,10 @@ pub(crate) async fn ready(State(app): State<App>) -> Result<Response, ApiError> 
     if !status.ready {
         return Err(ApiError::new(Cause::NotReady, "the model is not ready"));
     }
+    if !app.registry.is_ready() {
+        let waiting_for = app.registry.waiting_for().join("; ");
+        return Err(ApiError::new(Cause::NotReady, format!("adapters that must be usable first: {waiting_for}")));
+    }
     Ok(().into_response())
 }
 
@@ -53,7 +57,12 @@ pub(crate) async fn load(State(app): State<App>) -> Json<serde_json::Value> {
 
 /// Unknown paths.
 pub(crate) async fn no_route(uri: axum::http::Uri) -> ApiError {
-    ApiError::new(Cause::RouteNotFound, format!("no route `{}`", super::error::cut(uri.path())))
+    unknown_route(uri.path())
+}
+
+/// 404 `route_not_found`.
+pub(crate) fn unknown_route(path: &str) -> ApiError {
+    ApiError::new(Cause::RouteNotFound, format!("no route `{}`", super::error::cut(path)))
 }
 
 /// Known paths, other methods.

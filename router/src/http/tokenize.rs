@@ -4,6 +4,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::Request;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::json;
@@ -14,6 +15,7 @@ use super::error::ApiError;
 use super::json::Fields;
 use super::openai::chat::chat_prompt;
 use super::openai::validate::token_id;
+use crate::access::Caller;
 use crate::text::PlacedToken;
 
 #[derive(Serialize)]
@@ -27,12 +29,12 @@ struct Tokenized {
 
 /// vLLM's form (`prompt` or `messages`) or LoRAX's (`inputs`); the body decides.
 pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
-    let (_, body) = json_object(request, &app.config.limits).await?;
+    let (parts, body) = json_object(request, &app.config.limits).await?;
     let fields = Fields::new(&body);
     if let Some(inputs) = fields.string("inputs")? {
         return placed(&app, &fields, inputs).await;
     }
-    app.check_model(fields.string("model")?.unwrap_or(""))?;
+    app.check_model(&caller(&parts), fields.string("model")?.unwrap_or(""))?;
     let add_special = fields.boolean("add_special_tokens")?;
     let bounds = app.bounds()?;
     let tokens = match fields.string("prompt")? {
@@ -49,6 +51,10 @@ pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> 
     Ok(Json(reply).into_response())
 }
 
+fn caller(parts: &Parts) -> Caller {
+    parts.extensions.get::<Caller>().cloned().unwrap_or_default()
+}
+
 async fn placed(app: &App, fields: &Fields<'_>, inputs: &str) -> Result<Response, ApiError> {
     let add_special = fields.boolean("add_special_tokens")?.unwrap_or(true);
     let tokens = app.text.encode_placed(inputs.to_owned(), add_special).await?;
@@ -61,9 +67,9 @@ async fn placed(app: &App, fields: &Fields<'_>, inputs: &str) -> Result<Response
 
 /// `{model, tokens}` -> `{prompt}`.
 pub(crate) async fn detokenize(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
-    let (_, body) = json_object(request, &app.config.limits).await?;
+    let (parts, body) = json_object(request, &app.config.limits).await?;
     let fields = Fields::new(&body);
-    app.check_model(fields.string("model")?.unwrap_or(""))?;
+    app.check_model(&caller(&parts), fields.string("model")?.unwrap_or(""))?;
     let vocab = app.bounds()?.vocab;
     let values = fields.array("tokens")?.ok_or_else(|| ApiError::missing("tokens"))?;
     let tokens = values.iter().map(|value| token_id("tokens", value, vocab)).collect::<Result<Vec<_>, _>>()?;

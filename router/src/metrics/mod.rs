@@ -8,11 +8,13 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use histogram::Histogram;
 pub use render::Snapshot;
+
+use crate::http::Meter;
 
 /// Adapters that get a label of their own; the rest share `other`.
 const ADAPTER_LABELS_MAX: usize = 64;
@@ -134,7 +136,7 @@ impl Metrics {
     }
 
     /// A clock for one request that goes to the engine. `adapter` is its label, `None` for the base model.
-    pub fn request(self: &std::sync::Arc<Self>, start: &RequestStart) -> RequestClock {
+    pub fn request(self: &Arc<Self>, start: &RequestStart) -> RequestClock {
         self.params_n.observe(f64::from(start.n));
         self.params_max_tokens.observe(f64::from(start.max_tokens));
         self.prompt_tokens.observe(f64::from(start.prompt_tokens));
@@ -142,10 +144,14 @@ impl Metrics {
         if let Some(adapter) = adapter {
             self.with_adapter(adapter, |count| count.prompt_tokens += u64::from(start.prompt_tokens));
         }
+        if let Some(meter) = &start.meter {
+            meter.charge_tokens(u64::from(start.prompt_tokens));
+        }
         let now = Instant::now();
         RequestClock {
-            metrics: std::sync::Arc::clone(self),
+            metrics: Arc::clone(self),
             adapter,
+            meter: start.meter.clone(),
             submitted: now,
             admitted: None,
             first_token: None,
@@ -192,13 +198,16 @@ pub struct RequestStart {
     pub prompt_tokens: u32,
     /// Name of its adapter.
     pub adapter: Option<String>,
+    /// Where its tokens are charged.
+    pub meter: Option<Arc<Meter>>,
 }
 
 /// Times one request; when it is dropped, the request is over.
 #[derive(Debug)]
 pub struct RequestClock {
-    metrics: std::sync::Arc<Metrics>,
+    metrics: Arc<Metrics>,
     adapter: Option<usize>,
+    meter: Option<Arc<Meter>>,
     submitted: Instant,
     admitted: Option<Instant>,
     first_token: Option<Instant>,
@@ -219,6 +228,9 @@ impl RequestClock {
     pub fn token(&mut self, index: u32) {
         let now = Instant::now();
         self.tokens += 1;
+        if let Some(meter) = &self.meter {
+            meter.charge_tokens(1);
+        }
         if self.first_token.is_none() {
             self.first_token = Some(now);
             self.metrics.first_token.observe(seconds(now - self.submitted));
@@ -228,6 +240,16 @@ impl RequestClock {
         {
             self.metrics.inter_token.observe(seconds(now - before));
         }
+    }
+
+    /// When the engine admitted it.
+    pub fn admitted_at(&self) -> Option<Instant> {
+        self.admitted
+    }
+
+    /// When its first token came.
+    pub fn first_token_at(&self) -> Option<Instant> {
+        self.first_token
     }
 
     /// It ended well; without this call it counts as aborted.

@@ -12,7 +12,7 @@ use crate::engine::{
 use crate::http::{Backend, Events};
 
 fn start(adapter: Option<&str>) -> RequestStart {
-    RequestStart { n: 1, max_tokens: 4, prompt_tokens: 7, adapter: adapter.map(str::to_owned) }
+    RequestStart { n: 1, max_tokens: 4, prompt_tokens: 7, adapter: adapter.map(str::to_owned), meter: None }
 }
 
 #[test]

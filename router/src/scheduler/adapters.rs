@@ -3,6 +3,11 @@
 //! A content is known from `adapter_ready` until it is forgotten or, once its bytes left the host slab, until its last
 //! user left. A slot is free -> uploading -> resident -> free; a new generation with each upload, never repeated, not
 //! even across shards. A resident slot is *pinned* by running sequences, *claimed* for waiting ones, or *idle*: cache.
+//!
+//! A content that an operator pinned is *kept*: its slot counts one claim that no sequence holds, so it never is idle.
+
+#[cfg(test)]
+mod audit;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +24,10 @@ pub(super) struct Content {
     /// Unfinished sequences that use it.
     pub(super) users: u32,
     slot: Option<u32>,
+    /// An operator wants it on the device.
+    kept: bool,
+    /// Shards that died while it was being uploaded, one after another.
+    deaths: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +77,10 @@ pub(super) struct AdapterTable {
     idle: BTreeSet<(u64, u32)>,
     idle_pages: u32,
     uploading: u32,
+    kept: BTreeSet<ContentId>,
+    /// Pages of all kept contents, and of those that no slot holds.
+    kept_pages: u32,
+    kept_missing_pages: u32,
     next_generation: u64,
     plan: u64,
     pub(super) uploads: u64,
@@ -92,6 +105,9 @@ impl AdapterTable {
             idle: BTreeSet::new(),
             idle_pages: 0,
             uploading: 0,
+            kept: BTreeSet::new(),
+            kept_pages: 0,
+            kept_missing_pages: 0,
             next_generation: 1,
             plan: 0,
             uploads: 0,
@@ -109,11 +125,15 @@ impl AdapterTable {
 
     /// The content is in the host slab.
     pub(super) fn ready(&mut self, content: ContentId, pages_needed: u32) {
-        let known =
-            self.contents.entry(content).or_insert(Content { pages_needed, in_host: true, users: 0, slot: None });
+        let new = Content { pages_needed, in_host: true, users: 0, slot: None, kept: false, deaths: 0 };
+        let known = self.contents.entry(content).or_insert(new);
         known.in_host = true;
         if known.slot.is_none() {
-            known.pages_needed = pages_needed;
+            let before = std::mem::replace(&mut known.pages_needed, pages_needed);
+            if known.kept {
+                self.kept_pages = self.kept_pages - before + pages_needed;
+                self.kept_missing_pages = self.kept_missing_pages - before + pages_needed;
+            }
         }
     }
 
@@ -121,17 +141,18 @@ impl AdapterTable {
         self.contents.get_mut(content).expect("a sequence uses known contents only").users += 1;
     }
 
-    /// One unfinished sequence less. A content that is in no host slab and has no user is forgotten.
+    /// One unfinished sequence less. A content that is in no host slab and has no user is forgotten, unless it is kept.
     pub(super) fn remove_user(&mut self, content: &ContentId, pool: &mut PagePool) {
         let known = self.contents.get_mut(content).expect("a used content stays known");
         known.users -= 1;
-        if known.users == 0 && !known.in_host {
+        if known.users == 0 && !known.in_host && !known.kept {
             self.forget(content, pool);
         }
     }
 
     /// Drops it and its copy on the device. Nobody may use it.
     pub(super) fn forget(&mut self, content: &ContentId, pool: &mut PagePool) {
+        self.unkeep(content);
         let Some(known) = self.contents.remove(content) else { return };
         debug_assert_eq!(known.users, 0, "a content in use is never forgotten");
         let Some(slot) = known.slot else { return };
@@ -152,6 +173,11 @@ impl AdapterTable {
     /// A new shard: nothing is resident, nothing in the host slab. Contents nobody uses are forgotten.
     pub(super) fn reset(&mut self) {
         for slot in &mut self.slots {
+            if slot.state == SlotState::Uploading
+                && let Some(content) = slot.content.and_then(|content| self.contents.get_mut(&content))
+            {
+                content.deaths += 1;
+            }
             slot.state = SlotState::Free;
             slot.content = None;
             slot.pages.clear();
@@ -160,7 +186,8 @@ impl AdapterTable {
         self.free_slots = (0..self.slots.len() as u32).rev().collect();
         self.idle.clear();
         (self.idle_pages, self.uploading) = (0, 0);
-        self.contents.retain(|_, content| content.users > 0);
+        self.contents.retain(|_, content| content.users > 0 || content.kept);
+        self.kept_missing_pages = self.kept_pages;
         for content in self.contents.values_mut() {
             content.in_host = false;
             content.slot = None;
@@ -248,6 +275,69 @@ impl AdapterTable {
         }
     }
 
+    /// Keeps it on the device from the moment it is there. The caller made sure that requests still fit.
+    pub(super) fn keep(&mut self, content: &ContentId) {
+        let Some(known) = self.contents.get_mut(content).filter(|known| !known.kept) else { return };
+        known.kept = true;
+        let (slot, pages) = (known.slot, known.pages_needed);
+        self.kept.insert(*content);
+        self.kept_pages += pages;
+        match slot {
+            Some(slot) => self.change(slot, |s| s.claims += 1),
+            None => self.kept_missing_pages += pages,
+        }
+    }
+
+    /// It becomes ordinary cache. False if it was that already.
+    pub(super) fn unkeep(&mut self, content: &ContentId) -> bool {
+        let Some(known) = self.contents.get_mut(content).filter(|known| known.kept) else { return false };
+        known.kept = false;
+        let (slot, pages) = (known.slot, known.pages_needed);
+        self.kept.remove(content);
+        self.kept_pages -= pages;
+        match slot {
+            Some(slot) => self.change(slot, |s| s.claims -= 1),
+            None => self.kept_missing_pages -= pages,
+        }
+        true
+    }
+
+    /// Kept contents.
+    pub(super) fn kept(&self) -> &BTreeSet<ContentId> {
+        &self.kept
+    }
+
+    pub(super) fn is_kept(&self, content: &ContentId) -> bool {
+        self.contents.get(content).is_some_and(|known| known.kept)
+    }
+
+    /// Pages of all kept contents.
+    pub(super) fn kept_pages(&self) -> u32 {
+        self.kept_pages
+    }
+
+    /// Pages that kept contents still have to be given.
+    pub(super) fn kept_missing_pages(&self) -> u32 {
+        self.kept_missing_pages
+    }
+
+    /// Pages of those that are not kept.
+    pub(super) fn pages_not_kept(&self, contents: &[ContentId]) -> u32 {
+        let known = contents.iter().filter_map(|content| self.contents.get(content));
+        known.filter(|known| !known.kept).map(|known| known.pages_needed).sum()
+    }
+
+    /// Pages it would take now; None if it is on the device, or on its way, or cannot be uploaded.
+    pub(super) fn pages_to_upload(&self, content: &ContentId) -> Option<u32> {
+        let known = self.contents.get(content)?;
+        (known.in_host && known.slot.is_none()).then_some(known.pages_needed)
+    }
+
+    /// Shards that died during its last uploads.
+    pub(super) fn deaths(&self, content: &ContentId) -> u32 {
+        self.contents.get(content).map_or(0, |known| known.deaths)
+    }
+
     fn slot_of(&self, content: &ContentId) -> u32 {
         self.contents.get(content).and_then(|c| c.slot).expect("the content has a slot")
     }
@@ -313,6 +403,10 @@ impl AdapterTable {
         let known = self.contents.get_mut(&content).expect("only a known content is uploaded");
         let pages = pool.take_adapter_pages(known.pages_needed).expect("the caller made room for the pages");
         known.slot = Some(slot);
+        if known.kept {
+            self.kept_missing_pages -= known.pages_needed;
+        }
+        let kept = u32::from(known.kept);
         let generation = self.next_generation;
         self.next_generation += 1;
         let entry = &mut self.slots[slot as usize];
@@ -320,6 +414,7 @@ impl AdapterTable {
         entry.generation = generation;
         entry.content = Some(content);
         entry.pages.clone_from(&pages);
+        entry.claims = kept;
         entry.last_used = self.plan;
         self.uploading += 1;
         self.uploads += 1;
@@ -340,6 +435,9 @@ impl AdapterTable {
         };
         slot.state = SlotState::Resident;
         slot.last_used = self.plan;
+        if let Some(known) = self.contents.get_mut(&content) {
+            known.deaths = 0;
+        }
         if self.is_idle(at.slot) {
             self.idle.insert((self.plan, at.slot));
             self.idle_pages += self.slots[at.slot as usize].pages.len() as u32;
@@ -367,44 +465,5 @@ impl AdapterTable {
     /// Used and not on the device.
     pub(super) fn waited_for(&self) -> Vec<ContentId> {
         self.used().filter(|(_, c)| !c.slot.is_some_and(|s| self.is_resident(s))).map(|(id, _)| *id).collect()
-    }
-}
-
-#[cfg(test)]
-impl AdapterTable {
-    /// (content, slot, pages, pins, resident) of every slot that is not free.
-    pub(super) fn held(&self) -> impl Iterator<Item = (Option<ContentId>, SlotRef, &[u32], u32, bool)> {
-        self.slots.iter().enumerate().filter(|(_, s)| s.state != SlotState::Free).map(|(at, s)| {
-            let slot = SlotRef { slot: at as u32, generation: s.generation };
-            (s.content, slot, s.pages.as_slice(), s.pins, s.state == SlotState::Resident)
-        })
-    }
-
-    pub(super) fn users(&self) -> impl Iterator<Item = (&ContentId, u32)> {
-        self.contents.iter().map(|(id, content)| (id, content.users))
-    }
-
-    /// Panics unless counters and lists agree with the slots themselves.
-    pub(super) fn audit(&self) {
-        let idle: BTreeSet<_> = (0..self.slots.len() as u32)
-            .filter(|&s| self.is_idle(s))
-            .map(|s| (self.slots[s as usize].last_used, s))
-            .collect();
-        assert_eq!(idle, self.idle);
-        let pages: usize = idle.iter().map(|(_, s)| self.slots[*s as usize].pages.len()).sum();
-        assert_eq!(pages as u32, self.idle_pages);
-        let uploading = self.slots.iter().filter(|s| s.state == SlotState::Uploading).count();
-        assert_eq!(uploading as u32, self.uploading);
-        let free = self.slots.iter().filter(|s| s.state == SlotState::Free).count();
-        assert_eq!(free, self.free_slots.len());
-        for (id, content) in &self.contents {
-            if let Some(slot) = content.slot {
-                assert_eq!(self.slots[slot as usize].content, Some(*id));
-                assert_ne!(self.slots[slot as usize].state, SlotState::Free);
-            }
-        }
-        for slot in &self.slots {
-            assert!(slot.pins == 0 || slot.state == SlotState::Resident, "a pinned adapter is resident");
-        }
     }
 }

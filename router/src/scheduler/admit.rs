@@ -63,7 +63,7 @@ impl Scheduler {
         let held = head.blocks.iter().filter(|block| self.pool.is_referenced(**block)).count();
         let copied = usize::from(head.computed < head.blocks.len() * self.limits.block_tokens as usize);
         let (_, own_pages) = self.adapters.idle_among(&seq.job.contents);
-        if !self.has_room((total - held + copied) as u64, own_pages, key, draft) {
+        if !self.has_room((total - held + copied) as u64, own_pages, Some(key), draft) {
             return false;
         }
         let looked_up = seq.len_tokens() as u64;

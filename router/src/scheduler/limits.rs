@@ -36,6 +36,14 @@ pub(super) const PIPELINE_DEPTH_MAX: u32 = 2;
 pub(super) const CLAIMS_MAX: usize = 8;
 /// Pages uploaded in one step; one adapter that is larger goes alone. About 128 MiB: a few ms on a copy stream.
 pub(super) const UPLOAD_PAGES_PER_STEP: u32 = 64;
+/// Waiting pairs whose adapters are fetched ahead of their turn.
+pub(super) const PREFETCH_LOOKS: usize = 32;
+/// Adapters that are fetched ahead on somebody's word.
+pub(super) const PREFETCH_HINTS_MAX: usize = 32;
+/// Share of pages and of slots that pinned adapters may take, (parts, of).
+pub(super) const PINNED_PARTS: (u64, u64) = (3, 4);
+/// Shards that die in a row while a pinned adapter is uploaded, after which its pin is gone.
+pub(super) const PIN_DEATHS_MAX: u32 = 2;
 /// Plans for which a waiting sequence may be passed over for lack of memory; then nobody else is admitted before it.
 pub(super) const STARVING_PLANS: u64 = 64;
 /// Points of blame at which a request fails alone: two crashes of its own.

@@ -62,7 +62,9 @@ impl Scheduler {
         let slots = self.adapters.slots_obtainable() - own_slots;
         let obtainable = self.pool.pages_obtainable() + self.adapters.idle_pages() - own_pages;
         let blocks = self.limits.blocks_for(self.seq(key).len_tokens()) as u64;
-        if slots < missing.len() || obtainable < pages || !self.has_room(blocks, pages + own_pages, key, draft) {
+        // Those of pinned adapters are promised already.
+        let new_pages = own_pages + self.adapters.pages_not_kept(&missing);
+        if slots < missing.len() || obtainable < pages || !self.has_room(blocks, new_pages, Some(key), draft) {
             return Claim::NoRoom;
         }
         let present: Vec<ContentId> = contents.iter().copied().filter(|c| !missing.contains(c)).collect();

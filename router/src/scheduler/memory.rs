@@ -18,12 +18,25 @@ impl Scheduler {
     }
 
     /// Room for `blocks` KV blocks and `pages` adapter pages beside all that was promised: to running prefills, to
-    /// claims other than `but`, and one block of growth for each running sequence.
-    pub(super) fn has_room(&self, blocks: u64, pages: u32, but: SeqKey, draft: &Draft) -> bool {
-        let claimed = self.claims.iter().filter(|key| **key != but);
+    /// claims other than `but`, to pinned adapters that are not there, and one block of growth for each running sequence.
+    pub(super) fn has_room(&self, blocks: u64, pages: u32, but: Option<SeqKey>, draft: &Draft) -> bool {
+        if self.pins_hold() {
+            return false;
+        }
+        let pages = u64::from(pages + self.adapters.kept_missing_pages()) * u64::from(self.limits.blocks_per_page);
+        self.blocks_obtainable() >= blocks + pages + self.promised_blocks(but, draft)
+    }
+
+    /// Room for the pages of one pinned adapter beside what was promised to sequences.
+    pub(super) fn has_room_for_kept(&self, pages: u32, draft: &Draft) -> bool {
+        let blocks = u64::from(pages) * u64::from(self.limits.blocks_per_page);
+        self.blocks_obtainable() >= blocks + self.promised_blocks(None, draft)
+    }
+
+    fn promised_blocks(&self, but: Option<SeqKey>, draft: &Draft) -> u64 {
+        let claimed = self.claims.iter().filter(|key| Some(**key) != but);
         let claimed: u64 = claimed.map(|key| self.limits.blocks_for(self.seq(*key).len_tokens()) as u64).sum();
-        let pages = u64::from(pages) * u64::from(self.limits.blocks_per_page);
-        self.blocks_obtainable() >= blocks + pages + claimed + draft.outstanding_blocks + self.running.len() as u64
+        claimed + draft.outstanding_blocks + self.running.len() as u64
     }
 
     /// A block, at the cost of cache only.

@@ -23,6 +23,7 @@
 //! | `requests` | submit, cancel, deadlines, ends |
 //! | `memory` | making room: eviction, preemption, copy-on-write |
 //! | `load` | which adapters are brought to the device, and for whom |
+//! | `keep` | adapters that are brought there for nobody: pinned, or ahead of need |
 //! | `admit` | Waiting -> Running, prefix hits, forks of `n` |
 //! | `plan`, `commit` | the two halves of a step |
 //! | `replay` | death of the shard, and whose fault it was |
@@ -35,6 +36,7 @@ mod adapters;
 mod admit;
 mod commit;
 mod ids;
+mod keep;
 mod limits;
 mod load;
 mod memory;
@@ -64,7 +66,7 @@ use sequence::Sequence;
 use stats::Counters;
 pub use stats::SchedulerStats;
 
-use crate::engine::{GenerateEvent, GenerateRequest};
+use crate::engine::{ContentId, GenerateEvent, GenerateRequest};
 
 /// A request as the caller hands it in. Its adapters' contents were reported by [`Scheduler::adapter_ready`].
 #[derive(Clone, Debug)]
@@ -136,6 +138,12 @@ pub struct Scheduler {
     /// Waiting sequences whose adapters are kept on the device for them, first come first.
     claims: Vec<SeqKey>,
     starving: Option<Starving>,
+    /// Since which plan a pinned adapter waits for pages.
+    pins_wait_since: Option<u64>,
+    /// Adapters that somebody expects to be wanted; tried in the next plan.
+    hints: VecDeque<ContentId>,
+    /// Lost their pin; told with [`Self::take_unpinned`].
+    unpinned: Vec<ContentId>,
     deadlines: BTreeSet<(u64, RequestId)>,
     /// Oldest first: the shard executes them in this order.
     in_flight: VecDeque<InFlight>,
@@ -168,6 +176,9 @@ impl Scheduler {
             suspects: VecDeque::new(),
             claims: Vec::new(),
             starving: None,
+            pins_wait_since: None,
+            hints: VecDeque::new(),
+            unpinned: Vec::new(),
             deadlines: BTreeSet::new(),
             in_flight: VecDeque::new(),
             finishes: Vec::new(),

@@ -46,7 +46,7 @@ impl Scheduler {
         self.expire(now_ms);
         // With a second step in flight, nobody could say which of them killed the shard.
         let depth = if self.suspects.is_empty() { self.limits.depth() } else { 1 };
-        if self.in_flight.len() >= depth || self.requests.is_empty() {
+        if self.in_flight.len() >= depth || (self.requests.is_empty() && !self.wants_upload()) {
             return None;
         }
         self.plans += 1;
@@ -117,9 +117,13 @@ impl Scheduler {
             }
         }
         draft.outstanding_blocks = self.outstanding_blocks();
+        if !draft.no_starts {
+            self.upload_kept(draft);
+        }
         self.admit_waiting(draft);
         if !draft.no_starts {
             self.load_adapters(draft);
+            self.prefetch(draft);
         }
         self.use_up_budget(draft);
     }

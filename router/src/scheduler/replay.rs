@@ -46,6 +46,7 @@ impl Scheduler {
     fn forget_device(&mut self) {
         self.pool.reset();
         self.adapters.reset();
+        self.unpin_suspects();
         self.claims.clear();
         self.starving = None;
         self.finishes.clear();

@@ -77,15 +77,17 @@ impl Scheduler {
         Ok(())
     }
 
-    fn check_fits(&self, job: &Job) -> Result<(), Failure> {
+    pub(super) fn check_fits(&self, job: &Job) -> Result<(), Failure> {
         let limits = &self.limits;
         let prompt = job.request.prompt.len();
-        let pages: u64 =
-            job.contents.iter().filter_map(|c| self.adapters.get(c)).map(|c| u64::from(c.pages_needed)).sum();
+        // What is pinned takes its pages from everybody.
+        let own = || job.contents.iter().filter(|c| !self.adapters.is_kept(c)).filter_map(|c| self.adapters.get(c));
+        let pages = own().map(|c| u64::from(c.pages_needed)).sum::<u64>() + u64::from(self.adapters.kept_pages());
+        let slots = own().count() + self.adapters.kept().len();
         let blocks = limits.blocks_for(job.positions_max()) as u64;
         let needed = blocks + pages * u64::from(limits.blocks_per_page);
         let too_long = prompt + job.request.max_tokens as usize > limits.context_tokens as usize;
-        if prompt == 0 || too_long || needed > limits.blocks_total() || job.contents.len() > limits.slots_max as usize {
+        if prompt == 0 || too_long || needed > limits.blocks_total() || slots > limits.slots_max as usize {
             let total = usize::try_from(limits.blocks_total()).unwrap_or(usize::MAX);
             return Err(Failure::TooLarge { needed: usize::try_from(needed).unwrap_or(usize::MAX), total });
         }
@@ -278,7 +280,11 @@ impl Scheduler {
         self.adapters.ready(content, pages_needed);
         self.content_moved(&content);
         if pages_needed > before {
-            let using = self.requests.values().filter(|r| r.job.contents.contains(&content));
+            let kept = self.adapters.is_kept(&content);
+            if kept {
+                self.drop_claims();
+            }
+            let using = self.requests.values().filter(|r| kept || r.job.contents.contains(&content));
             let failures: Vec<_> =
                 using.filter_map(|r| self.check_fits(&r.job).err().map(|failure| (r.job.id, failure))).collect();
             for (id, failure) in failures {
@@ -305,6 +311,7 @@ impl Scheduler {
         for id in using.collect::<Vec<_>>() {
             self.fail_request(id, Failure::AdapterGone(content.short(), reason.clone()));
         }
+        self.adapter_unpin(content);
         // Sequences in flight leave with their step's result; the last one takes the content along.
         self.adapters.left_host(&content);
         self.content_moved(&content);

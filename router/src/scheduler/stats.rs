@@ -1,5 +1,7 @@
 //! What the metrics page shows.
 
+use std::collections::BTreeMap;
+
 use super::Scheduler;
 use crate::engine::ContentId;
 
@@ -10,6 +12,7 @@ pub(super) struct Counters {
     pub(super) prefix_queries_tokens: u64,
     pub(super) prefix_hit_tokens: u64,
     pub(super) wasted_positions: u64,
+    pub(super) adapter_prefetches: u64,
 }
 
 /// A snapshot.
@@ -27,6 +30,8 @@ pub struct SchedulerStats {
     pub pages_kv: u32,
     /// Pages that hold adapters.
     pub pages_adapters: u32,
+    /// Pages of pinned adapters, on the device or still to come.
+    pub pages_pinned: u32,
     /// KV blocks that running sequences hold.
     pub blocks_used: u32,
     /// KV blocks that only the prefix cache holds.
@@ -48,6 +53,8 @@ pub struct SchedulerStats {
     pub wasted_positions: u64,
     /// Adapters brought to the device.
     pub adapter_uploads: u64,
+    /// Of these, the ones that no sequence's turn had asked for.
+    pub adapter_prefetches: u64,
     /// Adapters that lost their slot to somebody else.
     pub adapter_evictions: u64,
 }
@@ -63,6 +70,7 @@ impl Scheduler {
             pages_free: self.pool.pages_free(),
             pages_kv: self.pool.pages_kv(),
             pages_adapters: self.pool.pages_adapters(),
+            pages_pinned: self.adapters.kept_pages(),
             blocks_used: self.pool.blocks_used(),
             blocks_cached: self.pool.blocks_cached(),
             blocks_total: u32::try_from(self.limits.blocks_total()).unwrap_or(u32::MAX),
@@ -73,7 +81,26 @@ impl Scheduler {
             prefix_hit_tokens: self.counters.prefix_hit_tokens,
             wasted_positions: self.counters.wasted_positions,
             adapter_uploads: self.adapters.uploads,
+            adapter_prefetches: self.counters.adapter_prefetches,
             adapter_evictions: self.adapters.evictions,
         }
+    }
+
+    /// Contents on the device, most recently used first.
+    pub fn contents_resident(&self) -> Vec<ContentId> {
+        self.adapters.resident()
+    }
+
+    /// (content, sequences that run under it, sequences that wait to) of every content that is used.
+    pub fn content_uses(&self) -> Vec<(ContentId, u32, u32)> {
+        let mut running: BTreeMap<ContentId, u32> = BTreeMap::new();
+        for content in self.running.iter().flat_map(|key| &self.seq(*key).job.contents) {
+            *running.entry(*content).or_default() += 1;
+        }
+        let uses = self.adapters.used().map(|(content, known)| {
+            let running = running.get(content).copied().unwrap_or(0);
+            (*content, running, known.users - running)
+        });
+        uses.collect()
     }
 }

@@ -220,6 +220,11 @@ impl TextModel {
         self.inner.table.token_bytes(token)
     }
 
+    /// True for tokens that are no text, such as the end of a turn.
+    pub fn is_special(&self, token: u32) -> bool {
+        self.inner.table.is_special(token)
+    }
+
     /// Ids that end a sequence unless the request says otherwise.
     pub fn end_tokens(&self) -> &[u32] {
         &self.inner.end_tokens

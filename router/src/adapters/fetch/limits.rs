@@ -15,6 +15,8 @@ pub struct FetchLimits {
     pub per_tenant: usize,
     /// Adapters that wait for their turn.
     pub waiting_max: usize,
+    /// Of these, on one tenant's account.
+    pub waiting_per_tenant_max: usize,
     /// Largest `adapter_config.json`, bytes.
     pub config_bytes_max: u64,
     /// Largest `adapter_model.safetensors`, bytes (`--adapter-max-bytes`).
@@ -33,7 +35,8 @@ impl Default for FetchLimits {
             total: 8,
             per_source: 4,
             per_tenant: 4,
-            waiting_max: 16_384,
+            waiting_max: 32_768,
+            waiting_per_tenant_max: 16_384,
             config_bytes_max: 64 << 10,
             weights_bytes_max: 2 << 30,
             retries: 2,

@@ -40,6 +40,13 @@ pub(super) struct Counters {
 }
 
 impl Counters {
+    /// Those of a download that ended long ago.
+    pub(super) fn stored(bytes: u64) -> Arc<Self> {
+        let counters = Self { bytes_done: bytes.into(), bytes_total: bytes.into(), ..Self::default() };
+        counters.set_phase(Phase::Stored);
+        Arc::new(counters)
+    }
+
     pub(super) fn set_phase(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
     }

@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::Request;
 use axum::http::request::Parts;
 use axum::response::Response;
+use serde_json::{Map, Value};
 
 use super::messages::messages;
 use super::reply::{Kind, Shape, name_the_source};
@@ -16,8 +17,9 @@ use super::stream::StreamContext;
 use super::submit::{Asker, Wanted, fit_prompt};
 use super::unsupported;
 use super::validate::{Bounds, LOGPROBS_MAX, Params, check_sequences, max_tokens, params, small};
+use crate::access::Caller;
 use crate::http::App;
-use crate::http::auth::Caller;
+use crate::http::auth::{Metered, UpstreamToken};
 use crate::http::body::json_object;
 use crate::http::envelope::RequestId;
 use crate::http::error::{ApiError, Cause};
@@ -42,19 +44,7 @@ struct ChatRequest {
 /// The handler.
 pub(crate) async fn chat_completions(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
     let (parts, body) = json_object(request, &app.config.limits).await?;
-    let bounds = app.bounds()?;
-    let asker = app.asker(&parts)?;
-    let asked = validate(&Fields::new(&body), &bounds)?;
-    let variants = app.resolve(&asked.params).await?;
-    check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
-    let tokens = app.text.encode_chat(asked.chat, asked.params.add_special.unwrap_or(false)).await?;
-    let prompt = fit_prompt(tokens, asked.params.max_tokens, None, &asked.params, &bounds)?;
-    let mut shape = Shape::new(&app, Kind::Chat, &asked.params);
-    shape.logprobs = asked.logprobs;
-    let wanted =
-        Wanted { sequences: asked.params.n, logprobs: asked.logprobs, prompt_logprobs: asked.params.prompt_logprobs };
-    let runs = app.submit(vec![prompt], &variants, &asked.params, wanted, asker)?;
-    app.answer(shape, runs, &asked.params, &variants, &parts).await
+    app.chat_completion(&parts, &body).await
 }
 
 fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiError> {
@@ -100,11 +90,39 @@ pub(crate) fn chat_prompt(fields: &Fields<'_>, context_tokens: u32) -> Result<Ch
         add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
         continue_final_message,
         kwargs,
-        output_bytes_max: (context_tokens as usize * PROMPT_BYTES_PER_TOKEN).max(PROMPT_BYTES_MIN),
+        output_bytes_max: prompt_bytes_max(context_tokens),
     })
 }
 
+/// Bytes that a rendered prompt may have.
+pub(crate) fn prompt_bytes_max(context_tokens: u32) -> usize {
+    (context_tokens as usize * PROMPT_BYTES_PER_TOKEN).max(PROMPT_BYTES_MIN)
+}
+
 impl App {
+    /// Answers a chat.
+    ///
+    /// # Errors
+    /// Whatever stands in its way.
+    pub(crate) async fn chat_completion(&self, parts: &Parts, body: &Map<String, Value>) -> Result<Response, ApiError> {
+        let bounds = self.bounds()?;
+        let asker = self.asker(parts)?;
+        let asked = validate(&Fields::new(body), &bounds)?;
+        let variants = self.resolve(&asked.params, &asker).await?;
+        check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
+        let tokens = self.text.encode_chat(asked.chat, asked.params.add_special.unwrap_or(false)).await?;
+        let prompt = fit_prompt(tokens, asked.params.max_tokens, None, &asked.params, &bounds)?;
+        let mut shape = Shape::new(self, Kind::Chat, &asked.params);
+        shape.logprobs = asked.logprobs;
+        let wanted = Wanted {
+            sequences: asked.params.n,
+            logprobs: asked.logprobs,
+            prompt_logprobs: asked.params.prompt_logprobs,
+        };
+        let runs = self.submit(vec![prompt], &variants, &asked.params, wanted, asker)?;
+        self.answer(shape, runs, &asked.params, &variants, parts).await
+    }
+
     /// Who asks, and how long they wait: `x-request-timeout`, but never longer than the server's own limit.
     ///
     /// # Errors
@@ -122,7 +140,9 @@ impl App {
         };
         let deadline = [sent, self.config.request_timeout].into_iter().flatten().min();
         Ok(Asker {
-            caller: parts.extensions.get::<Caller>().copied().unwrap_or_default(),
+            caller: parts.extensions.get::<Caller>().cloned().unwrap_or_default(),
+            metered: parts.extensions.get::<Metered>().cloned(),
+            token: parts.extensions.get::<UpstreamToken>().and_then(|token| token.0.clone()),
             deadline_ms: deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX).max(1)),
         })
     }

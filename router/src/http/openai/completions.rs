@@ -3,7 +3,9 @@
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::Request;
+use axum::http::request::Parts;
 use axum::response::Response;
+use serde_json::{Map, Value};
 
 use super::prompt::{Prompt, prompts};
 use super::reply::{Kind, Shape};
@@ -30,26 +32,7 @@ struct CompletionRequest {
 /// The handler.
 pub(crate) async fn completions(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
     let (parts, body) = json_object(request, &app.config.limits).await?;
-    let bounds = app.bounds()?;
-    let asker = app.asker(&parts)?;
-    let asked = validate(&Fields::new(&body), &bounds)?;
-    let variants = app.resolve(&asked.params).await?;
-    let sequences = asked.prompts.len() * variants.len() * asked.best_of as usize;
-    check_sequences("prompt", sequences, &bounds.limits)?;
-    let mut prompts = Vec::with_capacity(asked.prompts.len());
-    for prompt in asked.prompts {
-        prompts.push(app.encode_prompt(prompt, &asked.params, asked.echo, &bounds).await?);
-    }
-    let mut shape = Shape::new(&app, Kind::Completion, &asked.params);
-    (shape.logprobs, shape.echo) = (asked.logprobs, asked.echo);
-    let ranked = asked.best_of > asked.params.n;
-    let wanted = Wanted {
-        sequences: asked.best_of,
-        logprobs: asked.logprobs.or(ranked.then_some(0)),
-        prompt_logprobs: asked.params.prompt_logprobs.max(asked.logprobs.filter(|_| asked.echo)),
-    };
-    let runs = app.submit(prompts, &variants, &asked.params, wanted, asker)?;
-    app.answer(shape, runs, &asked.params, &variants, &parts).await
+    app.completion(&parts, &body).await
 }
 
 fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<CompletionRequest, ApiError> {
@@ -69,6 +52,33 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<CompletionRequest, A
 }
 
 impl App {
+    /// Completes prompts.
+    ///
+    /// # Errors
+    /// Whatever stands in its way.
+    pub(crate) async fn completion(&self, parts: &Parts, body: &Map<String, Value>) -> Result<Response, ApiError> {
+        let bounds = self.bounds()?;
+        let asker = self.asker(parts)?;
+        let asked = validate(&Fields::new(body), &bounds)?;
+        let variants = self.resolve(&asked.params, &asker).await?;
+        let sequences = asked.prompts.len() * variants.len() * asked.best_of as usize;
+        check_sequences("prompt", sequences, &bounds.limits)?;
+        let mut prompts = Vec::with_capacity(asked.prompts.len());
+        for prompt in asked.prompts {
+            prompts.push(self.encode_prompt(prompt, &asked.params, asked.echo, &bounds).await?);
+        }
+        let mut shape = Shape::new(self, Kind::Completion, &asked.params);
+        (shape.logprobs, shape.echo) = (asked.logprobs, asked.echo);
+        let ranked = asked.best_of > asked.params.n;
+        let wanted = Wanted {
+            sequences: asked.best_of,
+            logprobs: asked.logprobs.or(ranked.then_some(0)),
+            prompt_logprobs: asked.params.prompt_logprobs.max(asked.logprobs.filter(|_| asked.echo)),
+        };
+        let runs = self.submit(prompts, &variants, &asked.params, wanted, asker)?;
+        self.answer(shape, runs, &asked.params, &variants, parts).await
+    }
+
     async fn encode_prompt(
         &self,
         prompt: Prompt,

@@ -9,6 +9,7 @@ pub(crate) mod reply;
 pub(crate) mod resolve;
 pub(crate) mod run;
 pub(crate) mod sequence;
+pub(crate) mod sse;
 pub(crate) mod stream;
 pub(crate) mod submit;
 pub(crate) mod types;

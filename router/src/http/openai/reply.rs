@@ -15,8 +15,9 @@ use super::types::{
     PromptLogprob, PromptPosition, Reply, TokenLogprobText, Usage,
 };
 use super::validate::Params;
+use crate::adapters::ResolvedAdapter;
 use crate::http::App;
-use crate::http::error::{ApiError, Cause};
+use crate::http::error::{ApiError, Cause, without_secrets};
 
 /// Stands for -inf, which JSON has not.
 const LOGPROB_MIN: f32 = -9999.0;
@@ -82,14 +83,7 @@ impl Shape {
     /// # Errors
     /// The first run that fails; the others are cancelled.
     pub(crate) async fn whole(&self, runs: Vec<Run>) -> Result<Response, ApiError> {
-        let mut ending = self.app.ending();
-        let collected = futures_util::future::try_join_all(runs.into_iter().map(collect));
-        let collected = tokio::select! {
-            collected = collected => collected?,
-            _ = ending.wait_for(|ending| *ending) => {
-                return Err(ApiError::new(Cause::Draining, "the server is shutting down"));
-            }
-        };
+        let collected = self.app.collect(runs).await?;
         let usage = usage(collected.iter().map(|(run, _)| run));
         let prompt = collected.first().map(|(run, _)| Arc::clone(&run.prompt));
         let body = match self.kind {
@@ -280,13 +274,31 @@ impl Shape {
 }
 
 /// The report for `position`, if there is one (there is none for 0). They come in ascending order.
-fn position_of(positions: &[PositionLogprobs], position: usize) -> Option<&PositionLogprobs> {
+pub(crate) fn position_of(positions: &[PositionLogprobs], position: usize) -> Option<&PositionLogprobs> {
     let found = positions.binary_search_by_key(&position, |p| p.position as usize).ok()?;
     positions.get(found)
 }
 
-fn finite(logprob: f32) -> f32 {
+/// JSON has no infinity.
+pub(crate) fn finite(logprob: f32) -> f32 {
     if logprob.is_nan() { LOGPROB_MIN } else { logprob.clamp(LOGPROB_MIN, f32::MAX) }
+}
+
+impl App {
+    /// Reads all runs to their ends.
+    ///
+    /// # Errors
+    /// The first run that fails (the others are cancelled), or `draining`.
+    pub(crate) async fn collect(&self, runs: Vec<Run>) -> Result<Vec<(Run, Vec<ChoiceParts>)>, ApiError> {
+        let mut ending = self.ending();
+        let collected = futures_util::future::try_join_all(runs.into_iter().map(collect));
+        tokio::select! {
+            collected = collected => collected,
+            _ = ending.wait_for(|ending| *ending) => {
+                Err(ApiError::new(Cause::Draining, "the server is shutting down"))
+            }
+        }
+    }
 }
 
 /// Reads one run to its end.
@@ -318,19 +330,24 @@ pub(crate) fn usage<'a>(runs: impl Iterator<Item = &'a Run>) -> Usage {
 /// Adds the headers that say what answered.
 pub(crate) fn name_the_source(response: &mut Response, app: &App, variants: &[Variant]) {
     let headers = response.headers_mut();
-    let join =
-        |text: fn(&Variant) -> &str| variants.iter().map(text).filter(|t| !t.is_empty()).collect::<Vec<_>>().join(",");
-    let (names, contents) = (join(|variant| &variant.names), join(|variant| &variant.contents));
     let mut set = |name: &'static str, value: &str| {
         if let Ok(value) = HeaderValue::from_str(&visible_ascii(value)) {
             headers.insert(HeaderName::from_static(name), value);
         }
     };
+    let joined = |show: &dyn Fn(&ResolvedAdapter) -> String| {
+        let each = variants.iter().map(|variant| variant.join(show)).filter(|text| !text.is_empty());
+        each.collect::<Vec<_>>().join(",")
+    };
     set("x-model-id", app.base_name());
-    if !names.is_empty() {
-        set("x-adapter-id", &names);
-        set("x-adapter-source", "local");
-        set("x-adapter-content-id", &contents);
+    if variants.iter().any(|variant| !variant.adapters.is_empty()) {
+        set("x-adapter-id", &joined(&|adapter| without_secrets(&adapter.name)));
+        set("x-adapter-source", &joined(&|adapter| adapter.source.name().to_owned()));
+        set("x-adapter-revision", &joined(&|adapter| adapter.revision.to_string()));
+        set("x-adapter-content-id", &joined(&|adapter| adapter.prepared.content.short()));
+    }
+    if variants.iter().any(|variant| variant.fallback) {
+        set("x-adapter-fallback", "base");
     }
 }
 

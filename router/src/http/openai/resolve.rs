@@ -1,15 +1,19 @@
 //! Which adapters a request runs under.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use secrecy::SecretString;
 use serde_json::Value;
 
+use super::submit::Asker;
 use super::validate::{Bounds, Params};
 use crate::access::Caller;
-use crate::adapters::{Ask, ResolvedAdapter, Wait};
-use crate::engine::AdapterUse;
+use crate::adapters::{Ask, MergeSpec, ResolvedAdapter, SourceKind, Wait};
+use crate::engine::{AdapterFailure, AdapterUse};
 use crate::http::App;
-use crate::http::error::{ApiError, Cause, cut};
+use crate::http::auth::upstream_token;
+use crate::http::error::{ApiError, Cause, cut, without_secrets};
 use crate::http::json::{Fields, type_name};
 
 const SCALE_MAX: f64 = 8.0;
@@ -18,12 +22,36 @@ const SCALE_MAX: f64 = 8.0;
 #[derive(Clone, Debug)]
 pub(crate) struct AdapterAsk {
     pub(crate) adapter_id: Option<String>,
-    pub(crate) source: Option<String>,
+    pub(crate) source: Option<SourceKind>,
+    /// `api_token`: the caller's own, for the adapter's source.
+    pub(crate) token: Option<SecretString>,
+    /// `user`: what an alias that is sticky by user goes by.
+    pub(crate) user: Option<String>,
     pub(crate) scale: f64,
     pub(crate) compose: Option<Vec<(String, f64)>>,
     /// One choice (or n) for each.
     pub(crate) fan_out: Option<Vec<FanOut>>,
     pub(crate) wait: Wait,
+    /// `adapter_wait: base`: an adapter that is not ready is no reason to wait.
+    pub(crate) or_base: bool,
+}
+
+impl AdapterAsk {
+    /// True if any field says which adapter is wanted.
+    pub(crate) fn names_any(&self) -> bool {
+        self.adapter_id.is_some() || self.compose.is_some() || self.fan_out.is_some()
+    }
+
+    /// What the registry is asked about `name`. The token of the body wins over that of the header.
+    fn about<'a>(&'a self, name: &'a str, asker: &'a Asker) -> Ask<'a> {
+        Ask {
+            name,
+            source: self.source,
+            wait: if self.or_base { Wait::Fail } else { self.wait },
+            token: self.token.as_ref().or(asker.token.as_ref()),
+            sticky: self.user.as_deref(),
+        }
+    }
 }
 
 /// One entry of `adapters`.
@@ -39,9 +67,22 @@ pub(crate) struct Variant {
     /// `choices[].adapter`, in a fan-out.
     pub(crate) label: Option<String>,
     pub(crate) uses: Vec<AdapterUse>,
-    /// For headers and metrics: names and short content ids, joined by commas.
-    pub(crate) names: String,
-    pub(crate) contents: String,
+    /// Held until the last token: the engine and the disk keep what they have of them.
+    pub(crate) adapters: Arc<[ResolvedAdapter]>,
+    /// The base answers because the adapter is not ready.
+    pub(crate) fallback: bool,
+}
+
+impl Variant {
+    /// For headers and metrics: the parts' names, joined by commas. Empty for the base model.
+    pub(crate) fn names(&self) -> String {
+        self.join(|adapter| without_secrets(&adapter.name))
+    }
+
+    /// What `show` says of each part, joined by commas.
+    pub(crate) fn join(&self, show: impl Fn(&ResolvedAdapter) -> String) -> String {
+        self.adapters.iter().map(show).collect::<Vec<_>>().join(",")
+    }
 }
 
 /// Reads the adapter fields.
@@ -54,34 +95,46 @@ pub(crate) fn adapter_ask(fields: &Fields<'_>, bounds: &Bounds) -> Result<Adapte
     let timeout =
         fields.integer("adapter_load_timeout_ms", &format!("0..{limit_ms}"), |ms| (0..=limit_ms).contains(&ms))?;
     let until = Wait::Until(timeout.map_or(load_timeout, |ms| Duration::from_millis(ms.unsigned_abs())));
-    let wait = match fields.string("adapter_wait")? {
-        None | Some("wait") => until,
-        Some("fail") => Wait::Fail,
+    let (wait, or_base) = match fields.string("adapter_wait")? {
+        None | Some("wait") => (until, false),
+        Some("fail") => (Wait::Fail, false),
+        Some("base") if bounds.allow_base_fallback => (Wait::Fail, true),
         Some("base") => {
-            return Err(ApiError::unsupported("adapter_wait", "this version cannot fall back to the base model"));
+            let why = "`base` needs a server with --allow-base-fallback";
+            return Err(ApiError::unsupported("adapter_wait", why));
         }
-        Some(other) => return Err(ApiError::invalid("adapter_wait", "one of wait, fail", other)),
+        Some(other) => return Err(ApiError::invalid("adapter_wait", "one of wait, fail, base", other)),
     };
     let compose = fields.array("compose")?.map(|parts| compose("compose", parts, composed_max)).transpose()?;
+    let token = fields.string("api_token")?.map(|token| upstream_token("api_token", token)).transpose()?.flatten();
     Ok(AdapterAsk {
         adapter_id: fields.string("adapter_id")?.filter(|id| !id.is_empty()).map(str::to_owned),
         source: source(fields)?,
+        token,
+        // Other clients put other things there; those say nothing.
+        user: fields.get("user").and_then(Value::as_str).filter(|user| !user.is_empty()).map(str::to_owned),
         scale: scale(fields, "adapter_scale")?.unwrap_or(1.0),
         compose,
         fan_out: fields.array("adapters")?.map(|entries| fan_out(entries, composed_max)).transpose()?,
         wait,
+        or_base,
     })
 }
 
-fn source(fields: &Fields<'_>) -> Result<Option<String>, ApiError> {
-    match fields.string("adapter_source")? {
-        None => Ok(None),
-        Some(known @ ("hub" | "s3" | "gcs" | "http" | "local")) => Ok(Some(known.to_owned())),
-        Some("pbase") => {
-            Err(ApiError::invalid("adapter_source", "one of hub, s3, gcs, http, local (s3 took its place)", "pbase"))
+fn source(fields: &Fields<'_>) -> Result<Option<SourceKind>, ApiError> {
+    let Some(name) = fields.string("adapter_source")?.filter(|name| !name.is_empty()) else { return Ok(None) };
+    let kind = match name {
+        "hub" => SourceKind::Hub,
+        // Predibase's adapters lie in a bucket by their names, where bare names of `s3` are looked for.
+        "s3" | "pbase" => SourceKind::S3,
+        "gcs" => SourceKind::Gcs,
+        "http" => SourceKind::Http,
+        "local" => SourceKind::Local,
+        other => {
+            return Err(ApiError::invalid("adapter_source", "one of hub, s3, gcs, http, local, pbase", other));
         }
-        Some(other) => Err(ApiError::invalid("adapter_source", "one of hub, s3, gcs, http, local", other)),
-    }
+    };
+    Ok(Some(kind))
 }
 
 fn scale(fields: &Fields<'_>, name: &str) -> Result<Option<f64>, ApiError> {
@@ -144,112 +197,105 @@ impl App {
     ///
     /// # Errors
     /// 400 for contradictions, 404 for unknown names, 422 and 503 from loading.
-    pub(crate) async fn resolve(&self, params: &Params) -> Result<Vec<Variant>, ApiError> {
+    pub(crate) async fn resolve(&self, params: &Params, asker: &Asker) -> Result<Vec<Variant>, ApiError> {
         let ask = &params.adapter;
-        let model = self.target(&params.model)?;
+        let model = self.target(&params.model, ask, asker)?;
         let named = match (&model, &ask.adapter_id) {
             (Target::Base, None) => None,
-            (Target::Base, Some(id)) => Some(self.adapter_target(id, ask)?),
+            (Target::Base, Some(id)) => Some(self.adapter_target(id, ask, asker)?),
             (Target::Adapter(name), None) => Some(name.clone()),
-            (Target::Adapter(name), Some(id)) if self.adapter_target(id, ask)? == *name => Some(name.clone()),
+            (Target::Adapter(name), Some(id)) if self.adapter_target(id, ask, asker)? == *name => Some(name.clone()),
             (Target::Adapter(name), Some(id)) => {
                 let message =
                     format!("`model` names adapter `{}` and `adapter_id` names `{}`; send one", cut(name), cut(id));
                 return Err(ApiError::at(Cause::AdapterAmbiguous, "adapter_id", message));
             }
         };
-        let exclusive = [
-            ("an adapter name", named.is_some()),
-            ("`compose`", ask.compose.is_some()),
-            ("`adapters`", ask.fan_out.is_some()),
-        ];
-        let set: Vec<_> = exclusive.iter().filter(|(_, set)| *set).map(|(what, _)| *what).collect();
-        if set.len() > 1 {
-            let message = format!("{} exclude each other; send one", set.join(" and "));
-            return Err(ApiError::at(
-                Cause::AdapterAmbiguous,
-                if ask.compose.is_some() { "compose" } else { "adapters" },
-                message,
-            ));
-        }
+        check_one_way(named.as_deref(), ask)?;
         if let Some(entries) = &ask.fan_out {
-            let mut variants = Vec::with_capacity(entries.len());
-            for entry in entries {
-                let variant = self.variant(&entry.parts, ask).await?;
-                variants.push(Variant { label: Some(entry.label.clone()), ..variant });
-            }
-            return Ok(variants);
+            let variants = entries.iter().map(|entry| async {
+                let variant = self.variant(&entry.parts, ask, asker).await?;
+                Ok(Variant { label: Some(entry.label.clone()), ..variant })
+            });
+            return futures_util::future::try_join_all(variants).await;
         }
         let parts = match (named, &ask.compose) {
             (Some(name), _) => vec![(name, 1.0)],
             (None, Some(parts)) => parts.clone(),
             (None, None) => Vec::new(),
         };
-        Ok(vec![self.variant(&parts, ask).await?])
+        Ok(vec![self.variant(&parts, ask, asker).await?])
+    }
+
+    /// The adapter that several become, as one variant.
+    ///
+    /// # Errors
+    /// As [`Self::resolve`]; 422 for what cannot be merged.
+    pub(crate) async fn resolve_merged(
+        &self,
+        merged: &MergeSpec,
+        ask: &AdapterAsk,
+        asker: &Asker,
+    ) -> Result<Variant, ApiError> {
+        let known = |id: &String| self.registry.is_candidate(&asker.caller, id, ask.source);
+        for id in &merged.ids {
+            if self.is_base(id) {
+                let message = format!("`{}` is the base model; only adapters can be merged", cut(id));
+                return Err(ApiError::at(Cause::NameIsBaseModel, "merged_adapters.ids", message));
+            }
+            if !known(id) {
+                return Err(ApiError::invalid("merged_adapters.ids", "names of adapters you have access to", id));
+            }
+        }
+        let names = merged.ids.join(",");
+        let found = self.registry.merge(&asker.caller, merged, &ask.about(&names, asker)).await;
+        found_or_base(found.map(|adapter| vec![(adapter, 1.0)]), &names, ask)
     }
 
     /// Prepares all parts (at the same time) and adds up those with the same content: `a + a` is `2 a`.
-    async fn variant(&self, parts: &[(String, f64)], ask: &AdapterAsk) -> Result<Variant, ApiError> {
-        let loads = parts.iter().map(|(name, _)| self.adapter(name, ask));
-        let resolved = futures_util::future::try_join_all(loads).await?;
-        let mut variant = Variant::default();
-        for (adapter, (_, weight)) in resolved.iter().zip(parts) {
-            let (content, scale) = (adapter.prepared.content, (weight * ask.scale) as f32);
-            match variant.uses.iter_mut().find(|part| part.content == content) {
-                Some(part) => part.scale += scale,
-                None => variant.uses.push(AdapterUse { content, scale }),
-            }
+    async fn variant(&self, parts: &[(String, f64)], ask: &AdapterAsk, asker: &Asker) -> Result<Variant, ApiError> {
+        let mut targets = Vec::with_capacity(parts.len());
+        for (name, weight) in parts {
+            targets.push((self.adapter_target(name, ask, asker)?, *weight));
         }
-        if let Some(beyond) = variant.uses.iter().find(|part| f64::from(part.scale.abs()) > SCALE_MAX) {
-            return Err(ApiError::invalid(
-                "adapter_scale",
-                "a number in -8..8 for each adapter in all",
-                &beyond.scale.to_string(),
-            ));
+        let loads = targets.iter().map(|(name, weight)| async {
+            let found = self.registry.resolve(&asker.caller, &ask.about(name, asker)).await;
+            found.map(|adapter| (adapter, *weight)).map_err(|failure| (name.as_str(), failure))
+        });
+        match futures_util::future::try_join_all(loads).await {
+            Ok(found) => found_or_base(Ok(found), "", ask),
+            Err((name, failure)) => found_or_base(Err(failure), name, ask),
         }
-        let join = |text: fn(&ResolvedAdapter) -> String| resolved.iter().map(text).collect::<Vec<_>>().join(",");
-        variant.names = join(|adapter| adapter.name.clone());
-        variant.contents = join(|adapter| adapter.prepared.content.short());
-        Ok(variant)
-    }
-
-    async fn adapter(&self, name: &str, ask: &AdapterAsk) -> Result<ResolvedAdapter, ApiError> {
-        let target = self.adapter_target(name, ask)?;
-        self.registry
-            .resolve(&Caller::default(), &Ask::plain(&target, ask.wait))
-            .await
-            .map_err(|failure| ApiError::adapter(name, &failure))
     }
 
     /// `model`: a base name, an adapter, or `base:adapter`.
-    fn target(&self, name: &str) -> Result<Target, ApiError> {
+    fn target(&self, name: &str, ask: &AdapterAsk, asker: &Asker) -> Result<Target, ApiError> {
         if name.is_empty() || self.is_base(name) {
             return Ok(Target::Base);
         }
-        if self.registry.is_candidate(&Caller::default(), name, None) {
-            return Ok(Target::Adapter(name.to_owned()));
+        let adapter = self.without_base(name);
+        if self.registry.is_candidate(&asker.caller, adapter, ask.source) {
+            return Ok(Target::Adapter(adapter.to_owned()));
         }
-        match name.split_once(':') {
-            Some((base, adapter))
-                if self.is_base(base) && self.registry.is_candidate(&Caller::default(), adapter, None) =>
-            {
-                Ok(Target::Adapter(adapter.to_owned()))
+        Err(ApiError::model_not_found(name))
+    }
+
+    /// As [`Self::target`] for fields that can only mean an adapter.
+    fn adapter_target(&self, name: &str, ask: &AdapterAsk, asker: &Asker) -> Result<String, ApiError> {
+        match self.target(name, ask, asker)? {
+            Target::Adapter(name) => Ok(name),
+            Target::Base => {
+                let message = format!("`{}` is the base model; an adapter is expected here", cut(name));
+                Err(ApiError::at(Cause::NameIsBaseModel, "adapter_id", message))
             }
-            _ => Err(ApiError::model_not_found(name)),
         }
     }
 
-    /// As [`Self::target`] for fields that can only mean an adapter. All adapters of this version are local.
-    fn adapter_target(&self, name: &str, ask: &AdapterAsk) -> Result<String, ApiError> {
-        let local = ask.source.as_deref().is_none_or(|source| source == "local");
-        if self.is_base(name) {
-            let message = format!("`{}` is the base model; an adapter is expected here", cut(name));
-            return Err(ApiError::at(Cause::NameIsBaseModel, "adapter_id", message));
-        }
-        if local && self.registry.is_candidate(&Caller::default(), name, None) {
-            Ok(name.to_owned())
-        } else {
-            Err(ApiError::model_not_found(name))
+    /// `base:adapter` is `adapter`. A scheme is no base, whatever the base is called.
+    fn without_base<'a>(&self, name: &'a str) -> &'a str {
+        match name.split_once(':') {
+            Some((base, adapter)) if self.is_base(base) && !adapter.starts_with("//") => adapter,
+            _ => name,
         }
     }
 
@@ -257,4 +303,60 @@ impl App {
     pub(crate) fn is_base(&self, name: &str) -> bool {
         self.config.served_names.iter().any(|served| served == name)
     }
+
+    /// For routes that take `model` and use only the base model's text: base and adapter names are both fine.
+    ///
+    /// # Errors
+    /// 404 for a name that is neither.
+    pub(crate) fn check_model(&self, caller: &Caller, name: &str) -> Result<(), ApiError> {
+        let known =
+            name.is_empty() || self.is_base(name) || self.registry.is_candidate(caller, self.without_base(name), None);
+        if known { Ok(()) } else { Err(ApiError::model_not_found(name)) }
+    }
+}
+
+/// An adapter can be named in one way only.
+fn check_one_way(named: Option<&str>, ask: &AdapterAsk) -> Result<(), ApiError> {
+    let ways = [
+        ("an adapter name", named.is_some()),
+        ("`compose`", ask.compose.is_some()),
+        ("`adapters`", ask.fan_out.is_some()),
+    ];
+    let set: Vec<_> = ways.iter().filter(|(_, set)| *set).map(|(what, _)| *what).collect();
+    if set.len() <= 1 {
+        return Ok(());
+    }
+    let message = format!("{} exclude each other; send one", set.join(" and "));
+    let param = if ask.compose.is_some() { "compose" } else { "adapters" };
+    Err(ApiError::at(Cause::AdapterAmbiguous, param, message))
+}
+
+/// The variant of what the registry gave, or of the base model if the request prefers that to waiting.
+fn found_or_base(
+    found: Result<Vec<(ResolvedAdapter, f64)>, AdapterFailure>,
+    name: &str,
+    ask: &AdapterAsk,
+) -> Result<Variant, ApiError> {
+    let parts = match found {
+        Ok(parts) => parts,
+        Err(failure) => {
+            let error = ApiError::adapter(name, &failure);
+            let cold = matches!(error.cause, Cause::AdapterLoading | Cause::AdapterLoadFailed);
+            return if cold && ask.or_base { Ok(Variant { fallback: true, ..Variant::default() }) } else { Err(error) };
+        }
+    };
+    let mut uses: Vec<AdapterUse> = Vec::with_capacity(parts.len());
+    for (adapter, weight) in &parts {
+        let (content, scale) = (adapter.prepared.content, (weight * ask.scale * f64::from(adapter.scale)) as f32);
+        match uses.iter_mut().find(|part| part.content == content) {
+            Some(part) => part.scale += scale,
+            None => uses.push(AdapterUse { content, scale }),
+        }
+    }
+    if let Some(beyond) = uses.iter().find(|part| f64::from(part.scale.abs()) > SCALE_MAX) {
+        let rule = "a number in -8..8 for each adapter in all";
+        return Err(ApiError::invalid("adapter_scale", rule, &beyond.scale.to_string()));
+    }
+    let adapters = parts.into_iter().map(|(adapter, _)| adapter).collect();
+    Ok(Variant { label: None, uses, adapters, fallback: false })
 }

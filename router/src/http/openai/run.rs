@@ -5,6 +5,7 @@ use std::sync::Arc;
 use loramux_proto::PositionLogprobs;
 
 use super::sequence::{Piece, SequenceText};
+use crate::adapters::ResolvedAdapter;
 use crate::engine::GenerateEvent;
 use crate::http::Events;
 use crate::http::error::{ApiError, Cause};
@@ -19,6 +20,9 @@ pub(crate) struct Run {
     pub(crate) first_choice: usize,
     /// `choices[].adapter`, in a fan-out.
     pub(crate) label: Option<String>,
+    /// Held, so that what it runs under stays known.
+    #[expect(dead_code, reason = "dropped, never read")]
+    pub(crate) adapters: Arc<[ResolvedAdapter]>,
     pub(crate) prompt: Arc<[u32]>,
     /// The prompt as text, if it is echoed.
     pub(crate) echo: Option<String>,

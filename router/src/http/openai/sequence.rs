@@ -29,6 +29,8 @@ pub(crate) struct TokenEntry {
     pub(crate) top: Vec<TokenLogprob>,
     /// Scalars of generated text in front of it.
     pub(crate) offset: usize,
+    /// The same up to its end; equal to `offset` while a character is not complete.
+    pub(crate) end: usize,
 }
 
 /// Why a sequence ended.
@@ -89,17 +91,24 @@ impl SequenceText {
     pub(crate) fn token(&mut self, token: u32, logprob: f32, top: Vec<TokenLogprob>) -> Piece {
         self.tokens += 1;
         self.logprob_sum += f64::from(logprob);
-        let entry = Some(TokenEntry { token, logprob, top, offset: self.scalars });
+        let mut entry = TokenEntry { token, logprob, top, offset: self.scalars, end: self.scalars };
         let is_end = self.rules.end_tokens.contains(&token);
         if is_end {
             self.end_token = Some(token);
             if !self.rules.include_stop {
-                return Piece { entry, shown: self.shown, ..Piece::default() };
+                return Piece { entry: Some(entry), shown: self.shown, ..Piece::default() };
             }
         }
         let mut text = String::new();
         self.detokenizer.push(token, &mut text);
-        Piece { entry, ..self.matched(&text) }
+        let piece = self.matched(&text);
+        entry.end = self.scalars;
+        Piece { entry: Some(entry), ..piece }
+    }
+
+    /// An end token came: nothing but the end can follow.
+    pub(crate) fn is_over(&self) -> bool {
+        self.end_token.is_some()
     }
 
     /// The engine ended the sequence: gives what was held back.

@@ -1,27 +1,16 @@
-//! Server-sent events: a producer reads the runs and fills a bounded channel, the response body empties it.
-//!
-//! The client is gone when the channel's other end is dropped; it is stalled when the channel stays full. Both end the
-//! producer, and with it the runs.
+//! The streams of the OpenAI routes: chunks out of what the runs do.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
-use axum::body::Body;
-use axum::http::{HeaderValue, header};
 use axum::response::Response;
-use bytes::Bytes;
-use futures_util::StreamExt;
-use futures_util::future::BoxFuture;
-use futures_util::stream::FuturesUnordered;
-use tokio::sync::mpsc::{self, error::TrySendError};
-use tokio::sync::watch;
 
 use super::reply::{ChoiceParts, Kind, Shape, usage};
 use super::run::{Progress, Run};
 use super::sequence::Piece;
+use super::sse::{EventSender, Gone, Runs, Step, event};
 use super::types::{ChatChunkChoice, ChatDelta, CompletionChoice};
 use super::validate::StreamOptions;
-use crate::http::error::{ApiError, Cause};
+use crate::http::error::ApiError;
 use crate::http::server::ConnectionAbort;
 
 /// What a stream needs besides its shape.
@@ -32,74 +21,34 @@ pub(crate) struct StreamContext {
     pub(crate) abort: Option<ConnectionAbort>,
 }
 
-/// Resolves when running requests have to end.
-async fn told_to_end(ending: &mut watch::Receiver<bool>) {
-    // The sender lives in the application, which outlives its requests; without it there is nothing to wait for.
-    if ending.wait_for(|ending| *ending).await.is_err() {
-        std::future::pending::<()>().await;
-    }
-}
-
-/// A run and what it just did.
-type Step = (Run, Option<Result<Progress, ApiError>>);
-
-async fn step(mut run: Run) -> Step {
-    let progress = run.next().await;
-    (run, progress)
-}
-
 impl Shape {
     /// Waits until the first run is admitted, then answers 200 and streams.
     ///
     /// # Errors
     /// What fails before anything was admitted has its own status.
     pub(crate) async fn stream(self, runs: Vec<Run>, context: StreamContext) -> Result<Response, ApiError> {
-        let mut running: FuturesUnordered<BoxFuture<'static, Step>> =
-            runs.into_iter().map(|run| Box::pin(step(run)) as _).collect();
-        let mut ending = self.app.ending();
-        let first = tokio::select! {
-            first = running.next() => first,
-            () = told_to_end(&mut ending) => None,
-        };
-        let Some((run, progress)) = first else {
-            return Err(ApiError::new(Cause::Draining, "the server is shutting down"));
-        };
-        let first = match progress {
-            Some(Err(error)) => return Err(error),
-            other => (run, other),
-        };
-        let (events, receiver) = mpsc::channel(self.app.config.limits.stalled_events.max(1));
+        let mut runs = Runs::new(&self.app, runs);
+        let first = runs.first().await?;
+        let (events, response) = EventSender::channel(&self.app, context.abort.clone());
         let producer = Producer {
             shape: self,
             context,
             events,
-            running,
+            runs,
             pending: Vec::new(),
             started: HashSet::new(),
             done: Vec::new(),
         };
         tokio::spawn(producer.run(first));
-        let body = futures_util::stream::unfold(receiver, |mut receiver| async move {
-            let event: Bytes = receiver.recv().await?;
-            Some((Ok::<_, std::convert::Infallible>(event), receiver))
-        });
-        let mut response = Response::new(Body::from_stream(body));
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         Ok(response)
     }
 }
 
-/// The client left or stalled: nothing more can be told.
-struct Gone;
-
 struct Producer {
     shape: Shape,
     context: StreamContext,
-    events: mpsc::Sender<Bytes>,
-    running: FuturesUnordered<BoxFuture<'static, Step>>,
+    events: EventSender,
+    runs: Runs,
     /// By choice: what the next chunk shows.
     pending: Vec<ChoiceParts>,
     /// Choices that have sent their first chunk.
@@ -112,13 +61,13 @@ impl Producer {
     async fn run(mut self, first: Step) {
         let outcome = self.produce(first).await;
         // The runs go first: memory is free even if the channel is not.
-        self.running.clear();
+        self.runs.cancel();
         match outcome {
             Ok(Ok(())) | Err(Gone) => {}
             Ok(Err(error)) => {
                 let event = format!("data: {}\n\n", error.envelope(&self.context.request_id));
                 self.shape.app.metrics.rejected(error.cause.row().code);
-                let _ = self.send(event).await;
+                let _ = self.events.send(event).await;
             }
         }
     }
@@ -126,28 +75,14 @@ impl Producer {
     /// `Ok(Err(_))` is told to the client as the last event.
     async fn produce(&mut self, first: Step) -> Result<Result<(), ApiError>, Gone> {
         let mut next = Some(first);
-        let mut ending = self.shape.app.ending();
-        let ping_every = self.shape.app.config.limits.ping_every;
         loop {
             let (run, progress) = match next.take() {
                 Some(step) => step,
-                None => {
-                    tokio::select! {
-                        biased;
-                        () = self.events.closed() => return Err(Gone),
-                        () = told_to_end(&mut ending) => {
-                            return Ok(Err(ApiError::new(Cause::Draining, "the server is shutting down")));
-                        }
-                        step = self.running.next() => match step {
-                            Some(step) => step,
-                            None => break,
-                        },
-                        () = tokio::time::sleep(ping_every) => {
-                            self.send(": ping\n\n".into()).await?;
-                            continue;
-                        }
-                    }
-                }
+                None => match self.runs.next(&self.events).await? {
+                    Ok(Some(step)) => step,
+                    Ok(None) => break,
+                    Err(error) => return Ok(Err(error)),
+                },
             };
             match progress {
                 Some(Err(error)) => return Ok(Err(error)),
@@ -158,7 +93,7 @@ impl Producer {
                     continue;
                 }
             }
-            self.running.push(Box::pin(step(run)));
+            self.runs.go_on(run);
         }
         self.close().await.map(Ok)
     }
@@ -252,7 +187,7 @@ impl Producer {
         };
         let chunk = self.shape.reply(object, vec![choice], usage, None);
         let event = event(&chunk);
-        self.send(event).await
+        self.events.send(event).await
     }
 
     /// The last words: usage if it was asked for, and the end mark.
@@ -261,31 +196,8 @@ impl Producer {
             let object = if self.shape.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
             let chunk = self.shape.reply::<()>(object, Vec::new(), Some(Some(usage(self.done.iter()))), None);
             let event = event(&chunk);
-            self.send(event).await?;
+            self.events.send(event).await?;
         }
-        self.send("data: [DONE]\n\n".into()).await
+        self.events.send("data: [DONE]\n\n".into()).await
     }
-
-    async fn send(&mut self, event: String) -> Result<(), Gone> {
-        let event = match self.events.try_send(Bytes::from(event)) {
-            Ok(()) => return Ok(()),
-            Err(TrySendError::Closed(_)) => return Err(Gone),
-            Err(TrySendError::Full(event)) => event,
-        };
-        let limit: Duration = self.shape.app.config.limits.stalled_timeout;
-        match tokio::time::timeout(limit, self.events.send(event)).await {
-            Ok(sent) => sent.map_err(|_| Gone),
-            Err(_) => {
-                self.shape.app.metrics.stream_stalled();
-                if let Some(abort) = &self.context.abort {
-                    abort.abort();
-                }
-                Err(Gone)
-            }
-        }
-    }
-}
-
-fn event<T: serde::Serialize>(chunk: &T) -> String {
-    format!("data: {}\n\n", serde_json::to_string(chunk).unwrap_or_default()) // strings and finite numbers: cannot fail
 }

@@ -3,14 +3,16 @@
 use std::sync::Arc;
 
 use loramux_proto::Sampling;
+use secrecy::SecretString;
 
 use super::resolve::Variant;
 use super::run::Run;
 use super::sequence::{SequenceText, TextRules};
 use super::validate::{Bounds, Params, fit};
+use crate::access::Caller;
 use crate::engine::GenerateRequest;
 use crate::http::App;
-use crate::http::auth::Caller;
+use crate::http::auth::Metered;
 use crate::http::error::ApiError;
 use crate::metrics::RequestStart;
 
@@ -34,9 +36,13 @@ pub(crate) struct Wanted {
 }
 
 /// Who asks, and until when.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Asker {
     pub(crate) caller: Caller,
+    /// What its key's use is charged to.
+    pub(crate) metered: Option<Metered>,
+    /// Its own token for an adapter's source, from a header.
+    pub(crate) token: Option<SecretString>,
     pub(crate) deadline_ms: Option<u64>,
 }
 
@@ -121,7 +127,8 @@ impl App {
                     n: wanted.sequences,
                     max_tokens: prompt.max_tokens,
                     prompt_tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
-                    adapter: (!variant.names.is_empty()).then(|| variant.names.clone()),
+                    meter: asker.metered.as_ref().map(|metered| Arc::clone(&metered.0)),
+                    adapter: (!variant.adapters.is_empty()).then(|| variant.names()),
                 };
                 let events = self.engine.submit(GenerateRequest {
                     prompt: Arc::clone(&tokens),
@@ -142,6 +149,7 @@ impl App {
                     sequences,
                     first_choice: runs.len() * params.n as usize,
                     label: variant.label.clone(),
+                    adapters: Arc::clone(&variant.adapters),
                     prompt: Arc::clone(&tokens),
                     echo: prompt.echo.clone(),
                     prompt_logprobs: Vec::new(),
@@ -155,7 +163,8 @@ impl App {
     }
 }
 
-fn random_seed() -> u64 {
+/// For a request that names none.
+pub(crate) fn random_seed() -> u64 {
     let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
     high.rotate_left(32) ^ low
 }

@@ -18,7 +18,7 @@ const LOGIT_BIAS_MAX: usize = 1024;
 /// Most alternatives with a logprob.
 pub(crate) const LOGPROBS_MAX: i64 = 20;
 /// Below this, temperature means greedy.
-const GREEDY_BELOW: f64 = 1e-5;
+pub(crate) const GREEDY_BELOW: f64 = 1e-5;
 
 /// Numbers that the model and the server set.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +30,8 @@ pub(crate) struct Bounds {
     pub(crate) limits: HttpLimits,
     pub(crate) defaults: GenerationDefaults,
     pub(crate) adapter_load_timeout: Duration,
+    /// A request may prefer the base model to waiting.
+    pub(crate) allow_base_fallback: bool,
 }
 
 /// `stream_options`.
@@ -85,7 +87,7 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
         seed: fields.integer("seed", "an integer of 64 bits", |_| true)?.map(|seed| seed as u64),
         n: small(fields, "n", 1, i64::from(bounds.limits.n_max))?.unwrap_or(1),
         max_tokens: None,
-        stop: stops(fields)?,
+        stop: stops(fields, STOPS_MAX, None)?,
         stop_tokens: token_list(fields, "stop_token_ids", STOP_TOKENS_MAX, bounds.vocab)?,
         ignore_eos: fields.boolean("ignore_eos")?.or(fields.boolean("ignore_eos_token")?).unwrap_or(false),
         prompt_logprobs,
@@ -107,7 +109,6 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
 /// Fields that are checked and otherwise unused.
 fn labels(fields: &Fields<'_>) -> Result<(), ApiError> {
     bounded_text(fields, "request_id", 0, 128)?;
-    bounded_text(fields, "api_token", 0, 4096)?;
     Ok(())
 }
 
@@ -180,7 +181,11 @@ pub(crate) fn max_tokens(fields: &Fields<'_>, name: &str, min: i64) -> Result<Op
     Ok(value.map(|v| u32::try_from(v).unwrap_or(u32::MAX)))
 }
 
-fn stops(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+/// `stop`: at most `stops_max` strings, a number that `flag` may change.
+///
+/// # Errors
+/// 400 at `stop`.
+pub(crate) fn stops(fields: &Fields<'_>, stops_max: usize, flag: Option<&str>) -> Result<Vec<String>, ApiError> {
     let check = |value: &Value| match value {
         Value::String(text) if (1..=STOP_BYTES_MAX).contains(&text.len()) => Ok(text.clone()),
         Value::String(text) => {
@@ -190,8 +195,8 @@ fn stops(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     };
     match fields.get("stop") {
         None => Ok(Vec::new()),
-        Some(Value::Array(values)) if values.len() > STOPS_MAX => {
-            Err(ApiError::limit("stop", values.len(), "strings", STOPS_MAX, None))
+        Some(Value::Array(values)) if values.len() > stops_max => {
+            Err(ApiError::limit("stop", values.len(), "strings", stops_max, flag))
         }
         Some(Value::Array(values)) => values.iter().map(check).collect(),
         Some(value) => check(value).map(|text| vec![text]),

@@ -81,7 +81,7 @@ async fn every_refusal_has_the_one_body() {
 fn every_cause_has_its_row_and_only_the_right_ones_invite_a_retry() {
     for cause in Cause::ALL {
         let row = cause.row();
-        let response = ApiError::new(cause, "m").response("id", 3);
+        let response = ApiError::new(cause, "m").response("id");
         assert_eq!(response.status(), row.status);
         let overloaded = matches!(row.status.as_u16(), 429 | 503);
         assert_eq!(response.headers().contains_key("retry-after"), overloaded, "{cause:?}");
@@ -89,6 +89,7 @@ fn every_cause_has_its_row_and_only_the_right_ones_invite_a_retry() {
         assert_eq!(row.retryable, retryable, "{cause:?}");
         let kind = match row.status.as_u16() {
             401 => "authentication_error",
+            403 => "permission_error",
             429 => "rate_limit_error",
             500.. => "server_error",
             _ => "invalid_request_error",

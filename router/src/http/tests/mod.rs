@@ -3,6 +3,7 @@
 mod chat;
 mod completions;
 mod envelope;
+mod lorax;
 mod models;
 mod server;
 mod stream;

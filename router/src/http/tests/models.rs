@@ -215,7 +215,10 @@ async fn a_load_that_panics_is_tried_again() {
 
 #[tokio::test]
 async fn keys_are_needed_everywhere_but_for_health() {
-    let config = RouterConfig { api_keys: vec!["k1".into(), "k2".into()], ..RouterConfig::default() };
+    let config = RouterConfig {
+        keys: ["k1", "k2"].map(|key| crate::http::KeySpec::plain(&key.into())).to_vec(),
+        ..RouterConfig::default()
+    };
     let script = Script::new();
     let app = app_with(&script, config);
     let with = |path: &str, method: &str, key: Option<&str>| {

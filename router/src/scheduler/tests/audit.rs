@@ -48,6 +48,16 @@ impl Scheduler {
         (0..self.limits.pages_total).filter(|page| self.pool.role(*page) == Role::Free)
     }
 
+    /// (slot, generation) that holds a content, and whether its upload is done.
+    pub(super) fn place_of(&self, content: &ContentId) -> Option<((u32, u64), bool)> {
+        let (_, at, _, _, resident) = self.adapters.held().find(|(held, ..)| *held == Some(*content))?;
+        Some(((at.slot, at.generation), resident))
+    }
+
+    pub(super) fn pinned_pages(&self) -> u32 {
+        self.adapters.kept_pages()
+    }
+
     /// Everything a person needs to see why nothing moves.
     pub(super) fn describe(&self) -> String {
         let seqs = self.live().map(|(key, s)| {
@@ -121,6 +131,11 @@ impl Scheduler {
             }
         }
         assert_eq!(pages.len() as u32, self.pool.pages_adapters());
+        let mut claims: BTreeMap<ContentId, u32> = BTreeMap::new();
+        for content in self.claims.iter().flat_map(|key| &self.seq(*key).job.contents) {
+            *claims.entry(*content).or_default() += 1;
+        }
+        self.adapters.audit_claims(&claims);
         for (content, count) in self.adapters.users() {
             assert_eq!(users.get(content).copied().unwrap_or(0), count, "users of {content:?}");
         }

@@ -48,8 +48,9 @@ impl World {
         self.poison_free_memory();
     }
 
-    pub(super) fn audit_all(&self) {
+    pub(super) fn audit_all(&mut self) {
         self.scheduler.audit();
+        self.audit_keeping();
         for sent in &self.sent {
             self.scheduler.audit_flight(&sent.step);
         }
@@ -134,6 +135,7 @@ impl World {
         self.sent.clear();
         self.scheduler.shard_lost(weight);
         self.scheduler.audit();
+        self.keeping_lost_shard();
         let events = self.scheduler.take_events();
         self.check_events(events);
         self.shard = new_shard(&self.limits);

@@ -23,6 +23,11 @@ pub(super) struct Totals {
     pub(super) wasted_positions: u64,
     /// Steps that were planned while another one was in flight.
     pub(super) ahead: u64,
+    pub(super) pins: u64,
+    pub(super) unpinned: u64,
+    pub(super) drains: u64,
+    pub(super) ends_now: u64,
+    pub(super) fetched: u64,
 }
 
 impl Totals {
@@ -44,6 +49,11 @@ impl Totals {
         self.prefix_hit_tokens += o.prefix_hit_tokens;
         self.wasted_positions += o.wasted_positions;
         self.ahead += o.ahead;
+        self.pins += o.pins;
+        self.unpinned += o.unpinned;
+        self.drains += o.drains;
+        self.ends_now += o.ends_now;
+        self.fetched += o.fetched;
     }
 }
 
@@ -59,6 +69,10 @@ pub(super) struct Weather {
     pub(super) numerics: u32,
     pub(super) forget: u32,
     pub(super) gone: u32,
+    pub(super) pin: u32,
+    pub(super) drain: u32,
+    pub(super) end_now: u32,
+    pub(super) fetch: u32,
     pub(super) upload_delay_max: u32,
     pub(super) ready_delay_max: u32,
 }
@@ -77,6 +91,10 @@ impl Weather {
             numerics: rough(300, 20),
             forget: rough(500, 60),
             gone: rough(300, 200),
+            pin: rough(400, 40),
+            drain: rough(400, 30),
+            end_now: rough(300, 10),
+            fetch: rough(400, 100),
             upload_delay_max: rough(400, 4),
             ready_delay_max: rough(500, 30),
         }

@@ -8,6 +8,7 @@ use loramux_proto::Sampling;
 use super::super::{NewRequest, RequestId, Scheduler, SchedulerEvent, SchedulerLimits};
 use super::client::Client;
 use super::flight::{self, Sent};
+use super::keeping::Keeping;
 use super::marker::{Rng, VOCAB};
 use super::oracle::Oracle;
 use super::shard::FakeShard;
@@ -35,6 +36,7 @@ pub(super) struct World {
     prompts: Vec<Vec<u32>>,
     /// Contents on their way to the host slab, and in how many steps.
     pub(super) preparing: Vec<(ContentId, u32)>,
+    pub(super) keeping: Keeping,
     pub(super) now_ms: u64,
     pub(super) totals: Totals,
     pub(super) calm: bool,
@@ -79,6 +81,7 @@ impl World {
             contents,
             prompts,
             preparing: Vec::new(),
+            keeping: Keeping::default(),
             now_ms: 0,
             totals: Totals::default(),
             calm: false,
@@ -115,12 +118,14 @@ impl World {
             self.drained_for += 1;
             assert!(self.drained_for < DRAIN_STEPS_MAX, "{} clients still wait", self.clients.len());
         }
+        self.check_pins_arrive();
         self.check_nothing_is_left();
         let stats = self.scheduler.stats();
         self.totals.preemptions = stats.preemptions;
         self.totals.uploads = stats.adapter_uploads;
         self.totals.evictions = stats.adapter_evictions;
         self.totals.prefix_hit_tokens = stats.prefix_hit_tokens;
+        self.totals.fetched = stats.adapter_prefetches;
         self.totals.wasted_positions = stats.wasted_positions;
     }
 
@@ -138,13 +143,14 @@ impl World {
     }
 
     /// One turn of the engine: messages, a plan, messages while steps run, a result or the shard's death.
-    fn tick(&mut self) {
+    pub(super) fn tick(&mut self) {
         self.totals.steps += 1;
         if !self.calm {
             self.now_ms += u64::from(self.rng.range(0, 3));
             self.messages();
         }
         self.bring_contents();
+        self.settle_drains();
         let step = self.scheduler.plan(self.now_ms);
         let events = self.scheduler.take_events();
         self.check_events(events);
@@ -212,25 +218,31 @@ impl World {
             }
             self.totals.cancels += 1;
         }
+        self.keeping_messages();
         if self.rng.chance(self.weather.forget) {
             let (content, _) = *self.rng.pick(&self.contents);
             let used = self.clients.values().any(|c| c.request.adapters.iter().any(|a| a.content == content));
             match self.scheduler.adapter_forget(content) {
                 Ok(()) => {
                     assert!(!used, "a content in use was forgotten");
+                    self.keeping.forgotten(&content);
                     self.drop_content(content);
                     if !self.preparing.iter().any(|(c, _)| *c == content) {
                         self.prepare(content);
                     }
                 }
                 // What ended may be in flight still.
-                Err(_) => assert!(used || self.totals.cancels + self.totals.deadlines + self.totals.ahead > 0),
+                Err(_) => {
+                    let t = &self.totals;
+                    assert!(used || t.cancels + t.deadlines + t.ahead + t.ends_now > 0);
+                }
             }
         }
     }
 
     fn submit(&mut self) {
-        let request = self.request();
+        let mut request = self.request();
+        request.adapters.retain(|used| !self.keeping.draining.contains(&used.content));
         let id = RequestId(self.next_request);
         self.next_request += 1;
         let late = self.rng.chance(self.weather.deadline);
@@ -260,7 +272,9 @@ impl World {
             }
             Failure::TooLarge { needed, total } => {
                 assert!(
-                    needed > total || self.limits.slots_max < request.adapters.len() as u32 || context(request) > 64
+                    needed > total
+                        || self.limits.slots_max < (request.adapters.len() + self.keeping.pinned.len()) as u32
+                        || context(request) > 64
                 );
             }
             Failure::AdapterGone(..) => {
@@ -322,6 +336,7 @@ impl World {
                 self.preparing.push((content, delay.saturating_sub(1)));
             } else if !self.calm
                 && self.scheduler.contents_needed().contains(&content)
+                && !self.keeping.draining.contains(&content)
                 && self.rng.chance(self.weather.gone)
             {
                 self.lose_content(content);
@@ -334,8 +349,9 @@ impl World {
         }
     }
 
-    fn lose_content(&mut self, content: ContentId) {
+    pub(super) fn lose_content(&mut self, content: ContentId) {
         self.scheduler.adapter_gone(content, "its files changed".into());
+        self.keeping.forgotten(&content);
         for SchedulerEvent { request, event } in self.scheduler.take_events() {
             let client = self.clients.remove(&request).expect("only an open request fails");
             assert!(matches!(event, GenerateEvent::Failed(Failure::AdapterGone(..))), "{event:?}");

@@ -1,0 +1,1 @@
+//! The n-th call fails, for every n; and then everything works again.

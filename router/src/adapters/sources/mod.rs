@@ -1,0 +1,160 @@
+//! Places that adapters come from: what a reference stands for there, and its bytes.
+//!
+//! `resolve` is the authorisation too: it asks with the credential it is given, and every way of not getting there is one
+//! answer ([`SourceError::Absent`]). What a source says is never trusted: sizes, ranges and hashes are checked, redirects
+//! are followed by [`guard`]'s rules, a body has a least speed, and no text of a source is repeated.
+
+mod beneath;
+pub mod guard;
+mod http;
+mod hub;
+mod hub_cache;
+mod local;
+mod net;
+mod pace;
+mod settings;
+
+pub use settings::{
+    GcsCredentials, GcsSettings, HttpHeader, HttpSettings, HubSettings, LocalSettings, Pace, S3Credentials, S3Settings,
+    SourceSettings,
+};
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+
+use super::types::{AdapterRef, ByteStream, Credential, RemoteFile, Resolved, Source, SourceError, SourceKind};
+
+/// A setting that cannot be meant.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{setting}: {reason}")]
+pub struct SourceSettingsError {
+    /// Which one, as an operator knows it.
+    pub setting: String,
+    /// What is wrong, what is accepted.
+    pub reason: String,
+}
+
+impl SourceSettingsError {
+    fn new(setting: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { setting: setting.into(), reason: reason.into() }
+    }
+}
+
+/// What older adapters have in place of safetensors. It is a program, and is never read.
+const PICKLE: &str = "adapter_model.bin";
+
+/// A config was found, but no weights.
+fn no_weights(has_pickle: bool) -> SourceError {
+    let (code, message) = if has_pickle {
+        (
+            "adapter_unsupported",
+            "its weights are a pickle (adapter_model.bin), which can run code; save them as adapter_model.safetensors",
+        )
+    } else {
+        ("adapter_invalid", "it has an adapter_config.json, but no adapter_model.safetensors")
+    };
+    SourceError::Permanent { code, message: message.to_owned() }
+}
+
+/// All sources of this server.
+pub struct Sources {
+    hub: hub::Hub,
+    http: http::Http,
+    local: local::Local,
+    pace: Pace,
+}
+
+impl Sources {
+    /// Reads the settings; connects to nothing.
+    ///
+    /// # Errors
+    /// [`SourceSettingsError`] for a URL, host or header that is none.
+    pub fn new(settings: SourceSettings) -> Result<Self, SourceSettingsError> {
+        let net = Arc::new(net::Net::new(guard::Guard::new(settings.networks.clone()), settings.pace));
+        Self::with_net(&settings, net)
+    }
+
+    fn with_net(settings: &SourceSettings, net: Arc<net::Net>) -> Result<Self, SourceSettingsError> {
+        Ok(Self {
+            hub: hub::Hub::new(&settings.hub, Arc::clone(&net))?,
+            http: http::Http::new(&settings.http, net)?,
+            local: local::Local::new(&settings.local),
+            pace: settings.pace,
+        })
+    }
+
+    /// True if references of this source can be resolved at all.
+    pub fn has(&self, kind: SourceKind) -> bool {
+        match kind {
+            SourceKind::Hub | SourceKind::S3 | SourceKind::Gcs => true,
+            SourceKind::Http => !self.http.is_off(),
+            SourceKind::Local => !self.local.is_off(),
+            SourceKind::Merge => false,
+        }
+    }
+}
+
+impl Source for Sources {
+    fn resolve<'a>(
+        &'a self,
+        reference: &'a AdapterRef,
+        credential: &'a Credential,
+    ) -> BoxFuture<'a, Result<Resolved, SourceError>> {
+        Box::pin(within(self.pace.resolve_timeout, async move {
+            // It may come from a file or a message: only what could have been parsed becomes a URL or a path.
+            if !reference.is_valid() {
+                return Err(SourceError::Absent);
+            }
+            if !self.has(reference.source) {
+                return Err(no_source(reference.source));
+            }
+            match reference.source {
+                SourceKind::Hub => self.hub.resolve(reference, credential).await,
+                SourceKind::Http => self.http.resolve(reference, credential).await,
+                SourceKind::Local => self.local.resolve(reference, credential).await,
+                SourceKind::S3 | SourceKind::Gcs | SourceKind::Merge => Err(no_source(reference.source)),
+            }
+        }))
+    }
+
+    fn open<'a>(
+        &'a self,
+        resolved: &'a Resolved,
+        file: &'a RemoteFile,
+        offset: u64,
+        credential: &'a Credential,
+    ) -> BoxFuture<'a, Result<ByteStream, SourceError>> {
+        Box::pin(within(self.pace.open_timeout, async move {
+            if !resolved.reference.is_valid() {
+                return Err(SourceError::Absent);
+            }
+            match resolved.reference.source {
+                SourceKind::Hub => self.hub.open(resolved, file, offset, credential).await,
+                SourceKind::Http => self.http.open(resolved, file, offset, credential).await,
+                SourceKind::Local => self.local.open(resolved, file, offset, credential).await,
+                kind @ (SourceKind::S3 | SourceKind::Gcs | SourceKind::Merge) => Err(no_source(kind)),
+            }
+        }))
+    }
+}
+
+fn no_source(kind: SourceKind) -> SourceError {
+    let how = match kind {
+        SourceKind::Http => "; an operator lists hosts with --adapter-http-hosts",
+        SourceKind::Local => "; an operator allows directories with --adapter-root",
+        _ => "",
+    };
+    SourceError::Permanent {
+        code: "source_forbidden",
+        message: format!("this server has no source `{}`{how}", kind.name()),
+    }
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(SourceError::retryable("the source did not answer in time")),
+    }
+}

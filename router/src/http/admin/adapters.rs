@@ -1,0 +1,268 @@
+//! `/admin/v1/adapters`: list, inspect, load, validate, pin, unload.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::http::{Request, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::{credential, reference, report};
+use crate::adapters::{AdapterState, AdapterView, ListFilter, LoadAsk, UnloadAsk, Wait, is_valid_name};
+use crate::engine::{AdapterFailure, ForgetMode, PinLevel};
+use crate::http::App;
+use crate::http::auth::UpstreamToken;
+use crate::http::body::json_object;
+use crate::http::error::{ApiError, Cause, adapter_cause};
+use crate::http::json::Fields;
+use crate::http::keys::is_namespace;
+
+/// Entries of one page.
+const LIMIT_MAX: usize = 1000;
+/// Longest `wait` of a load.
+const WAIT_MAX: Duration = Duration::from_secs(600);
+const SCALE_MAX: f64 = 8.0;
+
+/// Query parameters of `GET /admin/v1/adapters`, as sent.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct ListQuery {
+    state: Option<String>,
+    prefix: Option<String>,
+    namespace: Option<String>,
+    limit: Option<String>,
+    after: Option<String>,
+}
+
+/// One page, by name.
+pub(super) async fn list(State(app): State<App>, Query(query): Query<ListQuery>) -> Result<Json<Value>, ApiError> {
+    let state = match query.state.as_deref().filter(|state| !state.is_empty()) {
+        None => None,
+        Some(name) => Some(AdapterState::parse(name).ok_or_else(|| {
+            let rule = AdapterState::ALL.map(AdapterState::name).join(", ");
+            ApiError::invalid("state", &format!("one of {rule}"), name)
+        })?),
+    };
+    let limit = match query.limit.as_deref() {
+        None => 100,
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|limit| (1..=LIMIT_MAX).contains(limit))
+            .ok_or_else(|| ApiError::invalid("limit", &format!("1..{LIMIT_MAX}"), text))?,
+    };
+    let filter = ListFilter {
+        namespace: query.namespace.map(checked_namespace).transpose()?,
+        state,
+        prefix: query.prefix.filter(|prefix| !prefix.is_empty()),
+        limit,
+        after: query.after.filter(|after| !after.is_empty()),
+    };
+    let (data, next) = app.registry.list(&filter);
+    let mut page = json!({"data": data});
+    if let (Some(page), Some(next)) = (page.as_object_mut(), next) {
+        page.insert("next".into(), Value::String(next));
+    }
+    Ok(Json(page))
+}
+
+/// Whose name is meant.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Which {
+    namespace: Option<String>,
+}
+
+impl Which {
+    pub(super) fn namespace(self) -> Result<String, ApiError> {
+        checked_namespace(self.namespace.unwrap_or_default())
+    }
+}
+
+fn checked_namespace(text: String) -> Result<String, ApiError> {
+    if is_namespace(&text) {
+        return Ok(text);
+    }
+    Err(ApiError::invalid("namespace", "letters, digits, `.`, `_`, `-`", &text))
+}
+
+/// A failure of the registry, about the adapter called `name`.
+pub(super) fn refused(name: &str, failure: &AdapterFailure) -> ApiError {
+    let error = ApiError::adapter(name, failure);
+    let param = match error.cause {
+        Cause::ModelNotFound | Cause::NameIsBaseModel | Cause::AdapterExists => "name",
+        Cause::PreconditionFailed | Cause::InvalidValue => return ApiError { param: None, ..error },
+        _ => "ref",
+    };
+    ApiError { param: Some(param.into()), ..error }
+}
+
+/// One adapter.
+pub(super) async fn one(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(which): Query<Which>,
+) -> Result<Json<AdapterView>, ApiError> {
+    let namespace = which.namespace()?;
+    app.registry.get(&namespace, &name).map(Json).ok_or_else(|| unknown(&name))
+}
+
+pub(super) fn unknown(name: &str) -> ApiError {
+    ApiError { param: Some("name".into()), ..ApiError::model_not_found(name) }
+}
+
+/// Query parameters of a load.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct PutQuery {
+    wait: Option<String>,
+}
+
+/// Registers and loads; a name that exists gets the new content once it is ready.
+pub(super) async fn put(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(query): Query<PutQuery>,
+    Extension(token): Extension<UpstreamToken>,
+    request: Request<Body>,
+) -> Result<Response, ApiError> {
+    let (_, body) = json_object(request, &app.config.limits).await?;
+    let fields = Fields::new(&body);
+    check_name(&name)?;
+    let text = fields.string("ref")?.ok_or_else(|| ApiError::missing("ref"))?;
+    let wait = query.wait.as_deref().map(parse_wait).transpose()?.unwrap_or(app.config.adapter_load_timeout);
+    let ask = LoadAsk {
+        namespace: checked_namespace(fields.string("namespace")?.unwrap_or_default().to_owned())?,
+        scale: fields
+            .number("scale", "a number in -8..8", |s| (-SCALE_MAX..=SCALE_MAX).contains(&s))?
+            .map(|s| s as f32),
+        pinned: fields.boolean("pinned")?,
+        in_place: true,
+        if_content_id: fields.string("if_content_id")?.map(str::to_owned),
+        if_generation: fields.integer("if_generation", "at least 0", |n| n >= 0)?.map(i64::unsigned_abs),
+        credential: credential(&token),
+        keep: true,
+        ..LoadAsk::new(name.as_str(), reference("ref", text, fields.string("revision")?)?, Wait::Until(wait))
+    };
+    let (namespace, asked, credential) = (ask.namespace.clone(), ask.reference.clone(), ask.credential.clone());
+    let failure = match app.load(ask).await {
+        Ok(view) => return Ok(Json(view).into_response()),
+        Err(failure) => failure,
+    };
+    if adapter_cause(&failure.code) == Cause::AdapterLoading
+        && let Some(view) = app.registry.get(&namespace, &name)
+    {
+        return Ok((StatusCode::ACCEPTED, Json(view)).into_response());
+    }
+    let error = refused(&name, &failure);
+    if error.status() != StatusCode::UNPROCESSABLE_ENTITY {
+        return Err(error);
+    }
+    let check = app.registry.validate(&asked, credential).await.ok().filter(|check| !check.is_ok());
+    Err(ApiError { report: check.map(|check| Box::new(report(&check))), ..error })
+}
+
+fn check_name(name: &str) -> Result<(), ApiError> {
+    if is_valid_name(name) {
+        return Ok(());
+    }
+    let rule = "letters, digits, `.`, `_`, `-`, at most 128 of them, with at most one `/`";
+    Err(ApiError::invalid("name", rule, name))
+}
+
+/// `30`, `0.5`, `30s`, `500ms`; at most [`WAIT_MAX`].
+fn parse_wait(text: &str) -> Result<Duration, ApiError> {
+    let (number, scale) = match text.strip_suffix("ms") {
+        Some(number) => (number, 0.001),
+        None => (text.strip_suffix('s').unwrap_or(text), 1.0),
+    };
+    let seconds = number.parse::<f64>().ok().map(|number| number * scale);
+    let wait = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).filter(|wait| *wait <= WAIT_MAX);
+    wait.ok_or_else(|| ApiError::invalid("wait", "a duration up to 600s, such as 30s or 500ms", text))
+}
+
+/// A dry run. A bad adapter is a report, not an error.
+pub(super) async fn validate(
+    State(app): State<App>,
+    Extension(token): Extension<UpstreamToken>,
+    request: Request<Body>,
+) -> Result<Json<Value>, ApiError> {
+    let (_, body) = json_object(request, &app.config.limits).await?;
+    let fields = Fields::new(&body);
+    let text = fields.string("ref")?.ok_or_else(|| ApiError::missing("ref"))?;
+    let asked = reference("ref", text, fields.string("revision")?)?;
+    if fields.boolean("self_test")? == Some(true) {
+        return Err(ApiError::unsupported("self_test", "this version checks files, it does not run them"));
+    }
+    let check = app.registry.validate(&asked, credential(&token)).await;
+    Ok(Json(report(&check.map_err(|failure| refused(text, &failure))?)))
+}
+
+/// Keeps an adapter in host memory or on the device.
+pub(super) async fn pin(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(which): Query<Which>,
+    request: Request<Body>,
+) -> Result<Json<AdapterView>, ApiError> {
+    let (_, body) = json_object(request, &app.config.limits).await?;
+    let level = match Fields::new(&body).string("residency")? {
+        Some("device") => PinLevel::Device,
+        Some("host") => PinLevel::Host,
+        Some(other) => return Err(ApiError::invalid("residency", "device or host", other)),
+        None => return Err(ApiError::missing("residency")),
+    };
+    set_pin(&app, &name, which, Some(level)).await
+}
+
+/// Lets it be evicted again.
+pub(super) async fn unpin(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(which): Query<Which>,
+) -> Result<Json<AdapterView>, ApiError> {
+    set_pin(&app, &name, which, None).await
+}
+
+async fn set_pin(app: &App, name: &str, which: Which, level: Option<PinLevel>) -> Result<Json<AdapterView>, ApiError> {
+    let pinned = app.registry.pin(&which.namespace()?, name, level).await;
+    pinned.map(Json).map_err(|failure| refused(name, &failure))
+}
+
+/// Query parameters of an unload.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct DeleteQuery {
+    namespace: Option<String>,
+    mode: Option<String>,
+    purge: Option<String>,
+}
+
+/// Takes the name away at once.
+pub(super) async fn delete(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    Query(query): Query<DeleteQuery>,
+) -> Result<Json<AdapterView>, ApiError> {
+    let mode = match query.mode.as_deref() {
+        None | Some("drain") => ForgetMode::Drain,
+        Some("now") => ForgetMode::Now,
+        Some(other) => return Err(ApiError::invalid("mode", "drain or now", other)),
+    };
+    let purge = match query.purge.as_deref() {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(other) => return Err(ApiError::invalid("purge", "true or false", other)),
+    };
+    let namespace = checked_namespace(query.namespace.unwrap_or_default())?;
+    let gone = app.registry.unload(UnloadAsk { name: name.clone(), namespace, mode, purge }).await;
+    gone.map(Json).map_err(|failure| refused(&name, &failure))
+}
+
+impl App {
+    /// Loads beside the request: a caller that hangs up does not stop it.
+    pub(crate) async fn load(&self, ask: LoadAsk) -> Result<AdapterView, AdapterFailure> {
+        let registry = self.registry.clone();
+        let load = tokio::spawn(async move { registry.load(ask).await });
+        load.await.unwrap_or_else(|_| Err(AdapterFailure::new("adapter_load_failed", "the load was given up")))
+    }
+}

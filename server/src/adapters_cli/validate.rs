@@ -1,0 +1,140 @@
+//! `loramux adapters validate REF`: fetches an adapter into a folder that is removed again, and checks it against a model.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use loramux_models::adapter::{self, AdapterLimits};
+use loramux_router::adapters::{
+    AdapterRef, Credential, FetchLimits, Fetcher, Origin, Progress, Source, SourceError, Sources, Store, Stored, Tenant,
+};
+use loramux_router::engine::{AdapterCheck, ContentId, Refusal};
+use loramux_router::http::adapter_report;
+
+use super::args::ValidateArgs;
+use super::{REFUSED, UNREACHABLE, table};
+use crate::config::{self, Env};
+use crate::demo;
+
+pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> {
+    let spec = match &args.model_id {
+        Some(path) => loramux_models::describe(path).with_context(|| format!("--model-id {}", path.display()))?,
+        None => loramux_models::describe(&demo_model()?)?,
+    };
+    let typed = match &args.revision {
+        Some(revision) => format!("{}@{revision}", args.reference),
+        None => args.reference.clone(),
+    };
+    let reference = config::adapters::reference("REF", &typed)?;
+    let mut limits = AdapterLimits { bytes_max: args.sources.adapter_max_bytes, ..AdapterLimits::default() };
+    limits.rank_max = limits.rank_max.min(args.max_lora_rank as usize);
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let files = match runtime.block_on(fetch(args, &reference)) {
+        Ok(files) => files,
+        Err(Fetch::Refused(refusal)) => {
+            return show(&AdapterCheck { refusals: vec![refusal], ..AdapterCheck::default() }, json);
+        }
+        Err(Fetch::Unreachable(message)) => {
+            eprintln!("error: {reference}: {message}");
+            return Ok(ExitCode::from(UNREACHABLE));
+        }
+        Err(Fetch::Broken(error)) => return Err(error),
+    };
+    let check = match adapter::read(files.dir(), &spec, &limits) {
+        Ok(read) => AdapterCheck {
+            content: Some(ContentId(read.content_id)),
+            base_model: read.base_model,
+            base_matches: true,
+            ranks: (saturating(read.rank_min), saturating(read.rank_max)),
+            tensors_matched: saturating(2 * read.modules.len()),
+            modules: read.module_names,
+            weight_bytes: weight_bytes(files.dir()),
+            ..AdapterCheck::default()
+        },
+        Err(error) => {
+            let refusal = Refusal { code: error.code().to_owned(), message: error.to_string() };
+            AdapterCheck { refusals: vec![refusal], weight_bytes: weight_bytes(files.dir()), ..AdapterCheck::default() }
+        }
+    };
+    show(&check, json)
+}
+
+fn saturating(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+fn weight_bytes(dir: &Path) -> u64 {
+    std::fs::metadata(dir.join("adapter_model.safetensors")).map_or(0, |data| data.len())
+}
+
+fn demo_model() -> anyhow::Result<PathBuf> {
+    let dir = config::default_data_dir();
+    let unpacked =
+        demo::unpack(&dir).with_context(|| format!("cannot unpack the built-in model into {}", dir.display()))?;
+    Ok(unpacked.model)
+}
+
+fn show(check: &AdapterCheck, json: bool) -> anyhow::Result<ExitCode> {
+    let report = adapter_report(check);
+    if json {
+        println!("{report:#}");
+    } else {
+        print!("{}", table::report(&report));
+    }
+    Ok(if check.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(REFUSED) })
+}
+
+/// Why there are no files.
+enum Fetch {
+    /// Not there, or not an adapter.
+    Refused(Refusal),
+    /// It may be there; nobody could say.
+    Unreachable(String),
+    /// This machine's fault.
+    Broken(anyhow::Error),
+}
+
+/// Files that are there as long as this lives.
+enum Files {
+    Here(PathBuf),
+    Fetched { stored: Stored, _folder: tempfile::TempDir },
+}
+
+impl Files {
+    fn dir(&self) -> &Path {
+        match self {
+            Self::Here(dir) => dir,
+            Self::Fetched { stored, .. } => stored.dir(),
+        }
+    }
+}
+
+fn refused(code: &str, message: String) -> Fetch {
+    Fetch::Refused(Refusal { code: code.to_owned(), message })
+}
+
+async fn fetch(args: &ValidateArgs, reference: &AdapterRef) -> Result<Files, Fetch> {
+    let broken = |error: anyhow::Error| Fetch::Broken(error);
+    let settings = config::sources_alone(&args.sources, &Env::read(), reference).map_err(|e| broken(e.into()))?;
+    let sources = Arc::new(Sources::new(settings).map_err(|e| broken(e.into()))?);
+    let resolved = sources.resolve(reference, &Credential::Server).await.map_err(|error| match error {
+        SourceError::Absent => refused("model_not_found", format!("{reference}: {error}")),
+        SourceError::Permanent { code, message } => refused(code, message),
+        SourceError::Retryable { message, .. } => Fetch::Unreachable(message),
+    })?;
+    if let Origin::Directory(dir) = &resolved.origin {
+        return Ok(Files::Here(dir.clone()));
+    }
+    let folder = tempfile::tempdir().map_err(|e| broken(e.into()))?;
+    let quota = args.sources.adapter_max_bytes.saturating_mul(2).saturating_add(1 << 20);
+    let store = Store::open(folder.path(), quota).map_err(|e| broken(e.into()))?;
+    let limits = FetchLimits { weights_bytes_max: args.sources.adapter_max_bytes, ..FetchLimits::default() };
+    let fetcher = Fetcher::new(sources, Arc::new(store), limits);
+    let fetched = fetcher.fetch(&resolved, &Credential::Server, Tenant::default(), &Progress::default()).await;
+    match fetched {
+        Ok(stored) => Ok(Files::Fetched { stored, _folder: folder }),
+        Err(error) if error.retryable() => Err(Fetch::Unreachable(error.to_string())),
+        Err(error) => Err(refused(error.code(), error.to_string())),
+    }
+}

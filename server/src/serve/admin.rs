@@ -1,0 +1,79 @@
+//! The operator's listener.
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use anyhow::{Context, anyhow};
+use loramux_router::http;
+
+use crate::config::{AdminListen, Config};
+
+/// Where it listens if nobody says.
+const DEFAULT: &str = "127.0.0.1:8001";
+
+/// A listener that is bound and not served yet.
+pub(super) struct Bound {
+    socket: Socket,
+    /// As people write it.
+    pub(super) address: String,
+}
+
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Bound {
+    /// For the runtime that this is called in.
+    pub(super) fn listener(self) -> std::io::Result<http::Listener> {
+        Ok(match self.socket {
+            Socket::Tcp(listener) => http::Listener::Tcp(tokio::net::TcpListener::from_std(listener)?),
+            Socket::Unix(listener) => http::Listener::Unix(tokio::net::UnixListener::from_std(listener)?),
+        })
+    }
+}
+
+/// Binds. The default address may be taken: another server of this machine has it then.
+pub(super) fn bind(config: &Config) -> anyhow::Result<Option<Bound>> {
+    match &config.admin {
+        AdminListen::Off => Ok(None),
+        AdminListen::Address(address) => tcp(address).map(Some).with_context(|| format!("--admin-listen {address}")),
+        AdminListen::Unix(path) => {
+            unix(path).map(Some).with_context(|| format!("--admin-listen unix:{}", path.display()))
+        }
+        AdminListen::Default => match tcp(DEFAULT) {
+            Ok(bound) => Ok(Some(bound)),
+            Err(error) => {
+                tracing::info!(
+                    "the admin API does not listen at {DEFAULT} ({error}); choose --admin-listen if you need it"
+                );
+                Ok(None)
+            }
+        },
+    }
+}
+
+fn tcp(address: &str) -> anyhow::Result<Bound> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = format!("http://{}", listener.local_addr()?);
+    Ok(Bound { socket: Socket::Tcp(listener), address })
+}
+
+/// A socket file that only its owner may use. One that nobody listens at any more is replaced.
+fn unix(path: &Path) -> anyhow::Result<Bound> {
+    use std::os::unix::fs::FileTypeExt;
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|data| data.file_type().is_socket());
+    if is_socket {
+        if UnixStream::connect(path).is_ok() {
+            return Err(anyhow!("another server listens there"));
+        }
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(Bound { socket: Socket::Unix(listener), address: format!("unix:{}", path.display()) })
+}
