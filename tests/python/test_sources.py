@@ -162,6 +162,8 @@ def test_the_operators_credentials_are_for_what_the_operator_named(faults, root)
     with SourcedServer(faults, *flags) as server:
         assert marker_of(served(server, "named")) == marker.marker(115)
         assert marker_of(served(server, "m116")) == marker.marker(116), "a bare name below the prefix"
+        hub_users = served(server, "m116", headers={"authorization": "Bearer hf_ofAnotherSource"})
+        assert marker_of(hub_users) == marker.marker(116), "also for who has a token of another source"
         for model in (
             secret,
             f"hf://{secret}",
