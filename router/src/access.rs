@@ -42,13 +42,7 @@ pub struct KeyPolicy {
 
 impl Default for Caller {
     fn default() -> Self {
-        Self {
-            tenant: 0,
-            name: Arc::from(""),
-            namespace: Arc::from(""),
-            policy: Arc::default(),
-            is_admin: false,
-        }
+        Self { tenant: 0, name: Arc::from(""), namespace: Arc::from(""), policy: Arc::default(), is_admin: false }
     }
 }
 

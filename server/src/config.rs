@@ -244,6 +244,7 @@ type Named = Vec<(String, PathBuf)>;
 
 fn unpack_demo(args: &ServeArgs) -> Result<(PathBuf, Named), ConfigError> {
     let data_dir = args.engine.data_dir.clone().unwrap_or_else(default_data_dir);
+    let data_dir = std::path::absolute(&data_dir).unwrap_or(data_dir);
     let unpacked =
         demo::unpack(&data_dir).map_err(|error| ConfigError::Demo { path: data_dir.display().to_string(), error })?;
     Ok((unpacked.model, unpacked.adapters))

@@ -32,7 +32,10 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     let listener = bind(&config)?;
     let admin = admin::bind(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
-    let supply = adapters::supply(&config)?;
+    let adapters::Opened { supply, dir: adapters_dir } = {
+        let _inside = runtime.enter();
+        adapters::open(&config)?
+    };
     let text = load_text(&config)?;
     let progress = Arc::new(LoadProgress::default());
     tracing::info!(model = %config.shard.model.display(), "loading");
@@ -58,7 +61,11 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     let backend = Arc::new(engine.clone());
     let registry = {
         let _inside = runtime.enter();
-        Registry::open(adapters::settings(&config)?, Arc::clone(&backend) as Arc<dyn Backend>, Some(supply))?
+        Registry::open(
+            adapters::settings(&config, &adapters_dir)?,
+            Arc::clone(&backend) as Arc<dyn Backend>,
+            Some(supply),
+        )?
     };
     let app = App::with_registry(router_config(&config), text, backend, registry);
     let started = Started { runtime, listener, admin, app, config, env };
@@ -192,6 +199,8 @@ fn announce(config: &Config, summary: &Summary<'_>) {
     }
     tracing::info!(
         address = summary.address,
+        admin = summary.admin.unwrap_or("off"),
+        sources = summary.sources,
         model = summary.names.join(","),
         dtype = summary.info.dtype,
         device = summary.info.device,

@@ -58,6 +58,8 @@ class Server:
         self.log_file = tempfile.NamedTemporaryFile(prefix="loramux-", suffix=".log", delete=False)
         self.api_key = api_key
         command = [str(binary()), "--port", "0", "--log-format", "json", *flags]
+        if "--admin-listen" not in flags:
+            command += ["--admin-listen", "off"]  # the default address is one for the whole machine
         if data_dir:
             command += ["--data-dir", data_dir]
         if api_key:
@@ -96,6 +98,15 @@ class Server:
                 except ValueError:
                     pass  # half written
         return events
+
+    def admin(self, key: str | None = None) -> httpx.Client:
+        """A client of the operator's listener."""
+        address = [event for event in self.log_events() if event.get("message") == "ready"][-1]["admin"]
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        if address.startswith("unix:"):
+            transport = httpx.HTTPTransport(uds=address.removeprefix("unix:"))
+            return httpx.Client(base_url="http://localhost", transport=transport, timeout=60.0, headers=headers)
+        return httpx.Client(base_url=address, timeout=60.0, headers=headers, trust_env=False)
 
     def _address(self):
         if self.process.poll() is not None:

@@ -1,7 +1,11 @@
 //! Which adapter a name means, and whether it can be used: names, local directories, life cycle.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod alias;
+mod authorise;
+mod durable;
 pub mod fetch;
+mod life;
 mod name;
 mod reference;
 mod registry;

@@ -345,6 +345,7 @@ impl Engine {
             counters.prefix_hits = stats.prefix_hit_tokens;
             counters.adapter_uploads = stats.adapter_uploads;
             counters.adapter_prefetches = stats.adapter_prefetches;
+            counters.adapter_upload_pages = stats.adapter_upload_pages;
             counters.adapter_evictions = stats.adapter_evictions;
             status.running = stats.running;
             status.waiting = stats.waiting + u32::try_from(self.parked.len()).unwrap_or(u32::MAX);

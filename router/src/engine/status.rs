@@ -75,6 +75,8 @@ pub struct EngineCounters {
     pub prefix_hits: u64,
     /// Adapter uploads to the device.
     pub adapter_uploads: u64,
+    /// Arena pages that these filled.
+    pub adapter_upload_pages: u64,
     /// Of these, the ones fetched ahead of any sequence's turn.
     pub adapter_prefetches: u64,
     /// Adapters evicted from the device.

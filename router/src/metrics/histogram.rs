@@ -27,9 +27,19 @@ impl Histogram {
         let _ = self.sum_bits.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
+    /// How many values there were.
+    pub(super) fn count(&self) -> u64 {
+        self.counts.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
     /// Appends the family; `labels` without braces.
     pub(super) fn render(&self, name: &str, help: &str, labels: &str, out: &mut String) {
         let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
+        self.series(name, labels, out);
+    }
+
+    /// The same without the family's head.
+    pub(super) fn series(&self, name: &str, labels: &str, out: &mut String) {
         let mut total = 0;
         let bounds = self.bounds.iter().map(|bound| bound.to_string()).chain(["+Inf".to_owned()]);
         for (bound, count) in bounds.zip(&self.counts) {

@@ -2,6 +2,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod histogram;
+mod loads;
 mod render;
 #[cfg(test)]
 mod tests;
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use histogram::Histogram;
+pub use loads::{LoadPhase, LoadTimes};
 pub use render::Snapshot;
 
 use crate::http::Meter;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Finished, Metrics};
 use crate::adapters::Registry;
-use crate::engine::EngineStatus;
+use crate::engine::{EngineStatus, Tier};
 
 /// How long one text serves.
 const RENDER_EVERY: Duration = Duration::from_millis(50);
@@ -181,6 +181,8 @@ impl Metrics {
         page.family("loramux_adapter_residency", "gauge", "Adapters by where their bytes are.");
         page.bare("loramux_adapter_residency", "residency", "device", status.resident.len() as f64);
         page.bare("loramux_adapter_residency", "residency", "host", f64::from(status.host_adapters));
+        let on_disk = status.contents.values().filter(|content| content.tier == Tier::Disk).count();
+        page.bare("loramux_adapter_residency", "residency", "disk", on_disk as f64);
         page.family("loramux_adapter_load_failures_total", "counter", "Failed loads.");
         for (code, n) in snapshot.registry.failures() {
             let _ = writeln!(
@@ -191,6 +193,10 @@ impl Metrics {
         }
         page.family("loramux_adapter_evictions_total", "counter", "Adapters that lost their place.");
         page.bare("loramux_adapter_evictions_total", "from", "device", status.counters.adapter_evictions as f64);
+        let name = "loramux_adapter_upload_bytes_total";
+        page.family(name, "counter", "Bytes of adapters copied to the device, in whole pages.");
+        let bytes = status.counters.adapter_upload_pages.saturating_mul(status.shard.page_bytes);
+        let _ = writeln!(page.out, "{name} {bytes}");
         page.family("loramux_arena_pages", "gauge", "Pages of the arena by use.");
         for (used_by, n) in [("kv", status.pages_kv), ("adapter", status.pages_adapters), ("free", status.pages_free)] {
             page.bare("loramux_arena_pages", "use", used_by, f64::from(n));

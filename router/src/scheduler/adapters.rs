@@ -84,6 +84,7 @@ pub(super) struct AdapterTable {
     next_generation: u64,
     plan: u64,
     pub(super) uploads: u64,
+    pub(super) upload_pages: u64,
     pub(super) evictions: u64,
 }
 
@@ -111,6 +112,7 @@ impl AdapterTable {
             next_generation: 1,
             plan: 0,
             uploads: 0,
+            upload_pages: 0,
             evictions: 0,
         }
     }
@@ -418,6 +420,7 @@ impl AdapterTable {
         entry.last_used = self.plan;
         self.uploading += 1;
         self.uploads += 1;
+        self.upload_pages += pages.len() as u64;
         Upload { content, slot: SlotRef { slot, generation }, pages }
     }
 

@@ -55,6 +55,8 @@ pub struct SchedulerStats {
     pub adapter_uploads: u64,
     /// Of these, the ones that no sequence's turn had asked for.
     pub adapter_prefetches: u64,
+    /// Arena pages that uploads filled.
+    pub adapter_upload_pages: u64,
     /// Adapters that lost their slot to somebody else.
     pub adapter_evictions: u64,
 }
@@ -82,6 +84,7 @@ impl Scheduler {
             wasted_positions: self.counters.wasted_positions,
             adapter_uploads: self.adapters.uploads,
             adapter_prefetches: self.counters.adapter_prefetches,
+            adapter_upload_pages: self.adapters.upload_pages,
             adapter_evictions: self.adapters.evictions,
         }
     }

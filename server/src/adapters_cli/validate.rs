@@ -14,7 +14,7 @@ use loramux_router::http::adapter_report;
 
 use super::args::ValidateArgs;
 use super::{REFUSED, UNREACHABLE, table};
-use crate::config::{self, Env};
+use crate::config::{self, ConfigError, Env};
 use crate::demo;
 
 pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> {
@@ -26,15 +26,24 @@ pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> 
         Some(revision) => format!("{}@{revision}", args.reference),
         None => args.reference.clone(),
     };
-    let reference = config::adapters::reference("REF", &typed)?;
+    let no = |code: &str, message: String| AdapterCheck {
+        refusals: vec![Refusal { code: code.to_owned(), message }],
+        ..AdapterCheck::default()
+    };
+    let reference = match config::adapters::reference("REF", &typed) {
+        Ok(reference) => reference,
+        Err(ConfigError::AdapterMissing { path, .. }) => {
+            return show(&no("model_not_found", format!("no such directory: {path}")), json);
+        }
+        Err(ConfigError::AdapterRef { reason, .. }) => return show(&no("invalid_value", reason), json),
+        Err(error) => return Err(error.into()),
+    };
     let mut limits = AdapterLimits { bytes_max: args.sources.adapter_max_bytes, ..AdapterLimits::default() };
     limits.rank_max = limits.rank_max.min(args.max_lora_rank as usize);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let files = match runtime.block_on(fetch(args, &reference)) {
         Ok(files) => files,
-        Err(Fetch::Refused(refusal)) => {
-            return show(&AdapterCheck { refusals: vec![refusal], ..AdapterCheck::default() }, json);
-        }
+        Err(Fetch::Refused(Refusal { code, message })) => return show(&no(&code, message), json),
         Err(Fetch::Unreachable(message)) => {
             eprintln!("error: {reference}: {message}");
             return Ok(ExitCode::from(UNREACHABLE));
@@ -53,8 +62,8 @@ pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> 
             ..AdapterCheck::default()
         },
         Err(error) => {
-            let refusal = Refusal { code: error.code().to_owned(), message: error.to_string() };
-            AdapterCheck { refusals: vec![refusal], weight_bytes: weight_bytes(files.dir()), ..AdapterCheck::default() }
+            let weight_bytes = weight_bytes(files.dir());
+            AdapterCheck { weight_bytes, ..no(error.code(), error.to_string()) }
         }
     };
     show(&check, json)

@@ -1,5 +1,6 @@
 //! Where this server gets adapters from, and where it keeps them.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
@@ -17,17 +18,52 @@ use crate::config::Config;
 /// Kinds in the order in which they are shown.
 const KINDS: [SourceKind; 5] = [SourceKind::Hub, SourceKind::S3, SourceKind::Gcs, SourceKind::Http, SourceKind::Local];
 
+/// Servers of one data directory that have no port of their own to go by.
+const SERVERS_MAX: u32 = 64;
+
+/// What fills the registry, and where what it learns is kept.
+pub(super) struct Opened {
+    pub(super) supply: Supply,
+    /// Holds the store and the registrations.
+    pub(super) dir: PathBuf,
+}
+
 /// Opens the store, and everything that fills it.
-pub(super) fn supply(config: &Config) -> anyhow::Result<Supply> {
+pub(super) fn open(config: &Config) -> anyhow::Result<Opened> {
     let args = &config.args.sources;
     let sources = Arc::new(Sources::new(config.sources.clone()).map_err(|error| anyhow!("{error}"))?);
     let kinds = KINDS.into_iter().filter(|kind| sources.has(*kind)).collect();
-    let store = Store::open(&config.data_dir, args.adapter_disk_quota).context("cannot open the adapter store")?;
+    let (store, dir) = open_store(config)?;
     let store = Arc::new(store);
     let mut limits = FetchLimits::with_total(args.adapter_loads);
     limits.weights_bytes_max = args.adapter_max_bytes;
     let fetcher = Fetcher::new(Arc::clone(&sources) as _, Arc::clone(&store), limits);
-    Ok(Supply { source: sources, kinds, files: Arc::new(Downloads { fetcher, store }) })
+    Ok(Opened { supply: Supply { source: sources, kinds, files: Arc::new(Downloads { fetcher, store }) }, dir })
+}
+
+/// A directory belongs to one server. The next one of this machine gets a folder in it: the same one after a restart, if
+/// its port was chosen.
+fn open_store(config: &Config) -> anyhow::Result<(Store, PathBuf)> {
+    let quota = config.args.sources.adapter_disk_quota;
+    let folders = match config.port {
+        0 => (2..=SERVERS_MAX).map(|n| format!("server-{n}")).collect(),
+        port => vec![format!("port-{port}")],
+    };
+    let dirs =
+        std::iter::once(config.data_dir.clone()).chain(folders.iter().map(|folder| config.data_dir.join(folder)));
+    for dir in dirs {
+        match Store::open(&dir, quota) {
+            Ok(store) => return Ok((store, dir)),
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                tracing::info!(
+                    "{} belongs to another server; its adapters and registrations are not seen here",
+                    dir.display()
+                );
+            }
+            Err(error) => return Err(error).context("cannot open the adapter store"),
+        }
+    }
+    Err(anyhow!("--data-dir: other servers use {} and its folders; choose another", config.data_dir.display()))
 }
 
 /// The disk store and what fills it, as the registry uses them.
@@ -66,7 +102,7 @@ fn here(stored: Stored) -> FilesHere {
 }
 
 /// What the operator set.
-pub(super) fn settings(config: &Config) -> anyhow::Result<AdapterSettings> {
+pub(super) fn settings(config: &Config, dir: &Path) -> anyhow::Result<AdapterSettings> {
     let args = &config.args.sources;
     let globs: Vec<String> =
         args.allow_adapters.iter().map(|glob| glob.trim().to_owned()).filter(|g| !g.is_empty()).collect();
@@ -85,7 +121,7 @@ pub(super) fn settings(config: &Config) -> anyhow::Result<AdapterSettings> {
         },
         allowed: (globs != ["*"]).then_some(allowed),
         share_hub_token: config.share_hub_token,
-        data_dir: Some(config.data_dir.clone()),
+        data_dir: Some(dir.to_owned()),
         loads_max: args.adapter_loads,
     })
 }

@@ -7,8 +7,11 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use globset::GlobSet;
 
-use crate::adapters::{AdapterRef, Credential, Resolved, Source, SourceKind};
-use crate::engine::AdapterFailure;
+use crate::adapters::{
+    AdapterRef, Credential, FetchError, Fetcher, Progress, Resolved, Source, SourceDefaults, SourceKind, Store, Stored,
+    Tenant,
+};
+use crate::engine::ContentId;
 
 /// What the operator set.
 #[derive(Clone, Debug)]
@@ -25,11 +28,13 @@ pub struct AdapterSettings {
     pub base_names: Vec<String>,
     /// Where `org/repo` and bare names are looked for when the request names no source.
     pub default_source: SourceKind,
+    /// Where bare names lie when `adapter_source` says `s3`.
+    pub source_defaults: SourceDefaults,
     /// `--allow-adapters`: what may be resolved dynamically, by name or printed reference; `None` = everything.
     pub allowed: Option<GlobSet>,
     /// The server's hub token answers for callers without one.
     pub share_hub_token: bool,
-    /// Holds `registry.redb`; `None` = registrations are forgotten at the end.
+    /// Holds `registry.redb` and the files of merges; `None` = registrations are forgotten at the end.
     pub data_dir: Option<PathBuf>,
     /// Adapters that are loaded at the same time.
     pub loads_max: usize,
@@ -43,6 +48,7 @@ impl Default for AdapterSettings {
             source_prefixes: Vec::new(),
             base_names: Vec::new(),
             default_source: SourceKind::Hub,
+            source_defaults: SourceDefaults::default(),
             allowed: None,
             share_hub_token: false,
             data_dir: None,
@@ -69,12 +75,58 @@ pub trait Files: Send + Sync + 'static {
         &'a self,
         resolved: &'a Resolved,
         credential: &'a Credential,
-        tenant: u64,
-    ) -> BoxFuture<'a, Result<FilesHere, AdapterFailure>>;
+        tenant: Tenant,
+        progress: &'a Progress,
+    ) -> BoxFuture<'a, Result<FilesHere, FetchError>>;
     /// The files of this identity, if they are here.
     fn here(&self, identity: &str) -> Option<FilesHere>;
-    /// Deletes them once nobody holds them. Bytes freed.
-    fn forget(&self, identity: &str) -> u64;
+    /// Deletes them, once nobody holds them. Bytes that this frees.
+    fn forget<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, u64>;
+    /// The shard read this content from them.
+    fn note_content(&self, identity: &str, content: ContentId);
+    /// The disk keeps them, whatever else it drops.
+    fn set_pinned(&self, identity: &str, is_pinned: bool);
+}
+
+/// The disk store and the downloads into it.
+struct Downloads {
+    fetcher: Fetcher,
+    store: Arc<Store>,
+}
+
+impl Files for Downloads {
+    fn fetch<'a>(
+        &'a self,
+        resolved: &'a Resolved,
+        credential: &'a Credential,
+        tenant: Tenant,
+        progress: &'a Progress,
+    ) -> BoxFuture<'a, Result<FilesHere, FetchError>> {
+        Box::pin(async move { self.fetcher.fetch(resolved, credential, tenant, progress).await.map(FilesHere::stored) })
+    }
+
+    fn here(&self, identity: &str) -> Option<FilesHere> {
+        self.store.get(identity).map(FilesHere::stored)
+    }
+
+    fn forget<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, u64> {
+        Box::pin(self.fetcher.forget(identity))
+    }
+
+    fn note_content(&self, identity: &str, content: ContentId) {
+        self.store.note_content(identity, content);
+    }
+
+    fn set_pinned(&self, identity: &str, is_pinned: bool) {
+        self.store.set_pinned(identity, is_pinned);
+    }
+}
+
+impl Supply {
+    /// Sources of these kinds, with downloads into `store`.
+    pub fn new(source: Arc<dyn Source>, kinds: Vec<SourceKind>, fetcher: Fetcher, store: Arc<Store>) -> Self {
+        Self { source, kinds, files: Arc::new(Downloads { fetcher, store }) }
+    }
 }
 
 /// A directory with the two files of an adapter.
@@ -84,6 +136,12 @@ pub struct FilesHere {
     pub dir: PathBuf,
     /// Keeps the directory while it lives.
     pub guard: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl FilesHere {
+    fn stored(stored: Stored) -> Self {
+        Self { dir: stored.dir().to_owned(), guard: Some(Arc::new(stored)) }
+    }
 }
 
 /// Why the registry could not start.

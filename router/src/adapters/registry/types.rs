@@ -7,6 +7,7 @@ use std::time::Duration;
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
+use super::contents::Wanted;
 use crate::adapters::{AdapterRef, Credential, SourceKind};
 use crate::engine::{ForgetMode, MajoritySign, MergeStrategy, PreparedAdapter};
 
@@ -58,6 +59,8 @@ pub struct ResolvedAdapter {
     /// Keeps content and files.
     #[expect(dead_code, reason = "held, never read")]
     pub(super) hold: Hold,
+    /// How to load it again.
+    pub(super) wanted: Wanted,
 }
 
 /// Keeps something alive without saying what.

@@ -272,7 +272,11 @@ async fn an_error_in_a_stream_is_its_last_event() {
     assert!(events.len() > 1 && events[0]["token"].is_object());
     *script.inner.fail_after.lock().unwrap() = Some((0, Failure::ShardFault));
     let (status, reply) = native(&app, "/generate_stream", json!({"inputs": "hi"})).await;
-    assert_eq!((status.as_u16(), &reply["code"]), (424, &json!("shard_fault")), "a status of its own before the stream");
+    assert_eq!(
+        (status.as_u16(), &reply["code"]),
+        (424, &json!("shard_fault")),
+        "a status of its own before the stream"
+    );
     script.until_none_is_open().await;
 }
 
@@ -319,8 +323,14 @@ async fn headers_say_how_long_it_took_and_what_answered() {
     let generated = headers["x-generated-tokens"].to_str().unwrap().parse::<u64>().unwrap();
     let prompt = headers["x-prompt-tokens"].to_str().unwrap().parse::<u64>().unwrap();
     assert_eq!(headers["x-total-tokens"].to_str().unwrap().parse::<u64>().unwrap(), prompt + generated);
-    assert_eq!((&headers["x-compute-characters"], &headers["x-model-id"]), (&"2".parse().unwrap(), &"base".parse().unwrap()));
-    assert_eq!((&headers["x-adapter-id"], &headers["x-adapter-source"]), (&"sql".parse().unwrap(), &"local".parse().unwrap()));
+    assert_eq!(
+        (&headers["x-compute-characters"], &headers["x-model-id"]),
+        (&"2".parse().unwrap(), &"base".parse().unwrap())
+    );
+    assert_eq!(
+        (&headers["x-adapter-id"], &headers["x-adapter-source"]),
+        (&"sql".parse().unwrap(), &"local".parse().unwrap())
+    );
     let response = send(&app, post("/generate_stream", body.to_string())).await;
     assert!(response.headers().contains_key("x-compute-characters") && response.headers().contains_key("x-adapter-id"));
 }

@@ -3,8 +3,10 @@
 mod chat;
 mod completions;
 mod envelope;
+mod keys;
 mod lorax;
 mod models;
+mod operator;
 mod server;
 mod stream;
 mod validation;

@@ -1,0 +1,535 @@
+//! Contents by identity: loaded once however many names and callers want them, tried again by schedule, forgotten when
+//! nobody uses them. Who may use one is decided before anyone comes here.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+
+use super::holds::{ContentHold, Holds};
+use super::settings::{Files, FilesHere};
+use super::stage::Stage;
+use super::{AdapterState, failure};
+use crate::adapters::authorise::Mac;
+use crate::adapters::life::{Clock, EXPLICIT_EVERY, Retry, is_retryable};
+use crate::adapters::{Credential, Origin, Resolved, SourceKind, Tenant};
+use crate::engine::{AdapterFailure, ContentId, MergeAsk, PreparedAdapter, Tier};
+use crate::http::Backend;
+
+/// How long "not there" and other failures of a moment answer for the next requests.
+const FAILURE_KEPT: Duration = Duration::from_secs(5);
+/// The same for bytes that are wrong and cannot change: an identity means exact bytes.
+const REFUSAL_KEPT: Duration = Duration::from_secs(300);
+/// Contents that no name stands for.
+pub(super) const UNNAMED_MAX: usize = 4096;
+/// Of these, merges: their files are not in the store and have no quota.
+const MERGES_MAX: usize = 256;
+/// An engine that has not published a new content yet is not one that has forgotten it.
+const SNAPSHOT_AGE: Duration = Duration::from_secs(1);
+
+/// What is wanted, and how to get it.
+#[derive(Clone)]
+pub(super) struct Wanted {
+    pub(super) identity: Arc<str>,
+    pub(super) source: SourceKind,
+    pub(super) from: From,
+    pub(super) credential: Credential,
+    /// Of the credential: what a source says to one is not told to another.
+    pub(super) mac: Mac,
+    pub(super) tenant: Tenant,
+    /// Tries at once although the last attempt failed, if that was some time ago.
+    pub(super) is_explicit: bool,
+    /// The directory is needed, not just the content.
+    pub(super) needs_files: bool,
+}
+
+impl std::fmt::Debug for Wanted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Wanted").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+/// Where the bytes are.
+#[derive(Clone)]
+pub(super) enum From {
+    Source(Arc<Resolved>),
+    Merge(Arc<Merge>),
+}
+
+/// A merge, with what its parts need to stay.
+pub(super) struct Merge {
+    pub(super) ask: MergeAsk,
+    pub(super) parts: Vec<Usable>,
+}
+
+/// A content that can be used now.
+#[derive(Clone)]
+pub(super) struct Usable {
+    pub(super) prepared: Arc<PreparedAdapter>,
+    pub(super) hold: Arc<ContentHold>,
+    /// Absent when the bytes are in memory only.
+    pub(super) files: Option<FilesHere>,
+    pub(super) loaded_ms: u64,
+}
+
+/// How long somebody waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Until {
+    /// Until this moment of the registry's clock, over as many attempts as fit.
+    At(Duration),
+    /// Until the attempt that runs, or is begun, has ended.
+    AttemptEnds,
+}
+
+type Outcome = Result<Usable, AdapterFailure>;
+
+#[derive(Clone)]
+struct Ready {
+    prepared: Arc<PreparedAdapter>,
+    hold: Arc<ContentHold>,
+    at: Duration,
+    loaded_ms: u64,
+}
+
+enum Attempt {
+    None,
+    Running { outcome: watch::Receiver<Option<Outcome>>, stage: Arc<Stage>, mac: Mac },
+    Failed { failure: AdapterFailure, at: Duration, until: Duration, mac: Mac },
+}
+
+struct Content {
+    source: SourceKind,
+    /// Names that stand for it.
+    names: usize,
+    used: Duration,
+    ready: Option<Ready>,
+    attempt: Attempt,
+    retry: Retry,
+    /// To be removed with it: the directory of a merge.
+    made: Option<PathBuf>,
+}
+
+#[derive(Default)]
+struct Table {
+    by_identity: HashMap<Arc<str>, Content>,
+    unnamed: usize,
+    failures: HashMap<(SourceKind, String), u64>,
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Contents {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    engine: Arc<dyn Backend>,
+    files: Option<Arc<dyn Files>>,
+    clock: Arc<dyn Clock>,
+    holds: Arc<Holds>,
+    prepares: Semaphore,
+    table: Mutex<Table>,
+}
+
+enum Look {
+    Ready(Ready),
+    Running { outcome: watch::Receiver<Option<Outcome>>, stage: Arc<Stage>, is_shared: bool },
+    Failed { failure: AdapterFailure, next_try: Option<Duration> },
+}
+
+impl Contents {
+    pub(super) fn new(
+        engine: Arc<dyn Backend>,
+        files: Option<Arc<dyn Files>>,
+        clock: Arc<dyn Clock>,
+        prepares_max: usize,
+    ) -> Self {
+        let (holds, prepares) = (Holds::new(Arc::clone(&engine)), Semaphore::new(prepares_max.max(1)));
+        Self { shared: Arc::new(Shared { engine, files, clock, holds, prepares, table: Mutex::default() }) }
+    }
+
+    /// The content, loaded if it is not. Retries by schedule go on while somebody waits.
+    ///
+    /// # Errors
+    /// `adapter_loading` when the wait is over; `adapter_load_failed` and its kin when the next try is later than that; what is wrong
+    /// with the bytes.
+    pub(super) async fn usable(&self, wanted: &Wanted, stage: &Arc<Stage>, until: Until) -> Outcome {
+        loop {
+            match self.look(wanted, stage)? {
+                Look::Ready(ready) => match self.files_of_ready(wanted, &ready) {
+                    Some(files) => return Ok(ready.usable(files)),
+                    None => self.not_ready_any_more(&wanted.identity, &ready),
+                },
+                Look::Running { outcome, stage, is_shared } => match self.wait(outcome, &stage, until).await {
+                    // The answer to another credential: ask with this one.
+                    Err(failure) if is_shared && failure.code == "model_not_found" => {}
+                    Err(failure) if is_retryable(&failure.code) && failure.state == Some(RETRY) => {}
+                    outcome => return outcome,
+                },
+                Look::Failed { failure, next_try: None } => return Err(failure),
+                Look::Failed { mut failure, next_try: Some(at) } => {
+                    let now = self.shared.clock.now();
+                    if !matches!(until, Until::At(until) if at <= until) {
+                        failure.retry_after = Some(at.saturating_sub(now).max(Duration::from_secs(1)));
+                        failure.state = Some(AdapterState::Failed.name());
+                        return Err(failure);
+                    }
+                    self.shared.clock.sleep(at.saturating_sub(now)).await;
+                }
+            }
+        }
+    }
+
+    async fn wait(&self, mut outcome: watch::Receiver<Option<Outcome>>, stage: &Stage, until: Until) -> Outcome {
+        let given_up =
+            || failure("adapter_load_failed", "service unavailable: the load was given up; try again".into());
+        let clock = &self.shared.clock;
+        let done = if let Until::At(until) = until {
+            let left = until.saturating_sub(clock.now());
+            tokio::select! {
+                biased;
+                done = outcome.wait_for(Option::is_some) => done,
+                () = clock.sleep(left) => return Err(still_loading(stage.state())),
+            }
+        } else {
+            outcome.wait_for(Option::is_some).await
+        };
+        done.map_err(|_| given_up())?.clone().unwrap_or_else(|| Err(given_up()))
+    }
+
+    /// What there is now; begins an attempt if there is nothing.
+    fn look(&self, wanted: &Wanted, stage: &Arc<Stage>) -> Result<Look, AdapterFailure> {
+        let now = self.shared.clock.now();
+        let mut table = self.table();
+        let content = table.entry(wanted, now)?;
+        content.used = now;
+        if let Some(ready) = &content.ready {
+            return Ok(Look::Ready(ready.clone()));
+        }
+        match &content.attempt {
+            // `has_changed` is an error when the attempt died without a word.
+            Attempt::Running { outcome, stage: theirs, mac } if outcome.has_changed().is_ok() => {
+                stage.follow(theirs);
+                let is_shared = *mac != wanted.mac;
+                return Ok(Look::Running { outcome: outcome.clone(), stage: Arc::clone(theirs), is_shared });
+            }
+            Attempt::Failed { failure, at, until, mac } => {
+                let is_told = failure.code != "model_not_found" || *mac == wanted.mac;
+                let is_forced = wanted.is_explicit && now >= *at + EXPLICIT_EVERY;
+                if now < *until && is_told && !is_forced {
+                    let next_try = is_retryable(&failure.code).then_some(*until);
+                    return Ok(Look::Failed { failure: failure.clone(), next_try });
+                }
+            }
+            _ => {}
+        }
+        let (report, outcome) = watch::channel(None);
+        let mine = Arc::new(Stage::default());
+        mine.set(AdapterState::Fetching);
+        stage.follow(&mine);
+        content.attempt = Attempt::Running { outcome: outcome.clone(), stage: Arc::clone(&mine), mac: wanted.mac };
+        if let From::Merge(merge) = &wanted.from {
+            content.made = Some(merge.ask.out_dir.clone());
+        }
+        let (contents, wanted, theirs) = (self.clone(), wanted.clone(), Arc::clone(&mine));
+        tokio::spawn(async move { contents.attempt(wanted, theirs, report).await });
+        Ok(Look::Running { outcome, stage: mine, is_shared: false })
+    }
+
+    /// One attempt. Runs to its end whoever waits.
+    async fn attempt(self, wanted: Wanted, stage: Arc<Stage>, report: watch::Sender<Option<Outcome>>) {
+        let started = self.shared.clock.now();
+        let outcome = self.load(&wanted, &stage).await;
+        let took = self.shared.clock.now().saturating_sub(started);
+        let loaded_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(
+            identity = &*wanted.identity,
+            ok = outcome.is_ok(),
+            code = outcome.as_ref().err().map(|failure| failure.code.as_str()),
+            ms = loaded_ms,
+            "adapter loaded"
+        );
+        let outcome = outcome.map(|(prepared, hold, files)| Usable { prepared, hold, files: Some(files), loaded_ms });
+        let outcome = self.note(&wanted, outcome);
+        report.send_replace(Some(outcome));
+    }
+
+    async fn load(
+        &self,
+        wanted: &Wanted,
+        stage: &Stage,
+    ) -> Result<(Arc<PreparedAdapter>, Arc<ContentHold>, FilesHere), AdapterFailure> {
+        let files = self.fetch(wanted, stage).await?;
+        stage.set(AdapterState::Preparing);
+        let shared = &self.shared;
+        let _permit = shared.prepares.acquire().await;
+        for _ in 0..3 {
+            let asked_at = shared.holds.moment();
+            let prepared = shared.engine.prepare_adapter(files.dir.clone()).await?;
+            if let Some(hold) = shared.holds.take(prepared.content, asked_at) {
+                if let (From::Source(_), Some(files)) = (&wanted.from, &shared.files) {
+                    files.note_content(&wanted.identity, prepared.content);
+                }
+                return Ok((Arc::new(prepared), hold, files));
+            }
+        }
+        Err(failure("adapter_load_failed", "service unavailable: its content was forgotten while it was loaded".into()))
+    }
+
+    async fn fetch(&self, wanted: &Wanted, stage: &Stage) -> Result<FilesHere, AdapterFailure> {
+        match &wanted.from {
+            From::Source(resolved) => {
+                if let Origin::Directory(dir) = &resolved.origin {
+                    return Ok(FilesHere { dir: dir.clone(), guard: None });
+                }
+                let files = self.shared.files.as_ref().ok_or_else(|| {
+                    failure("adapter_load_failed", "this server keeps no downloads (--data-dir)".into())
+                })?;
+                if let Some(here) = files.here(&wanted.identity) {
+                    return Ok(here);
+                }
+                let fetched = files.fetch(resolved, &wanted.credential, wanted.tenant, stage.progress()).await;
+                fetched.map_err(|error| AdapterFailure {
+                    retry_after: error.retry_after(),
+                    ..AdapterFailure::new(error.code(), error.to_string())
+                })
+            }
+            From::Merge(merge) => {
+                let dir = merge.ask.out_dir.clone();
+                if !tokio::fs::try_exists(&dir).await.unwrap_or(false) {
+                    debug_assert!(!merge.parts.is_empty(), "what it is made of stays until here");
+                    let part = dir.with_extension("part");
+                    let _ = tokio::fs::remove_dir_all(&part).await; // of an attempt that failed
+                    let cannot = |error: std::io::Error| {
+                        failure(
+                            "adapter_load_failed",
+                            format!("service unavailable: the merge cannot be written: {error}"),
+                        )
+                    };
+                    tokio::fs::create_dir_all(&part).await.map_err(cannot)?;
+                    self.shared.engine.merge_adapters(MergeAsk { out_dir: part.clone(), ..merge.ask.clone() }).await?;
+                    tokio::fs::rename(&part, &dir).await.map_err(cannot)?;
+                }
+                Ok(FilesHere { dir, guard: None })
+            }
+        }
+    }
+
+    /// Writes down how an attempt ended, and what those who wait are told.
+    fn note(&self, wanted: &Wanted, outcome: Outcome) -> Outcome {
+        let (clock, now) = (&*self.shared.clock, self.shared.clock.now());
+        let mut guard = self.table();
+        let table = &mut *guard;
+        if let Err(failure) = &outcome {
+            *table.failures.entry((wanted.source, failure.code.clone())).or_default() += 1;
+        }
+        // Forgotten while it was loaded: those who waited may use it, nobody else knows it.
+        let Some(content) = table.by_identity.get_mut(&wanted.identity) else { return outcome };
+        match outcome {
+            Ok(usable) => {
+                let (prepared, hold) = (Arc::clone(&usable.prepared), Arc::clone(&usable.hold));
+                content.ready = Some(Ready { prepared, hold, at: now, loaded_ms: usable.loaded_ms });
+                content.attempt = Attempt::None;
+                content.retry = Retry::default();
+                Ok(usable)
+            }
+            Err(mut failure) => {
+                let kept = match failure.code.as_str() {
+                    code if is_retryable(code) => content.retry.after_failure(clock, failure.retry_after),
+                    "model_not_found" => FAILURE_KEPT,
+                    _ if matches!(&wanted.from, From::Source(resolved) if matches!(resolved.origin, Origin::Directory(_))) => {
+                        FAILURE_KEPT
+                    }
+                    _ => REFUSAL_KEPT,
+                };
+                content.attempt =
+                    Attempt::Failed { failure: failure.clone(), at: now, until: now + kept, mac: wanted.mac };
+                failure.state = Some(if is_retryable(&failure.code) { RETRY } else { AdapterState::Failed.name() });
+                Err(failure)
+            }
+        }
+    }
+
+    /// The files of a content that was loaded before: `Some(None)` if it can do without, `None` if it has to be loaded
+    /// again because they were evicted or the engine does not know it any more.
+    fn files_of_ready(&self, wanted: &Wanted, ready: &Ready) -> Option<Option<FilesHere>> {
+        let shared = &self.shared;
+        let status = shared.engine.status();
+        let engine = status.contents.get(&ready.prepared.content);
+        let is_old = shared.clock.now().saturating_sub(ready.at) > SNAPSHOT_AGE;
+        if is_old && engine.is_none() && !status.contents.is_empty() {
+            return None;
+        }
+        let files = match &wanted.from {
+            From::Source(resolved) => match &resolved.origin {
+                Origin::Directory(dir) => Some(FilesHere { dir: dir.clone(), guard: None }),
+                Origin::Remote(_) => shared.files.as_ref().and_then(|files| files.here(&wanted.identity)),
+            },
+            From::Merge(merge) => Some(FilesHere { dir: merge.ask.out_dir.clone(), guard: None }),
+        };
+        let in_memory = engine.is_some_and(|content| content.tier > Tier::Disk);
+        (files.is_some() || (in_memory && !wanted.needs_files)).then_some(files)
+    }
+
+    fn not_ready_any_more(&self, identity: &str, seen: &Ready) {
+        let mut table = self.table();
+        let Some(content) = table.by_identity.get_mut(identity) else { return };
+        if content.ready.as_ref().is_some_and(|ready| Arc::ptr_eq(&ready.hold, &seen.hold) && ready.at == seen.at) {
+            content.ready = None;
+        }
+    }
+
+    /// One more name stands for it.
+    pub(super) fn adopt(&self, wanted: &Wanted, usable: &Usable) {
+        let now = self.shared.clock.now();
+        let mut guard = self.table();
+        let table = &mut *guard;
+        let content = table.by_identity.entry(Arc::clone(&wanted.identity)).or_insert_with(|| {
+            table.unnamed += 1;
+            Content::new(wanted.source, now)
+        });
+        if content.names == 0 {
+            table.unnamed -= 1;
+        }
+        content.names += 1;
+        if content.ready.is_none() && matches!(content.attempt, Attempt::None) {
+            let (prepared, hold) = (Arc::clone(&usable.prepared), Arc::clone(&usable.hold));
+            content.ready = Some(Ready { prepared, hold, at: now, loaded_ms: usable.loaded_ms });
+        }
+    }
+
+    /// The same for a content of the last run, which nobody has loaded yet.
+    pub(super) fn adopt_unloaded(&self, identity: &Arc<str>, source: SourceKind) {
+        let now = self.shared.clock.now();
+        let mut table = self.table();
+        // Before any request: nothing is without a name yet.
+        table.by_identity.entry(Arc::clone(identity)).or_insert_with(|| Content::new(source, now)).names += 1;
+    }
+
+    /// One name less. The last one takes the content with it: it is loaded again if somebody else wants it. True if it
+    /// was the last.
+    pub(super) fn release(&self, identity: &str) -> bool {
+        let mut guard = self.table();
+        let table = &mut *guard;
+        let Some(content) = table.by_identity.get_mut(identity) else { return false };
+        content.names = content.names.saturating_sub(1);
+        if content.names > 0 {
+            return false;
+        }
+        let gone = table.by_identity.remove(identity);
+        drop(guard);
+        drop(gone); // lets go of its content, which speaks to the engine
+        true
+    }
+
+    /// Ends the requests that run under a content, unless something else stands for it.
+    pub(super) fn forget_now(&self, content: ContentId) {
+        let is_wanted = {
+            let table = self.table();
+            table.by_identity.values().any(|known| known.ready.as_ref().is_some_and(|r| r.prepared.content == content))
+        };
+        if !is_wanted {
+            self.shared.holds.forget_now(content);
+        }
+    }
+
+    /// True if it is loaded, or being loaded.
+    pub(super) fn is_known(&self, identity: &str) -> bool {
+        self.table().by_identity.contains_key(identity)
+    }
+
+    /// States of the attempts that run.
+    pub(super) fn running(&self) -> Vec<AdapterState> {
+        let table = self.table();
+        let state = |content: &Content| match &content.attempt {
+            Attempt::Running { stage, .. } => Some(stage.state()),
+            _ => None,
+        };
+        table.by_identity.values().filter_map(state).collect()
+    }
+
+    /// Failed attempts by source and code.
+    pub(super) fn failures(&self) -> Vec<(SourceKind, String, u64)> {
+        let table = self.table();
+        let mut all: Vec<_> = table.failures.iter().map(|((source, code), n)| (*source, code.clone(), *n)).collect();
+        all.sort();
+        all
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.shared.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Marks a failure after which there will be another try.
+const RETRY: &str = "retrying";
+
+fn still_loading(state: AdapterState) -> AdapterFailure {
+    AdapterFailure {
+        retry_after: Some(Duration::from_secs(1)),
+        state: Some(state.name()),
+        ..failure(
+            "adapter_loading",
+            format!("it is still loading (state `{}`); the load goes on, try again", state.name()),
+        )
+    }
+}
+
+impl Content {
+    fn new(source: SourceKind, now: Duration) -> Self {
+        let (attempt, retry) = (Attempt::None, Retry::default());
+        Self { source, names: 0, used: now, ready: None, attempt, retry, made: None }
+    }
+
+    /// Nobody but this table wants it.
+    fn is_idle(&self) -> bool {
+        let is_used = self.ready.as_ref().is_some_and(|ready| Arc::strong_count(&ready.hold) > 1);
+        self.names == 0 && !is_used && !matches!(self.attempt, Attempt::Running { .. })
+    }
+}
+
+impl Ready {
+    fn usable(self, files: Option<FilesHere>) -> Usable {
+        Usable { prepared: self.prepared, hold: self.hold, files, loaded_ms: self.loaded_ms }
+    }
+}
+
+impl Table {
+    fn entry(&mut self, wanted: &Wanted, now: Duration) -> Result<&mut Content, AdapterFailure> {
+        if !self.by_identity.contains_key(&wanted.identity) {
+            if self.unnamed >= UNNAMED_MAX {
+                self.forget_idle(UNNAMED_MAX / 16, |_| true);
+            }
+            let is_merge = |content: &Content| content.source == SourceKind::Merge;
+            if wanted.source == SourceKind::Merge
+                && self.by_identity.values().filter(|content| is_merge(content)).count() >= MERGES_MAX
+            {
+                self.forget_idle(MERGES_MAX / 16, is_merge);
+            }
+            if self.unnamed >= UNNAMED_MAX {
+                let message =
+                    format!("service unavailable: {UNNAMED_MAX} adapters without a name are in use; try again");
+                return Err(failure("adapter_load_failed", message));
+            }
+            self.unnamed += 1;
+        }
+        let source = wanted.source;
+        Ok(self.by_identity.entry(Arc::clone(&wanted.identity)).or_insert_with(|| Content::new(source, now)))
+    }
+
+    /// Forgets up to `count` idle ones that are `meant`, least recently used first.
+    fn forget_idle(&mut self, count: usize, meant: impl Fn(&Content) -> bool) {
+        let idle = self.by_identity.iter().filter(|(_, content)| content.is_idle() && meant(content));
+        let mut idle: Vec<_> = idle.map(|(identity, content)| (content.used, Arc::clone(identity))).collect();
+        idle.sort();
+        for (_, identity) in idle.into_iter().take(count) {
+            let gone = self.by_identity.remove(&identity);
+            self.unnamed -= 1;
+            if let Some(dir) = gone.and_then(|content| content.made) {
+                std::thread::spawn(move || std::fs::remove_dir_all(dir));
+            }
+        }
+    }
+}
