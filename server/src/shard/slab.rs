@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use loramux_kernels::device::step::BlockDesc;
 use loramux_kernels::{AdapterImage, ImageLayout, OpError};
-use loramux_models::DecoderSpec;
 use loramux_models::adapter::{self, AdapterLimits, PeftAdapter};
+use loramux_models::{BaseFiles, DecoderSpec};
 use loramux_proto::{AdapterError, AdapterReport, PrepareAdapter, Prepared, prepared};
 
 /// Pages of page-locked host memory, which a device copies from without the host's help. Taken once at start; images
@@ -119,18 +119,22 @@ pub(crate) struct Slab {
     pub(super) spec: DecoderSpec,
     layout: ImageLayout,
     page_bytes: usize,
+    base: BaseFiles,
     pool: Option<Arc<PinnedPool>>,
+    /// The device's name, and the features of adapters that its kernels lack.
+    lacks: Option<(String, &'static [&'static str])>,
     images: RwLock<HashMap<[u8; 32], Arc<SlabImage>>>,
 }
 
 impl Slab {
-    pub(crate) fn new(
-        spec: DecoderSpec,
-        layout: impl Into<ImageLayout>,
-        page_bytes: usize,
-        pool: Option<Arc<PinnedPool>>,
-    ) -> Self {
-        Self { spec, layout: layout.into(), page_bytes, pool, images: RwLock::default() }
+    pub(crate) fn new(spec: DecoderSpec, layout: impl Into<ImageLayout>, page_bytes: usize, base: BaseFiles) -> Self {
+        let layout = layout.into();
+        Self { spec, layout, page_bytes, base, pool: None, lacks: None, images: RwLock::default() }
+    }
+
+    /// The same over page-locked memory, for a device whose kernels lack some features of adapters.
+    pub(crate) fn on_device(self, pool: Option<Arc<PinnedPool>>, name: String, lacks: &'static [&'static str]) -> Self {
+        Self { pool, lacks: Some((name, lacks)), ..self }
     }
 
     pub(crate) fn get(&self, content: &[u8]) -> Option<Arc<SlabImage>> {
@@ -153,9 +157,19 @@ impl Slab {
         Prepared { request_id: request.request_id, outcome: Some(outcome) }
     }
 
+    /// Refuses by name what this device cannot compute.
+    pub(super) fn check_features(&self, features: &[&'static str]) -> Result<(), adapter::AdapterError> {
+        let Some((device, lacks)) = &self.lacks else { return Ok(()) };
+        match features.iter().find(|feature| lacks.contains(feature)) {
+            None => Ok(()),
+            Some(feature) => Err(adapter::AdapterError::OnDevice { feature, device: device.clone() }),
+        }
+    }
+
     /// The pages that the adapter takes.
     pub(super) fn pack(&self, read: &PeftAdapter) -> Result<AdapterImage, adapter::AdapterError> {
-        read.pack(self.layout, self.page_bytes)
+        self.check_features(&read.features)?;
+        read.pack_onto(self.layout, self.page_bytes, &self.base)
     }
 
     fn try_prepare(&self, request: &PrepareAdapter) -> Result<AdapterReport, adapter::AdapterError> {

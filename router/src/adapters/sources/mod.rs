@@ -12,13 +12,17 @@ pub mod guard;
 mod http;
 mod hub;
 mod hub_cache;
+mod hub_list;
 mod local;
+mod model;
+mod model_download;
 mod net;
 mod pace;
 mod settings;
 #[cfg(test)]
 mod testing;
 
+pub use model::{ModelFile, ModelListing, ModelPlace, ModelRef};
 pub use settings::{
     GcsCredentials, GcsSettings, HttpHeader, HttpSettings, HubSettings, LocalSettings, Pace, S3Credentials, S3Settings,
     SourceSettings,
