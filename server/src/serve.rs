@@ -155,7 +155,6 @@ fn router_config(config: &Config) -> RouterConfig {
         model_root: if config.is_demo { "embedded".into() } else { config.shard.model.display().to_string() },
         max_model_len: args.model.max_model_len,
         use_generation_config: config.use_generation_config,
-        source_defaults: config.source_defaults.clone(),
         keys: config.keys.clone(),
         allow_runtime_adapters: config.allow_runtime_adapters,
         trust_loopback_adapters: args.sources.trust_loopback_adapters,

@@ -2,8 +2,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures_util::future::BoxFuture;
 
+use std::path::Path;
+
 use super::*;
-use crate::engine::{AdapterCheck, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel, PinRefused};
+use crate::engine::{
+    AdapterCheck, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel, PinRefused, PreparedAdapter,
+};
 use crate::http::Events;
 
 /// Content = first byte of the weights file; `f` fails.
