@@ -16,7 +16,9 @@ mod gather_rows;
 mod kv_cache;
 mod linear;
 mod lora;
+mod lora_embed;
 mod lora_expand;
+mod lora_gain_shift;
 mod lora_shrink;
 mod norm;
 mod parallel;
@@ -38,11 +40,13 @@ pub use gather_rows::gather_rows;
 pub use kv_cache::{KvLayout, KvSlot, copy_block};
 pub use linear::{PackedWeight, WeightPart, linear};
 pub use lora::{
-    AdapterImage, AdapterTable, ImageLayout, LoraPart, LoraScratch, LoraSite, RANK_BLOCK, SLICES, Segment, Slice,
-    SlotScale, WorkList,
+    AdapterImage, AdapterParts, AdapterTable, END_TILE, HeadWork, ImageLayout, LoraPart, LoraScratch, LoraSite,
+    RANK_BLOCK, SLICES, Segment, Slice, SlotScale, VectorPart, WorkList,
 };
+pub use lora_embed::{lora_embed_rows, lora_embed_shrink};
 pub use lora_expand::lora_expand;
-pub use lora_shrink::lora_shrink;
+pub use lora_gain_shift::lora_gain_shift;
+pub use lora_shrink::{lora_identity_shrink, lora_shrink};
 pub use norm::{add, add_rms_norm, rms_norm};
 pub use parallel::in_pool;
 pub use rope::{RopeAngles, rope_store};

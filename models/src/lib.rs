@@ -23,5 +23,5 @@ pub use rope::inv_freq;
 pub use spec::{DecoderSpec, RopeScaling, RopeSpec};
 pub use text::{TextFiles, text_files};
 pub use weights::{
-    CpuStore, LayerWeights, LoadFormat, LoadOptions, Model, Progress, WeightStore, Weights, load, load_into,
+    BaseFiles, CpuStore, LayerWeights, LoadFormat, LoadOptions, Model, Progress, WeightStore, Weights, load, load_into,
 };

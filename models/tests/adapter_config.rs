@@ -16,11 +16,9 @@ fn config_features_are_refused_by_name() {
         ("peft_type", json!("LOHA"), "LOHA"),
         ("peft_type", json!("lora"), "`lora`"),
         ("task_type", json!("SEQ_CLS"), "SEQ_CLS"),
-        ("bias", json!("all"), "bias"),
-        ("bias", json!("lora_only"), "bias"),
-        ("use_dora", json!(true), "use_dora"),
-        ("lora_bias", json!(true), "lora_bias"),
-        ("modules_to_save", json!(["lm_head"]), "modules_to_save"),
+        ("bias", json!("vera_only"), "bias"),
+        ("modules_to_save", json!(["score"]), "`score`"),
+        ("modules_to_save", json!(["lm_head", "norm"]), "`norm`"),
         ("fan_in_fan_out", json!(true), "fan_in_fan_out"),
         ("trainable_token_indices", json!([1, 2]), "trainable_token_indices"),
         ("trainable_token_indices", json!({"embed_tokens": [1]}), "trainable_token_indices"),
@@ -43,8 +41,6 @@ fn config_features_are_refused_by_name() {
         ("init_lora_weights", json!("loftq"), "loftq"),
         ("init_lora_weights", json!("corda"), "corda"),
         ("layers_pattern", json!("blocks"), "layers_pattern"),
-        ("target_modules", json!(["q_proj", "lm_head"]), "lm_head"),
-        ("target_modules", json!(["model.embed_tokens"]), "embed_tokens"),
         ("target_modules", json!("(?=q)q_proj"), "look-around"),
         ("rank_pattern", json!({"(q": 4}), "(q"),
         ("alpha_pattern", json!({"a)|(b": 4}), "a)|(b"),
@@ -102,6 +98,13 @@ fn malformed_config_values_are_refused() {
         ("target_modules", json!(["q_proj"]), INVALID, "does not target"),
         ("target_modules", json!(["q_proj", "v_proj", "k_proj"]), INVALID, "are missing"),
         ("target_modules", json!("all-linear"), INVALID, "are missing"),
+        ("target_modules", json!(["q_proj", "v_proj", "lm_head"]), INVALID, "lm_head.lora_A.weight"),
+        ("target_modules", json!(["q_proj", "v_proj", "embed_tokens"]), INVALID, "embed_tokens.lora_embedding_A"),
+        ("use_dora", json!(true), INVALID, "q_proj.lora_magnitude_vector"),
+        ("lora_bias", json!(true), INVALID, "q_proj.lora_B.bias"),
+        ("modules_to_save", json!(["lm_head"]), INVALID, "base_model.model.lm_head.weight"),
+        ("modules_to_save", json!("lm_head"), INVALID, "a list of names"),
+        ("modules_to_save", json!([5]), INVALID, "a list of names"),
         ("exclude_modules", json!(["v_proj"]), INVALID, "does not target"),
         ("exclude_modules", json!(5), INVALID, "exclude_modules"),
         ("layers_to_transform", json!([0, 1]), INVALID, "does not target"),
@@ -209,4 +212,18 @@ fn the_first_pattern_in_the_files_order_wins() {
     assert_eq!(adapter.modules[0].scale, 8.0 / 6.0);
     let general_first = patterns("{\"q_proj\":2,\"layers.0.self_attn.q_proj\":6}");
     refused("general first", read_files(general_first, &weights), INVALID, "rank 2");
+}
+
+#[test]
+fn features_that_exclude_each_other_are_refused_as_peft_refuses_them() {
+    let both = changed(config(), json!({"use_dora": true, "lora_bias": true}));
+    refused("both", read_files(both.to_string(), good_weights()), INVALID, "exclude each other");
+    let embedding = changed(config(), json!({"lora_bias": true, "target_modules": ["q_proj", "embed_tokens"]}));
+    refused("embedding", read_files(embedding.to_string(), good_weights()), INVALID, "exclude each other");
+    let tied = changed(config(), json!({"ensure_weight_tying": true, "modules_to_save": ["lm_head"]}));
+    refused("tied", read_files(tied.to_string(), good_weights()), UNSUPPORTED, "ensure_weight_tying");
+    let unused = changed(config(), json!({"ensure_weight_tying": true}));
+    read_files(unused.to_string(), good_weights()).expect("it concerns nothing that this adapter has");
+    let trained = changed(config(), json!({"bias": "all"}));
+    read_files(trained.to_string(), good_weights()).expect("this base has no biases, so none were trained");
 }

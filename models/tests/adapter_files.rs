@@ -9,7 +9,7 @@ use support::adapter::{
     INVALID, MISMATCH, Q0_A, Q0_B, TARGETS, TOO_LARGE, UNSUPPORTED, config, extra, good_weights, poisoned, read,
     read_files, refused, rename, reshaped, spec, tensors, weights,
 };
-use support::{Stored, changed, raw_safetensors, safetensors, write};
+use support::{Stored, Tensor, changed, raw_safetensors, safetensors, write};
 
 #[test]
 fn a_good_adapter_is_read_whole() {
@@ -45,12 +45,15 @@ fn tensors_of_other_modules_and_features_are_refused_by_name() {
         ("no B", tensors(|tensors| drop(tensors.remove(Q0_B))), INVALID, Q0_B),
         ("neither", neither, INVALID, "2 tensors of targeted modules are missing"),
         ("an untargeted pair", extra(&Q0_A.replace("q_proj", "k_proj")), INVALID, "does not target"),
-        ("dora", extra(&format!("{layer0}.q_proj.lora_magnitude_vector")), UNSUPPORTED, "use_dora"),
-        ("lora bias", extra(&format!("{layer0}.q_proj.lora_B.bias")), UNSUPPORTED, "lora_bias"),
-        ("bias", extra(&format!("{layer0}.q_proj.bias")), UNSUPPORTED, "bias"),
-        ("head", extra("base_model.model.lm_head.lora_A.weight"), UNSUPPORTED, "lm_head"),
-        ("trained head", extra("base_model.model.lm_head.weight"), UNSUPPORTED, "lm_head"),
-        ("embedding", extra("base_model.model.model.embed_tokens.lora_embedding_A"), UNSUPPORTED, "embed_tokens"),
+        ("dora", extra(&format!("{layer0}.q_proj.lora_magnitude_vector")), INVALID, "does not target"),
+        ("lora bias", extra(&format!("{layer0}.q_proj.lora_B.bias")), INVALID, "q_proj.lora_B.bias"),
+        ("bias", extra(&format!("{layer0}.q_proj.bias")), INVALID, "q_proj.bias"),
+        ("head", extra("base_model.model.lm_head.lora_A.weight"), INVALID, "lm_head"),
+        ("trained head", extra("base_model.model.lm_head.weight"), INVALID, "lm_head"),
+        ("embedding", extra("base_model.model.model.embed_tokens.lora_embedding_A"), INVALID, "embed_tokens"),
+        ("an embedding's A on a head", extra("base_model.model.lm_head.lora_embedding_A"), INVALID, "are not named"),
+        ("a copy without LoRA", extra("base_model.model.lm_head.base_layer.weight"), INVALID, "lm_head.base_layer"),
+        ("a norm", extra("base_model.model.model.norm.weight"), MISMATCH, "model.norm"),
         ("saved module", extra("base_model.model.score.modules_to_save.weight"), UNSUPPORTED, "modules_to_save"),
     ];
     for (case, weights, code, text) in cases {
@@ -238,4 +241,35 @@ fn the_content_id_depends_on_content_only() {
     assert_ne!(base, id(&other.to_string(), &good_weights()));
     let nudged = tensors(|t| t.get_mut(Q0_A).expect("A").values[0] += 1.0);
     assert_ne!(base, id(&config().to_string(), &nudged));
+}
+
+#[test]
+fn tensors_of_features_have_the_shapes_of_the_base() {
+    let layer0 = "base_model.model.model.layers.0";
+    let cases = [
+        ("use_dora", json!(true), format!("{layer0}.self_attn.q_proj.lora_magnitude_vector"), "wants [48]"),
+        ("lora_bias", json!(true), format!("{layer0}.self_attn.q_proj.lora_B.bias"), "wants [48]"),
+        ("modules_to_save", json!(["lm_head"]), "base_model.model.lm_head.weight".to_owned(), "wants [101, 48]"),
+        ("bias", json!("all"), format!("{layer0}.self_attn.q_proj.bias"), "match no module"),
+    ];
+    for (field, value, name, text) in cases {
+        let config = changed(config(), json!({field: value}));
+        let weights = tensors(|tensors| {
+            for layer in 0..3 {
+                for module in ["q_proj", "v_proj"] {
+                    let d_out = if module == "q_proj" { 48 } else { 16 };
+                    let shape = vec![d_out];
+                    let path = format!("base_model.model.model.layers.{layer}.self_attn.{module}");
+                    let ending = match field {
+                        "use_dora" => ".lora_magnitude_vector",
+                        "lora_bias" => ".lora_B.bias",
+                        _ => continue,
+                    };
+                    tensors.insert(path + ending, Tensor { shape, values: vec![1.0; d_out] });
+                }
+            }
+            tensors.insert(name.clone(), Tensor { shape: vec![47], values: vec![1.0; 47] });
+        });
+        refused(field, read_files(config.to_string(), weights), MISMATCH, text);
+    }
 }

@@ -99,8 +99,8 @@ pub(crate) struct ServeArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Base model: a Hugging Face directory or a .gguf file. Default: the built-in demo model
-    #[arg(long, alias = "model", env = "LORAMUX_MODEL_ID", value_name = "PATH")]
+    /// Base model: a directory, a .gguf file, org/model[@revision], org/repo/file.gguf, or s3://, gs://. Default: the built-in demo model
+    #[arg(long, alias = "model", env = "LORAMUX_MODEL_ID", value_name = "PATH|REF")]
     pub(crate) model_id: Option<PathBuf>,
     /// Names that clients may use for the base model, comma-separated. Default: the last part of --model-id (without .gguf)
     #[arg(long, env = "LORAMUX_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]

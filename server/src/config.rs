@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use loramux_router::adapters::{AdapterRef, SourceDefaults, SourceSettings};
+use loramux_router::adapters::sources::ModelRef;
+use loramux_router::adapters::{AdapterRef, SourceDefaults, SourceKind, SourceSettings};
 use loramux_router::http::KeySpec;
 
 pub(crate) use keys::read_keys;
@@ -22,9 +23,11 @@ use crate::shard::{CudaPaths, ShardOptions, is_gguf};
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
     #[error(
-        "--model-id: no such file or directory: {0}\n  give the folder that holds config.json and *.safetensors, or a .gguf file"
+        "--model-id: no such file or directory: {0}\n  give the folder that holds config.json and *.safetensors, a .gguf file, org/model[@revision], or s3://bucket/prefix"
     )]
     ModelMissing(String),
+    #[error("--model-id {0}: {1}")]
+    ModelRef(String, String),
     #[error(
         "--model-id: {0} has no config.json\n  give the folder that holds config.json and *.safetensors, or a .gguf file"
     )]
@@ -60,7 +63,10 @@ pub(crate) enum ConfigError {
 /// How the server runs.
 #[derive(Debug)]
 pub(crate) struct Config {
+    /// Its `model` is a placeholder as long as `remote_model` is not here.
     pub(crate) shard: ShardOptions,
+    /// The base model is to be fetched first.
+    pub(crate) remote_model: Option<ModelRef>,
     pub(crate) shard_mode: ShardMode,
     pub(crate) step_watchdog: Duration,
     pub(crate) served_names: Vec<String>,
@@ -137,11 +143,17 @@ impl Config {
     pub(crate) fn resolve(args: ServeArgs, env: &Env) -> Result<Self, ConfigError> {
         check_ranges(&args)?;
         let is_demo = args.model.model_id.is_none();
-        let (model, demo_adapters) = match &args.model.model_id {
-            Some(path) => (check_model(path, args.model.load_format)?, Vec::new()),
-            None => unpack_demo(&args)?,
+        let remote_model = args.model.model_id.as_deref().map(remote_model).transpose()?.flatten();
+        let (model, demo_adapters) = match (&args.model.model_id, &remote_model) {
+            (_, Some(remote)) => (PathBuf::from(remote_name(remote)), Vec::new()),
+            (Some(path), None) => (check_model(path, args.model.load_format)?, Vec::new()),
+            (None, None) => unpack_demo(&args)?,
         };
-        let served_names = served_names(&args, &model, is_demo);
+        let default_name = match &remote_model {
+            Some(remote) => Some(remote_name(remote)),
+            None => is_demo.then(|| demo::NAME.to_owned()),
+        };
+        let served_names = served_names(&args, &model, default_name);
         let adapters = adapters::registered(&args.adapters, env, demo_adapters, &served_names)?;
         let data_dir = args.engine.data_dir.clone().unwrap_or_else(default_data_dir);
         let data_dir = std::path::absolute(&data_dir).unwrap_or(data_dir);
@@ -155,6 +167,7 @@ impl Config {
         });
         Ok(Self {
             shard: shard_options(&args, model, served_names[0].clone()),
+            remote_model,
             shard_mode: args.engine.shard_mode,
             step_watchdog: args.engine.step_watchdog,
             served_names,
@@ -228,6 +241,37 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// What is no path of this machine and looks like a reference is one.
+fn remote_model(typed: &Path) -> Result<Option<ModelRef>, ConfigError> {
+    let Some(text) = typed.to_str().filter(|_| !typed.exists()) else { return Ok(None) };
+    let has_scheme = text.contains("://") && !text.starts_with("file://");
+    if !has_scheme && (text.starts_with(['/', '.', '~']) || !text.contains('/')) {
+        return Ok(None);
+    }
+    match ModelRef::parse(text) {
+        Ok(model) => Ok(Some(model)),
+        Err(error) if has_scheme => Err(ConfigError::ModelRef(text.to_owned(), error.to_string())),
+        Err(_) => Ok(None),
+    }
+}
+
+/// How a fetched model is called where nobody says so: as typed on the hub, else its last part.
+fn remote_name(model: &ModelRef) -> String {
+    let locator = &model.reference.locator;
+    match &model.gguf {
+        Some(file) => file.trim_end_matches(".gguf").to_owned(),
+        None if model.reference.source == SourceKind::Hub => locator.clone(),
+        None => locator.rsplit('/').next().unwrap_or(locator).to_owned(),
+    }
+}
+
+/// The hub's client library takes tokens from the environment by itself, unless it is told not to. Must be the first thing
+/// that this process does.
+pub(crate) fn no_implicit_hub_token() {
+    // SAFETY: no other thread runs yet, so nobody reads the environment meanwhile.
+    unsafe { std::env::set_var("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1") };
+}
+
 fn check_model(path: &Path, format: crate::shard::LoadFormatChoice) -> Result<PathBuf, ConfigError> {
     let shown = path.display().to_string();
     let Ok(full) = path.canonicalize() else { return Err(ConfigError::ModelMissing(shown)) };
@@ -256,7 +300,7 @@ pub(crate) fn default_data_dir() -> PathBuf {
     cache.unwrap_or_else(std::env::temp_dir).join("loramux")
 }
 
-fn served_names(args: &ServeArgs, model: &Path, is_demo: bool) -> Vec<String> {
+fn served_names(args: &ServeArgs, model: &Path, default_name: Option<String>) -> Vec<String> {
     let typed: Vec<String> = args
         .model
         .served_model_name
@@ -267,8 +311,8 @@ fn served_names(args: &ServeArgs, model: &Path, is_demo: bool) -> Vec<String> {
     if !typed.is_empty() {
         return typed;
     }
-    if is_demo {
-        return vec![demo::NAME.to_owned()];
+    if let Some(name) = default_name {
+        return vec![name];
     }
     let last = if model.is_file() { model.file_stem() } else { model.file_name() };
     vec![last.map_or_else(|| "base".to_owned(), |name| name.to_string_lossy().into_owned())]
@@ -338,6 +382,9 @@ mod tests {
         let here = env!("CARGO_MANIFEST_DIR");
         let cases: &[(&[&str], &str)] = &[
             (&["--model-id", "/nonexistent"], "--model-id: no such file"),
+            (&["--model-id", "./org/model"], "--model-id: no such file"),
+            (&["--model-id", "hf://org/../model"], "--model-id hf://org/../model: not a hub reference"),
+            (&["--model-id", "ftp://host/model"], "--model-id ftp://host/model: not an adapter reference"),
             (&["--model-id", here], "has no config.json"),
             (&["--max-num-seqs", "0"], "--max-num-seqs: must be 1..4096; got 0"),
             (&["--max-num-batched-tokens", "8"], "--max-num-batched-tokens: must be at least --max-num-seqs"),

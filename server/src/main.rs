@@ -5,6 +5,7 @@ mod args;
 mod config;
 mod demo;
 mod doctor;
+mod fetch_model;
 mod serve;
 mod shard;
 mod terminal;
@@ -16,6 +17,7 @@ use clap::Parser;
 use args::{Cli, Command, ShardArgs};
 
 fn main() -> ExitCode {
+    config::no_implicit_hub_token();
     let cli = Cli::parse();
     let ended = match cli.command {
         None => serve::main(cli.serve).map(|()| ExitCode::SUCCESS),

@@ -16,6 +16,7 @@ use loramux_router::text::{TextFiles, TextModel};
 
 use crate::args::{LogFormat, ServeArgs, ShardMode};
 use crate::config::{self, Config, Env};
+use crate::fetch_model;
 use crate::shard::in_process::InProcessLauncher;
 use crate::shard::process::ProcessLauncher;
 use crate::terminal::{LoadProgress, Summary, init_logs};
@@ -28,7 +29,7 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
         keep_memory_private();
     }
     let env = Env::read();
-    let config = Config::resolve(args, &env)?;
+    let mut config = Config::resolve(args, &env)?;
     let listener = bind(&config)?;
     let admin = admin::bind(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
@@ -36,8 +37,11 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
         let _inside = runtime.enter();
         adapters::open(&config)?
     };
-    let text = load_text(&config)?;
     let progress = Arc::new(LoadProgress::default());
+    if let Some(model) = &config.remote_model {
+        config.shard.model = runtime.block_on(fetch_model::fetch(model, &config, &progress))?;
+    }
+    let text = load_text(&config)?;
     tracing::info!(model = %config.shard.model.display(), "loading");
     let (engine, ready, thread) = start_engine(&config, &progress)?;
     let info = ready.recv().map_err(|_| anyhow!("the engine ended before it was ready"))?;
@@ -148,11 +152,20 @@ fn random_key() -> [u8; 32] {
     key
 }
 
+/// Where the base model comes from, as `/v1/models` says it.
+fn model_root(config: &Config) -> String {
+    match &config.remote_model {
+        Some(model) => model.name(),
+        None if config.is_demo => "embedded".to_owned(),
+        None => config.shard.model.display().to_string(),
+    }
+}
+
 fn router_config(config: &Config) -> RouterConfig {
     let args = &config.args;
     RouterConfig {
         served_names: config.served_names.clone(),
-        model_root: if config.is_demo { "embedded".into() } else { config.shard.model.display().to_string() },
+        model_root: model_root(config),
         max_model_len: args.model.max_model_len,
         use_generation_config: config.use_generation_config,
         keys: config.keys.clone(),

@@ -20,7 +20,7 @@ fn extents(slice: Slice) -> (usize, usize) {
         Slice::K | Slice::V => (40, 20),
         Slice::O => (48, 40),
         Slice::Gate | Slice::Up => (40, 72),
-        Slice::Down => (72, 40),
+        _ => (72, 40),
     }
 }
 

@@ -1,33 +1,14 @@
 //! One adapter as the bytes of arena pages.
 
-use super::{RANK_BLOCK, SLICES, Slice};
+use super::parts::{AdapterParts, LoraPart};
+use super::plan::{Entry, NO_BLOCK, Plan, Table, TableOf, rows_per_tile};
+use super::{END_TILE, RANK_BLOCK, SLICES, Slice};
 use crate::arena::UNIT_BYTES;
 use crate::device::Elem;
 use crate::device::step::BlockDesc;
 use crate::dtype::{ArenaDtype, to_f16};
 use crate::error::{OpError, at_most, same};
 use crate::simd::LANES;
-
-/// A and B of one matrix of one layer.
-#[derive(Clone, Copy, Debug)]
-pub struct LoraPart<'a> {
-    /// The decoder layer.
-    pub layer: usize,
-    /// The matrix of the layer.
-    pub slice: Slice,
-    /// Ranks of this pair; pairs of one adapter may differ.
-    pub rank: usize,
-    /// A, row-major `[rank, d_in]`.
-    pub a: &'a [f32],
-    /// B, row-major `[d_out, rank]`.
-    pub b: &'a [f32],
-    /// Inputs of the matrix.
-    pub d_in: usize,
-    /// Outputs of the matrix.
-    pub d_out: usize,
-    /// Factor of the delta, such as alpha / rank.
-    pub scale: f32,
-}
 
 /// How an image's blocks lie, and its storage type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,17 +26,25 @@ impl From<ArenaDtype> for ImageLayout {
 }
 
 impl ImageLayout {
-    const fn value_bytes(self) -> usize {
+    pub(super) const fn value_bytes(self) -> usize {
         match self {
             Self::Cpu(dtype) => dtype.bytes(),
             Self::Device(_) => 2,
         }
     }
 
-    const fn b_elements(self, d_out: usize) -> usize {
+    pub(super) const fn b_elements(self, d_out: usize) -> usize {
         match self {
             Self::Cpu(_) => b_elements(d_out),
             Self::Device(_) => RANK_BLOCK * d_out,
+        }
+    }
+
+    /// Place of rank `r` (of the block) and output `o` in a B block.
+    const fn b_index(self, r: usize, o: usize) -> usize {
+        match self {
+            Self::Cpu(_) => b_index(r, o),
+            Self::Device(_) => o * RANK_BLOCK + r,
         }
     }
 
@@ -74,23 +63,9 @@ pub struct AdapterImage {
     pub(super) layers: usize,
     pub(super) rank_blocks: usize,
     pub(super) entries: Vec<Entry>,
+    pub(super) tables: Vec<Table>,
     pages: usize,
     bytes: Vec<u8>,
-}
-
-/// One rank block of one matrix.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Entry {
-    pub(super) rank_block: usize,
-    pub(super) layer: usize,
-    pub(super) slice: Slice,
-    /// Offset of the A block from the start of the image, bytes.
-    pub(super) a: usize,
-    /// Offset of the B block, bytes.
-    pub(super) b: usize,
-    pub(super) d_in: usize,
-    pub(super) d_out: usize,
-    pub(super) scale: f32,
 }
 
 /// Elements of a B block: panels of 16 outputs, `[d_out / 16][16 ranks][16 outputs]`, the last one filled with zeros.
@@ -104,50 +79,103 @@ pub(crate) const fn b_index(r: usize, o: usize) -> usize {
 }
 
 impl AdapterImage {
-    /// Packs an adapter for a model of `layers` layers: first-fit decreasing, values rounded to the layout's type.
+    /// Packs LoRA pairs alone; see [`Self::pack_parts`].
     ///
     /// # Errors
-    /// [`OpError::Shape`] if a part's data disagree with its extents, a pair comes twice or `page_bytes` is no multiple of
-    /// 256; [`OpError::Limit`] for a layer that is not there; [`OpError::BlockOverPage`]; [`OpError::OutOfMemory`].
+    /// As [`Self::pack_parts`].
     pub fn pack(
         layout: impl Into<ImageLayout>,
         page_bytes: usize,
         layers: usize,
         parts: &[LoraPart],
     ) -> Result<Self, OpError> {
-        let (op, layout) = ("adapter image", layout.into());
-        same(op, "page bytes modulo 256", page_bytes % UNIT_BYTES, 0)?;
-        let mut seen = vec![false; layers.saturating_mul(SLICES)];
-        let mut blocks = Vec::new(); // (bytes, entry, is B)
-        let mut entries = Vec::new();
-        for (index, part) in parts.iter().enumerate() {
-            at_most(op, "layer + 1", part.layer.saturating_add(1), layers)?;
-            same(op, "elements of A", part.a.len(), part.rank.saturating_mul(part.d_in))?;
-            same(op, "elements of B", part.b.len(), part.rank.saturating_mul(part.d_out))?;
-            let twice = std::mem::replace(&mut seen[part.layer * SLICES + part.slice as usize], true);
-            same(op, "pairs for one matrix", 1 + usize::from(twice), 1)?;
-            for rank_block in 0..part.rank.div_ceil(RANK_BLOCK) {
-                let block_bytes = |elements: usize| (elements * layout.value_bytes()).next_multiple_of(UNIT_BYTES);
-                blocks.push((block_bytes(RANK_BLOCK * part.d_in), entries.len(), false));
-                blocks.push((block_bytes(layout.b_elements(part.d_out)), entries.len(), true));
-                let LoraPart { layer, slice, d_in, d_out, scale, .. } = *part;
-                entries.push((index, Entry { rank_block, layer, slice, a: 0, b: 0, d_in, d_out, scale }));
-            }
-        }
-        let pages = place(&mut blocks, page_bytes, |entry, is_b, offset| {
-            let entry = &mut entries[entry].1;
-            *(if is_b { &mut entry.b } else { &mut entry.a }) = offset;
-        })?;
+        Self::pack_parts(layout, page_bytes, layers, &AdapterParts { lora: parts, ..AdapterParts::default() })
+    }
+
+    /// Packs an adapter for a model of `layers` layers: first-fit decreasing, values rounded to the layout's type, gains
+    /// and shifts in f32. Whole matrices hold zeros until [`Self::set_rows`].
+    ///
+    /// # Errors
+    /// [`OpError::Shape`] if a part's data disagree with its extents, a pair comes twice or `page_bytes` is no multiple of
+    /// 256; [`OpError::Limit`] for a layer that is not there; [`OpError::BlockOverPage`]; [`OpError::OutOfMemory`].
+    pub fn pack_parts(
+        layout: impl Into<ImageLayout>,
+        page_bytes: usize,
+        layers: usize,
+        parts: &AdapterParts,
+    ) -> Result<Self, OpError> {
+        let layout = layout.into();
+        same("adapter image", "page bytes modulo 256", page_bytes % UNIT_BYTES, 0)?;
+        let mut plan = Plan::new(layout, layers);
+        plan.add(parts)?;
+        let pages = plan.place(page_bytes)?;
         let total = pages.saturating_mul(page_bytes);
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(total).map_err(|_| OpError::OutOfMemory { what: "an adapter", bytes: total })?;
         bytes.resize(total, 0);
-        for (index, entry) in &entries {
-            write_blocks(&mut bytes, layout, &parts[*index], entry);
+        let Plan { entries, tables, .. } = plan;
+        let is_delta = |entry: &Entry| entry.slice == Slice::HeadDelta;
+        let rank_blocks = entries.iter().filter(|entry| !is_delta(entry)).map(|entry| entry.rank_block + 1).max();
+        let rank_blocks = rank_blocks.unwrap_or(0);
+        let mut image = Self { layout, page_bytes, layers, rank_blocks, entries, tables, pages, bytes };
+        image.write(parts);
+        Ok(image)
+    }
+
+    /// Writes rows `first_row..` of what is added to the weight of the embedding ([`Slice::Embed`]) or the head
+    /// ([`Slice::Head`]): whole rows of `[vocabulary, hidden]`.
+    ///
+    /// # Errors
+    /// [`OpError::Shape`] if the image has no such matrix or `rows` is no whole rows; [`OpError::Limit`] past its end.
+    pub fn set_rows(&mut self, slice: Slice, first_row: usize, rows: &[f32]) -> Result<(), OpError> {
+        let op = "adapter image";
+        let (vocab, hidden) = match slice {
+            Slice::Embed => self.tables.iter().rev().find_map(|table| match table.of {
+                TableOf::EmbedRows { first, rows } => Some((first + rows, table.width)),
+                _ => None,
+            }),
+            _ => self.entries.iter().rev().find(|entry| entry.slice == Slice::HeadDelta).map(|last| {
+                let before = last.layer * END_TILE;
+                (before + last.d_out, last.d_in)
+            }),
         }
-        let entries: Vec<Entry> = entries.into_iter().map(|(_, entry)| entry).collect();
-        let rank_blocks = entries.iter().map(|entry| entry.rank_block + 1).max().unwrap_or(0);
-        Ok(Self { layout, page_bytes, layers, rank_blocks, entries, pages, bytes })
+        .ok_or(OpError::Shape { op, what: "whole matrices", got: 0, want: 1 })?;
+        same(op, "elements of rows modulo the width", rows.len() % hidden, 0)?;
+        at_most(op, "last row", first_row.saturating_add(rows.len() / hidden), vocab)?;
+        match slice {
+            Slice::Embed => self.set_embed_rows(first_row, rows, hidden),
+            _ => self.set_head_rows(first_row, rows, hidden),
+        }
+        Ok(())
+    }
+
+    fn set_embed_rows(&mut self, first_row: usize, rows: &[f32], hidden: usize) {
+        let per_tile = rows_per_tile(hidden);
+        let starts: Vec<usize> = self.offsets(|of| matches!(of, TableOf::EmbedRows { .. })).collect();
+        for (row, values) in (first_row..).zip(rows.chunks_exact(hidden)) {
+            for (k, &value) in values.iter().enumerate() {
+                put(&mut self.bytes, self.layout, starts[row / per_tile], row % per_tile * hidden + k, value);
+            }
+        }
+    }
+
+    fn set_head_rows(&mut self, first_row: usize, rows: &[f32], hidden: usize) {
+        let Self { bytes, entries, layout, .. } = self;
+        for entry in entries.iter().filter(|entry| entry.slice == Slice::HeadDelta) {
+            let (tile_first, inputs) = (entry.layer * END_TILE, entry.rank_block * RANK_BLOCK);
+            let from = first_row.max(tile_first);
+            let to = (first_row + rows.len() / hidden).min(tile_first + entry.d_out);
+            for row in from..to {
+                let values = &rows[(row - first_row) * hidden..][inputs..hidden.min(inputs + RANK_BLOCK)];
+                for (r, &value) in values.iter().enumerate() {
+                    put(bytes, *layout, entry.b, layout.b_index(r, row - tile_first), value);
+                }
+            }
+        }
+    }
+
+    fn offsets(&self, is: impl Fn(&TableOf) -> bool) -> impl Iterator<Item = usize> {
+        self.tables.iter().filter(move |table| is(&table.of)).map(|table| table.offset)
     }
 
     /// Arena pages it takes.
@@ -197,7 +225,7 @@ impl AdapterImage {
             Ok(unit as u32)
         };
         let mut descs = vec![vec![BlockDesc::ABSENT; self.layers * SLICES]; self.rank_blocks];
-        for entry in &self.entries {
+        for entry in self.entries.iter().filter(|entry| entry.slice.is_in_layer()) {
             descs[entry.rank_block][entry.layer * SLICES + entry.slice as usize] =
                 BlockDesc { a_unit: to_unit(entry.a)?, b_unit: to_unit(entry.b)?, scale: entry.scale, reserved: 0 };
         }
@@ -214,42 +242,41 @@ impl AdapterImage {
     pub fn pages(&self) -> impl Iterator<Item = &[u8]> {
         self.bytes.chunks(self.page_bytes)
     }
-}
 
-/// Gives each block a place, first-fit decreasing; returns the number of pages.
-fn place(
-    blocks: &mut [(usize, usize, bool)],
-    page_bytes: usize,
-    mut set: impl FnMut(usize, bool, usize),
-) -> Result<usize, OpError> {
-    blocks.sort_by_key(|&(bytes, ..)| std::cmp::Reverse(bytes));
-    let mut free: Vec<usize> = Vec::new();
-    let (mut last_bytes, mut from) = (0, 0);
-    for &(bytes, entry, is_b) in blocks.iter() {
-        if bytes > page_bytes {
-            return Err(OpError::BlockOverPage { block_bytes: bytes, page_bytes });
+    /// Writes every block but those of whole matrices.
+    fn write(&mut self, parts: &AdapterParts) {
+        let Self { layout, entries, tables, bytes, .. } = self;
+        for entry in entries.iter() {
+            if let Some(part) = entry.part.and_then(|part| parts.lora.get(part)) {
+                write_pair(bytes, *layout, part, entry);
+            }
         }
-        if bytes != last_bytes {
-            // A page that was too full for a block is too full for the next of the same size: go on where we were.
-            (last_bytes, from) = (bytes, 0);
+        for table in tables.iter() {
+            match table.of {
+                TableOf::Vectors { part, first, .. } => {
+                    let vectors = &parts.vectors[part];
+                    let both = [vectors.gain, vectors.shift].map(|values| &values[first..first + table.width]);
+                    for (index, value) in both.into_iter().flatten().enumerate() {
+                        bytes[table.offset + 4 * index..][..4].copy_from_slice(&value.to_ne_bytes());
+                    }
+                }
+                TableOf::EmbedColumns { part, rank_block, first, tokens } => {
+                    let (part, first_rank) = (&parts.lora[part], rank_block * RANK_BLOCK);
+                    for r in first_rank..part.rank.min(first_rank + RANK_BLOCK) {
+                        for (token, &value) in part.a[r * part.d_in..][first..first + tokens].iter().enumerate() {
+                            put(bytes, *layout, table.offset, token * RANK_BLOCK + r - first_rank, value);
+                        }
+                    }
+                }
+                TableOf::EmbedRows { .. } => {}
+            }
         }
-        while from < free.len() && free[from] < bytes {
-            from += 1;
-        }
-        if from == free.len() {
-            free.push(page_bytes);
-        }
-        set(entry, is_b, from * page_bytes + page_bytes - free[from]);
-        free[from] -= bytes;
     }
-    Ok(free.len())
 }
 
-/// Writes the A and B block of one entry.
-fn write_blocks(bytes: &mut [u8], layout: ImageLayout, part: &LoraPart, entry: &Entry) {
-    let first = entry.rank_block * RANK_BLOCK;
-    let ranks = (part.rank - first).min(RANK_BLOCK);
-    let mut put = |start: usize, index: usize, value: f32| match layout {
+/// Writes one value, rounded, as element `index` of the block at `start`.
+fn put(bytes: &mut [u8], layout: ImageLayout, start: usize, index: usize, value: f32) {
+    match layout {
         ImageLayout::Cpu(ArenaDtype::F32) => {
             bytes[start + 4 * index..][..4].copy_from_slice(&value.to_ne_bytes());
         }
@@ -259,16 +286,29 @@ fn write_blocks(bytes: &mut [u8], layout: ImageLayout, part: &LoraPart, entry: &
         ImageLayout::Device(elem) => {
             bytes[start + 2 * index..][..2].copy_from_slice(&elem.to_bits(value).to_ne_bytes());
         }
-    };
-    let for_device = matches!(layout, ImageLayout::Device(_));
-    for r in 0..ranks {
-        for (k, &value) in part.a[(first + r) * part.d_in..][..part.d_in].iter().enumerate() {
-            put(entry.a, if for_device { r * part.d_in + k } else { k * RANK_BLOCK + r }, value);
+    }
+}
+
+/// Writes the A and B block of one entry.
+fn write_pair(bytes: &mut [u8], layout: ImageLayout, part: &LoraPart, entry: &Entry) {
+    let first = entry.rank_block * RANK_BLOCK;
+    let ranks = (part.rank - first).min(RANK_BLOCK);
+    let first_output = if entry.slice == Slice::Head { entry.layer * END_TILE } else { 0 };
+    // The tiles of a head share their A.
+    if entry.a != NO_BLOCK && first_output == 0 {
+        for r in 0..ranks {
+            for (k, &value) in part.a[(first + r) * part.d_in..][..part.d_in].iter().enumerate() {
+                let index = match layout {
+                    ImageLayout::Cpu(_) => k * RANK_BLOCK + r,
+                    ImageLayout::Device(_) => r * part.d_in + k,
+                };
+                put(bytes, layout, entry.a, index, value);
+            }
         }
     }
-    for (o, row) in part.b.chunks_exact(part.rank).enumerate() {
+    for (o, row) in part.b.chunks_exact(part.rank).skip(first_output).take(entry.d_out).enumerate() {
         for (r, &value) in row[first..first + ranks].iter().enumerate() {
-            put(entry.b, if for_device { o * RANK_BLOCK + r } else { b_index(r, o) }, value);
+            put(bytes, layout, entry.b, layout.b_index(r, o), value);
         }
     }
 }

@@ -6,19 +6,23 @@
 //! `[d_out / 16][16 ranks][16 outputs]`, so that the lanes of the first product are ranks, those of the second are outputs,
 //! and both are read from front to back.
 
+mod ends;
 mod image;
+mod parts;
+mod plan;
 mod scratch;
 mod table;
 #[cfg(test)]
 mod tests;
 mod work;
 
-pub use image::{AdapterImage, ImageLayout, LoraPart};
+pub use image::{AdapterImage, ImageLayout};
 pub(crate) use image::{b_elements, b_index};
+pub use parts::{AdapterParts, LoraPart, VectorPart};
 pub use scratch::LoraScratch;
 pub use table::AdapterTable;
 pub(crate) use work::Run;
-pub use work::{Segment, SlotScale, WorkList};
+pub use work::{HeadWork, Segment, SlotScale, WorkList};
 #[cfg(test)]
 pub(crate) mod fixture;
 
@@ -28,7 +32,10 @@ pub const RANK_BLOCK: usize = 16;
 /// Matrices of a layer that an adapter can act on.
 pub const SLICES: usize = 7;
 
-/// A matrix of a layer that an adapter can act on.
+/// Outputs of the head, or tokens of the embedding, that lie in one block: a vocabulary is larger than a page.
+pub const END_TILE: usize = 8192;
+
+/// A matrix that an adapter can act on: the [`SLICES`] of a layer, then those outside the layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Slice {
     /// Queries.
@@ -45,6 +52,20 @@ pub enum Slice {
     Up,
     /// The MLP's way down.
     Down,
+    /// The embedding. Its input is a token, so its A is read by columns.
+    Embed,
+    /// The head. Its outputs come in tiles of [`END_TILE`]; where an op asks for a layer, it gets the tile.
+    Head,
+    /// What is added to the head's own weight: a B whose A is the identity, so rank block `i` reads inputs `16 i..16 i + 16`.
+    HeadDelta,
+}
+
+impl Slice {
+    /// Whether it is one of the [`SLICES`] of a layer.
+    #[must_use]
+    pub const fn is_in_layer(self) -> bool {
+        !matches!(self, Self::Embed | Self::Head | Self::HeadDelta)
+    }
 }
 
 /// Matrices that share one input and whose outputs lie side by side in one `y`.

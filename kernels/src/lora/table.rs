@@ -1,6 +1,9 @@
 //! Which slot holds which adapter, and where its blocks lie in the arena.
 
-use super::image::{AdapterImage, Entry, ImageLayout};
+use super::ends::{Ends, Uses, Vectors};
+use super::image::{AdapterImage, ImageLayout};
+use super::plan::{Entry, NO_BLOCK};
+use super::work::Item;
 use super::{SLICES, Slice};
 use crate::arena::{Arena, UNIT_BYTES};
 use crate::dtype::ArenaDtype;
@@ -18,8 +21,17 @@ pub(crate) struct Desc {
     pub(crate) d_out: u32,
 }
 
+impl Desc {
+    /// The descriptor of an entry whose blocks lie where `to_unit` says.
+    pub(super) fn of(entry: &Entry, to_unit: impl Fn(usize) -> u32) -> Self {
+        let unit = |offset: usize| if offset == NO_BLOCK { u32::MAX } else { to_unit(offset) };
+        let Entry { a, b, d_in, d_out, scale, .. } = *entry;
+        Self { a_unit: unit(a), b_unit: unit(b), scale, d_in: d_in as u32, d_out: d_out as u32 }
+    }
+}
+
 /// The adapter leaves this matrix, or this rank block of it, alone.
-const ABSENT: Desc = Desc { a_unit: u32::MAX, b_unit: u32::MAX, scale: 0.0, d_in: 0, d_out: 0 };
+pub(super) const ABSENT: Desc = Desc { a_unit: u32::MAX, b_unit: u32::MAX, scale: 0.0, d_in: 0, d_out: 0 };
 
 /// Contents of a slot; the vector keeps its memory when the slot changes hands.
 #[derive(Clone, Debug)]
@@ -31,6 +43,7 @@ struct Slot {
     rank_blocks: usize,
     /// `[rank block][layer][slice]`
     descs: Vec<Desc>,
+    ends: Ends,
 }
 
 /// Slots of resident adapters.
@@ -43,8 +56,15 @@ impl AdapterTable {
     /// A table of empty slots.
     #[must_use]
     pub fn new(slots_max: usize) -> Self {
-        let empty = Slot { generation: None, dtype: ArenaDtype::F32, layers: 0, rank_blocks: 0, descs: Vec::new() };
-        Self { slots: vec![empty; slots_max] }
+        let empty = || Slot {
+            generation: None,
+            dtype: ArenaDtype::F32,
+            layers: 0,
+            rank_blocks: 0,
+            descs: Vec::new(),
+            ends: Ends::default(),
+        };
+        Self { slots: std::iter::repeat_with(empty).take(slots_max).collect() }
     }
 
     /// Number of slots.
@@ -91,10 +111,11 @@ impl AdapterTable {
         (slot.layers, slot.rank_blocks) = (image.layers, image.rank_blocks);
         slot.descs.clear();
         slot.descs.resize(image.rank_blocks * image.layers * SLICES, ABSENT);
-        for &Entry { rank_block, layer, slice, a, b, d_in, d_out, scale } in &image.entries {
-            slot.descs[(rank_block * image.layers + layer) * SLICES + slice as usize] =
-                Desc { a_unit: to_unit(a), b_unit: to_unit(b), scale, d_in: d_in as u32, d_out: d_out as u32 };
+        for entry in image.entries.iter().filter(|entry| entry.slice.is_in_layer()) {
+            let index = (entry.rank_block * image.layers + entry.layer) * SLICES + entry.slice as usize;
+            slot.descs[index] = Desc::of(entry, to_unit);
         }
+        slot.ends.publish(image, to_unit);
         Ok(())
     }
 
@@ -118,14 +139,50 @@ impl AdapterTable {
         Ok(self.held(slot, generation)?.rank_blocks)
     }
 
-    /// Storage type and descriptor; `None` where the adapter leaves the matrix alone.
-    pub(crate) fn desc(
-        &self,
-        item: &super::work::Item,
-        layer: usize,
-        slice: Slice,
-    ) -> Result<Option<(ArenaDtype, Desc)>, OpError> {
+    /// Which of the rarer parts the content of `slot` has.
+    pub(super) fn uses(&self, slot: u32, generation: u64) -> Result<Uses, OpError> {
+        Ok(self.held(slot, generation)?.ends.uses)
+    }
+
+    /// Blocks of 16 inputs of what is added to the head's weight.
+    pub(super) fn head_row_blocks(&self, slot: u32, generation: u64) -> Result<usize, OpError> {
+        Ok(self.held(slot, generation)?.ends.head_row_blocks())
+    }
+
+    /// Gains and shifts of a matrix; `None` where the adapter has none.
+    pub(crate) fn vectors(&self, item: &Item, layer: usize, slice: Slice) -> Result<Option<Vectors>, OpError> {
+        Ok(self.held(item.slot, item.generation)?.ends.vectors(layer, slice))
+    }
+
+    /// Storage type of an item's adapter, and where the ranks of a token lie: unit and place in the block.
+    pub(crate) fn embed_column(&self, item: &Item, token: usize) -> Result<Option<(ArenaDtype, u32, usize)>, OpError> {
         let slot = self.held(item.slot, item.generation)?;
+        let found = slot.ends.embed_column(item.rank_block as usize, token);
+        Ok(found.map(|(unit, place)| (slot.dtype, unit, place)))
+    }
+
+    /// Storage type of an item's adapter, and where a token's row lies: unit, row in the block and its width.
+    pub(crate) fn embed_row(
+        &self,
+        item: &Item,
+        token: usize,
+    ) -> Result<Option<(ArenaDtype, u32, usize, usize)>, OpError> {
+        let slot = self.held(item.slot, item.generation)?;
+        Ok(slot.ends.embed_row(token).map(|(unit, row, width)| (slot.dtype, unit, row, width)))
+    }
+
+    /// Rows and width of what an item's adapter adds to the embedding; zeros if nothing.
+    pub(crate) fn embed_extents(&self, item: &Item) -> Result<(usize, usize), OpError> {
+        Ok(self.held(item.slot, item.generation)?.ends.embed_extents())
+    }
+
+    /// Storage type and descriptor; `None` where the adapter leaves the matrix alone. For the head, `layer` is the tile.
+    pub(crate) fn desc(&self, item: &Item, layer: usize, slice: Slice) -> Result<Option<(ArenaDtype, Desc)>, OpError> {
+        let slot = self.held(item.slot, item.generation)?;
+        if !slice.is_in_layer() {
+            let desc = slot.ends.desc(item.rank_block as usize, layer, slice);
+            return Ok(desc.map(|desc| (slot.dtype, desc)));
+        }
         at_most("lora", "layer + 1", layer + 1, slot.layers)?;
         let index = (item.rank_block as usize * slot.layers + layer) * SLICES + slice as usize;
         let stale = OpError::Stale { slot: item.slot, generation: item.generation };

@@ -1,5 +1,6 @@
 //! Which rows use which rank blocks: built once per step, used by every site of every layer.
 
+use super::ends::Uses;
 use super::table::AdapterTable;
 use crate::error::{OpError, at_most};
 use std::ops::Range;
@@ -51,6 +52,17 @@ pub struct WorkList {
     pub(crate) runs: Vec<Run>,
     /// Rows of all items together.
     pub(crate) planes: usize,
+    /// What any of the adapters has.
+    pub(crate) uses: Uses,
+}
+
+/// Which blocks of the adapters a list of the head's rows is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadWork {
+    /// Their rank blocks, and with them their gains and shifts.
+    Pairs,
+    /// The blocks of 16 inputs of what they add to the head's weight.
+    Rows,
 }
 
 impl WorkList {
@@ -78,10 +90,80 @@ impl WorkList {
         self.items.is_empty()
     }
 
+    /// Whether an adapter of the list may change the embedding.
+    #[must_use]
+    pub const fn acts_on_embedding(&self) -> bool {
+        self.uses.embed || self.uses.embed_rows
+    }
+
+    /// Replaces the list by that of the rows whose logits are wanted: row `i` of the new list is row `rows[i]` of `step`.
+    /// Empty if no adapter of `step` acts on the head in this way.
+    ///
+    /// # Errors
+    /// [`OpError::Stale`] if a slot has changed since `step` was built, [`OpError::Limit`] over 2^32 rows.
+    pub fn select(&mut self, table: &AdapterTable, step: &Self, rows: &[u32], head: HeadWork) -> Result<(), OpError> {
+        self.clear();
+        let wanted = match head {
+            HeadWork::Pairs => step.uses.head,
+            HeadWork::Rows => step.uses.head_rows,
+        };
+        if !wanted {
+            return Ok(());
+        }
+        self.uses = step.uses;
+        let run_of = |row: u32| {
+            let run = step.runs.partition_point(|run| run.rows.end <= row as usize);
+            step.runs.get(run).filter(|run| run.rows.contains(&(row as usize)))
+        };
+        let mut first = 0;
+        while let Some(&row) = rows.get(first) {
+            let Some(run) = run_of(row) else {
+                first += 1;
+                continue;
+            };
+            let count = rows[first..].iter().take_while(|row| run.rows.contains(&(**row as usize))).count();
+            let outcome = self.push_selected(table, &step.items[run.items.clone()], first..first + count, head);
+            if outcome.is_err() {
+                self.clear();
+                return outcome;
+            }
+            first += count;
+        }
+        Ok(())
+    }
+
+    fn push_selected(
+        &mut self,
+        table: &AdapterTable,
+        items: &[Item],
+        rows: Range<usize>,
+        head: HeadWork,
+    ) -> Result<(), OpError> {
+        let first_item = self.items.len();
+        for item in items {
+            let blocks = match head {
+                HeadWork::Pairs => item.rank_block..item.rank_block + 1,
+                HeadWork::Rows if item.rank_block == 0 => 0..table.head_row_blocks(item.slot, item.generation)? as u32,
+                HeadWork::Rows => 0..0,
+            };
+            for rank_block in blocks {
+                at_most("work list", "rows of all items", self.planes + rows.len(), u32::MAX as usize)?;
+                let (first_row, plane) = (rows.start as u32, self.planes as u32);
+                self.items.push(Item { rank_block, first_row, rows: rows.len() as u32, plane, ..*item });
+                self.planes += rows.len();
+            }
+        }
+        if self.items.len() > first_item {
+            self.runs.push(Run { rows, items: first_item..self.items.len() });
+        }
+        Ok(())
+    }
+
     fn clear(&mut self) {
         self.items.clear();
         self.runs.clear();
         self.planes = 0;
+        self.uses = Uses::default();
     }
 
     fn push(&mut self, table: &AdapterTable, segment: &Segment) -> Result<(), OpError> {
@@ -94,6 +176,7 @@ impl WorkList {
         for &SlotScale { slot, generation, scale } in *adapters {
             at_most("work list", "rows of segments before a segment", end, rows.start)?;
             at_most("work list", "last row", rows.end, u32::MAX as usize)?;
+            self.uses = self.uses.and(table.uses(slot, generation)?);
             for rank_block in 0..table.rank_blocks(slot, generation)? {
                 let (first_row, count) = (rows.start as u32, rows.len() as u32);
                 at_most("work list", "rows of all items", self.planes + rows.len(), u32::MAX as usize)?;

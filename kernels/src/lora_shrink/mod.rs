@@ -14,7 +14,7 @@ mod tests;
 
 use crate::arena::Arena;
 use crate::error::{OpError, at_most, same};
-use crate::lora::{AdapterTable, LoraScratch, LoraSite, WorkList};
+use crate::lora::{AdapterTable, LoraScratch, LoraSite, RANK_BLOCK, WorkList};
 use crate::rows::Rows;
 use crate::simd::Isa;
 
@@ -37,6 +37,36 @@ pub fn lora_shrink(
     check_work("lora_shrink", x.rows(), table, layer, site, work)?;
     let shrink = cpu::Shrink { x, arena, table, layer, site, work };
     cpu::lora_shrink(Isa::best(), v.prepare(work.planes, site.slices.len()), &shrink);
+    Ok(())
+}
+
+/// Fills `v` for a site whose A is the identity: `v` of rank block `i` is inputs `16 i..16 i + 16` of x, zeros past its end.
+/// With it, a whole matrix is added by `lora_expand`.
+///
+/// # Errors
+/// As [`lora_shrink`].
+pub fn lora_identity_shrink(
+    v: &mut LoraScratch,
+    x: &Rows,
+    table: &AdapterTable,
+    tile: usize,
+    site: &LoraSite,
+    work: &WorkList,
+) -> Result<(), OpError> {
+    let op = "lora_identity_shrink";
+    same(op, "width of x", x.width(), site.d_in)?;
+    same(op, "matrices of the site", site.slices.len(), 1)?;
+    check_work(op, x.rows(), table, tile, site, work)?;
+    let v = v.prepare(work.planes, 1);
+    for item in &work.items {
+        let first = (item.rank_block as usize * RANK_BLOCK).min(site.d_in);
+        for t in 0..item.rows as usize {
+            let x = &x.row(item.first_row as usize + t)[first..site.d_in.min(first + RANK_BLOCK)];
+            let v = &mut v[(item.plane as usize + t) * RANK_BLOCK..][..RANK_BLOCK];
+            v[..x.len()].copy_from_slice(x);
+            v[x.len()..].fill(0.0);
+        }
+    }
     Ok(())
 }
 

@@ -6,7 +6,8 @@
 
 use super::error::AdapterError;
 use super::json;
-use super::modules::{ModuleSet, Pattern};
+use super::modules::{ENDS, ModuleSet, Pattern};
+use loramux_kernels::Slice;
 use serde_json::{Map, Value};
 
 /// Patterns in one of `rank_pattern` and `alpha_pattern`.
@@ -24,7 +25,15 @@ pub(crate) struct LoraConfig {
     alpha: f64,
     rank_pattern: Vec<(Pattern, usize)>,
     alpha_pattern: Vec<(Pattern, f64)>,
-    use_rslora: bool,
+    pub(crate) use_rslora: bool,
+    /// Weight-decomposed (arXiv:2402.09353): targeted modules have a magnitude for each output.
+    pub(crate) use_dora: bool,
+    /// B has a bias.
+    pub(crate) lora_bias: bool,
+    /// The file may hold biases of the base that were trained.
+    pub(crate) trains_biases: bool,
+    /// Which of the embedding and the head were trained as a whole.
+    saved: Vec<Slice>,
 }
 
 impl LoraConfig {
@@ -40,6 +49,10 @@ impl LoraConfig {
         check_peft_type(fields)?;
         check_features(fields)?;
         let rank_of = |field: &str, value: &Value| rank(field, value, rank_max);
+        let (use_dora, lora_bias) = (flag(fields, "use_dora")?, flag(fields, "lora_bias")?);
+        if use_dora && lora_bias {
+            return Err(AdapterError::config("`use_dora` and `lora_bias` exclude each other, as in PEFT"));
+        }
         let config = Self {
             base_model: base_model(fields)?,
             targets: targets(fields)?,
@@ -59,8 +72,29 @@ impl LoraConfig {
             rank_pattern: patterns(fields, "rank_pattern", rank_of)?,
             alpha_pattern: patterns(fields, "alpha_pattern", alpha)?,
             use_rslora: flag(fields, "use_rslora")?,
+            use_dora,
+            lora_bias,
+            trains_biases: trains_biases(fields)?,
+            saved: saved(fields)?,
         };
+        config.check_ends(fields)?;
         Ok((config, root))
+    }
+
+    /// What concerns the embedding and the head.
+    fn check_ends(&self, fields: &Map<String, Value>) -> Result<(), AdapterError> {
+        let acts_on = |slice: &Slice, path: &str| self.saves(*slice) || self.targets_end(*slice, path);
+        let tied = set(fields, "ensure_weight_tying").is_some();
+        if tied && ENDS.iter().any(|(slice, path)| acts_on(slice, path)) {
+            return Err(refuse(
+                "ensure_weight_tying",
+                "an adapter shared by the embedding and the head is not served yet",
+            ));
+        }
+        if self.lora_bias && ENDS.iter().any(|&(slice, path)| slice == Slice::Embed && self.targets_end(slice, path)) {
+            return Err(AdapterError::config("`lora_bias` and LoRA on the embedding exclude each other, as in PEFT"));
+        }
+        Ok(())
     }
 
     /// Whether PEFT would put LoRA on this module of this layer.
@@ -68,6 +102,21 @@ impl LoraConfig {
         self.targets.contains(path)
             && !self.excluded.as_ref().is_some_and(|excluded| excluded.contains(path))
             && self.layers.as_ref().is_none_or(|layers| layers.contains(&(layer as u64)))
+    }
+
+    /// Whether PEFT would put LoRA on the embedding or the head: `all-linear` means neither, a list of layers no module
+    /// outside them, and a module that is trained as a whole has no LoRA.
+    pub(crate) fn targets_end(&self, slice: Slice, path: &str) -> bool {
+        self.layers.is_none()
+            && !matches!(self.targets, ModuleSet::AllLinear)
+            && !self.saves(slice)
+            && self.targets.contains(path)
+            && !self.excluded.as_ref().is_some_and(|excluded| excluded.contains(path))
+    }
+
+    /// Whether the embedding or the head was trained as a whole.
+    pub(crate) fn saves(&self, slice: Slice) -> bool {
+        self.saved.contains(&slice)
     }
 
     /// Rank of a module: the first pattern that matches wins, as in PEFT.
@@ -88,7 +137,7 @@ fn first_match<T: Copy>(patterns: &[(Pattern, T)], path: &str) -> Option<T> {
 }
 
 /// Keys that are read by [`LoraConfig::parse`].
-const READ: [&str; 13] = [
+const READ: [&str; 18] = [
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -102,12 +151,16 @@ const READ: [&str; 13] = [
     "alpha_pattern",
     "use_rslora",
     "init_lora_weights",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "modules_to_save",
+    "ensure_weight_tying",
 ];
 
 /// Keys that say how the adapter was made and change nothing when it is served.
-const INERT: [&str; 10] = [
+const INERT: [&str; 9] = [
     "auto_mapping",
-    "ensure_weight_tying",
     "eva_config",
     "inference_mode",
     "lora_dropout",
@@ -119,10 +172,7 @@ const INERT: [&str; 10] = [
 ];
 
 /// A feature that must be unset, and what to say when it is not.
-const REFUSED: [(&str, &str); 12] = [
-    ("use_dora", "weight-decomposed LoRA is not served yet"),
-    ("lora_bias", "a bias on B is not served yet"),
-    ("modules_to_save", "fully trained modules are not served yet"),
+const REFUSED: [(&str, &str); 9] = [
     ("fan_in_fan_out", "transposed weights do not occur in this base model"),
     ("trainable_token_indices", "trained token embeddings are not served yet"),
     ("layer_replication", "replicated layers are not served yet"),
@@ -149,11 +199,6 @@ fn check_peft_type(fields: &Map<String, Value>) -> Result<(), AdapterError> {
 }
 
 fn check_features(fields: &Map<String, Value>) -> Result<(), AdapterError> {
-    match set(fields, "bias") {
-        None => {}
-        Some(Value::String(bias)) if bias == "none" => {}
-        Some(other) => return Err(refuse(&format!("bias {other}"), "accepted is `none`")),
-    }
     for (name, reason) in REFUSED {
         if set(fields, name).is_some() {
             return Err(refuse(name, reason));
@@ -174,7 +219,7 @@ fn check_features(fields: &Map<String, Value>) -> Result<(), AdapterError> {
         Some(other) => return Err(refuse(&format!("layers_pattern {other}"), "accepted is `layers`")),
     }
     for name in fields.keys() {
-        let known = name == "bias" || [&READ[..], &INERT[..]].iter().any(|keys| keys.contains(&name.as_str()));
+        let known = [&READ[..], &INERT[..]].iter().any(|keys| keys.contains(&name.as_str()));
         if !known && set(fields, name).is_some() {
             return Err(refuse(name, "this version does not know the field, and it is set"));
         }
@@ -208,13 +253,31 @@ fn base_model(fields: &Map<String, Value>) -> Result<String, AdapterError> {
 fn targets(fields: &Map<String, Value>) -> Result<ModuleSet, AdapterError> {
     let value =
         set(fields, "target_modules").ok_or_else(|| AdapterError::config("`target_modules` is missing or empty"))?;
-    if let Some(outside) = ModuleSet::names_outside_the_layers(value) {
-        return Err(refuse(
-            &format!("target_modules `{outside}`"),
-            "LoRA on the embedding or the head is not served yet",
-        ));
-    }
     ModuleSet::parse("target_modules", value)
+}
+
+fn trains_biases(fields: &Map<String, Value>) -> Result<bool, AdapterError> {
+    match set(fields, "bias") {
+        None => Ok(false),
+        Some(Value::String(bias)) if bias == "none" => Ok(false),
+        Some(Value::String(bias)) if ["all", "lora_only"].contains(&bias.as_str()) => Ok(true),
+        Some(other) => Err(refuse(&format!("bias {other}"), "accepted are `none`, `all` and `lora_only`")),
+    }
+}
+
+fn saved(fields: &Map<String, Value>) -> Result<Vec<Slice>, AdapterError> {
+    let Some(value) = set(fields, "modules_to_save") else { return Ok(Vec::new()) };
+    let bad = || AdapterError::config(format!("`modules_to_save` is {value}, accepted is a list of names"));
+    let mut saved = Vec::new();
+    for name in value.as_array().ok_or_else(bad)? {
+        let name = name.as_str().ok_or_else(bad)?;
+        // PEFT compares the end of a module's path.
+        let Some((slice, _)) = ENDS.iter().find(|(_, path)| path.ends_with(name) && !name.is_empty()) else {
+            return Err(refuse(&format!("modules_to_save `{name}`"), "accepted are `lm_head` and `embed_tokens`"));
+        };
+        saved.push(*slice);
+    }
+    Ok(saved)
 }
 
 fn layers(fields: &Map<String, Value>) -> Result<Option<Vec<u64>>, AdapterError> {

@@ -39,6 +39,14 @@ pub enum AdapterError {
         /// What is accepted.
         reason: String,
     },
+    /// The CPU serves the feature, and this device's kernels do not.
+    #[error("{}: {feature} is not served on {device}; use --device cpu for this adapter", CONFIG_FILE)]
+    OnDevice {
+        /// The feature, as in [`PeftAdapter::features`](super::PeftAdapter).
+        feature: &'static str,
+        /// The device's name.
+        device: String,
+    },
     /// Tensors name modules that the base model does not have.
     #[error(
         "{}: {} tensors match no module of this base model: {}; was the adapter trained on another base?",
@@ -59,7 +67,7 @@ pub enum AdapterError {
         /// Its shape.
         found: Vec<usize>,
         /// The shape that fits.
-        want: [usize; 2],
+        want: Vec<usize>,
     },
     /// A file or an extent passes a limit.
     #[error("{file}: {what} is {found}, the limit is {limit}")]
@@ -83,6 +91,14 @@ pub enum AdapterError {
         /// The largest rank admitted.
         limit: usize,
     },
+    /// The adapter changes the base's weights by what they are, and they cannot be read.
+    #[error("cannot read the base model's weights, which the adapter's {feature} needs: {reason}")]
+    Base {
+        /// The feature, by its PEFT name.
+        feature: &'static str,
+        /// What went wrong.
+        reason: String,
+    },
     /// The adapter does not fit the device pages.
     #[error("cannot lay out the adapter in pages: {0}")]
     Pack(#[source] OpError),
@@ -98,9 +114,9 @@ impl AdapterError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::NotFound { .. } => "model_not_found",
-            Self::Io { .. } => "adapter_load_failed",
+            Self::Io { .. } | Self::Base { .. } => "adapter_load_failed",
             Self::Invalid { .. } => "adapter_invalid",
-            Self::Unsupported { .. } => "adapter_unsupported",
+            Self::Unsupported { .. } | Self::OnDevice { .. } => "adapter_unsupported",
             Self::UnmatchedTensors { .. } | Self::BaseShape { .. } => "adapter_base_mismatch",
             Self::TooLarge { .. } | Self::Pack(_) => "adapter_too_large",
             Self::RankLimit { .. } => "adapter_rank_limit",

@@ -5,18 +5,26 @@
 
 mod config;
 mod error;
+mod fold;
 mod json;
+mod merge;
 mod modules;
+mod names;
+mod pack;
 mod read;
+mod report;
 
 pub use error::AdapterError;
+pub use merge::{MergeError, MergeSpec, MergeStrategy, merge};
+pub use report::{Refusal, Report, check};
 
 use crate::files::{self, FileFault};
 use crate::spec::DecoderSpec;
+use crate::weights::safetensors::TensorData;
 use config::LoraConfig;
 use error::{CONFIG_FILE, WEIGHTS_FILE};
-use half::f16;
-use loramux_kernels::{AdapterImage, ImageLayout, LoraPart, Slice};
+use loramux_kernels::Slice;
+use modules::{ENDS, MODULES};
 use sha2::{Digest, Sha256};
 use std::path::Path;
 
@@ -47,12 +55,12 @@ impl Default for AdapterLimits {
     }
 }
 
-/// LoRA of one linear module: `y += scale * (x A^T) B^T`.
+/// LoRA of one module: `y += scale * (x A^T) B^T`. Of the embedding, x is the token as a unit vector.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraModule {
-    /// Decoder layer.
+    /// Decoder layer; 0 for the embedding and the head.
     pub layer: usize,
-    /// Which linear module of the layer.
+    /// Which module.
     pub slice: Slice,
     /// Rows of A.
     pub rank: usize,
@@ -68,13 +76,41 @@ pub struct LoraModule {
     pub d_out: usize,
 }
 
+/// What an adapter says about the outputs of one module, beside its pair; each `[d_out]`, at least one is there.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OutputVectors {
+    /// Decoder layer; 0 for the embedding and the head.
+    pub layer: usize,
+    /// Which module.
+    pub slice: Slice,
+    /// DoRA's magnitude.
+    pub magnitude: Option<Vec<f32>>,
+    /// The bias of B.
+    pub lora_bias: Option<Vec<f32>>,
+    /// The trained bias, in place of the base's.
+    pub bias: Option<Vec<f32>>,
+    base_has_bias: bool,
+}
+
+/// An embedding or head of an adapter's file, `[vocabulary, hidden]` as it is stored.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct WholeMatrix {
+    pub(crate) slice: Slice,
+    pub(crate) name: String,
+    pub(crate) data: TensorData,
+}
+
 /// A validated adapter in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PeftAdapter {
     /// SHA-256 over the canonical config and the weights file: equal content, equal id, wherever it came from.
     pub content_id: [u8; 32],
-    /// One entry per adapted module, by layer and slice.
+    /// One entry per adapted module, by layer and slice, then the embedding and the head.
     pub modules: Vec<LoraModule>,
+    /// In the same order, of those modules that have any.
+    pub outputs: Vec<OutputVectors>,
+    /// What it uses beyond plain LoRA: `rslora`, `dora`, `lora_bias`, `bias`, `embed_tokens`, `lm_head`, `modules_to_save`.
+    pub features: Vec<&'static str>,
     /// `base_model_name_or_path`, empty if the config has none. Informative: shapes decide.
     pub base_model: String,
     /// Smallest rank of a module.
@@ -83,7 +119,11 @@ pub struct PeftAdapter {
     pub rank_max: usize,
     /// Names of the adapted linear modules, each once, such as `q_proj`.
     pub module_names: Vec<String>,
+    whole: Vec<WholeMatrix>,
+    base_copies: Vec<WholeMatrix>,
     layers: usize,
+    vocab: usize,
+    hidden: usize,
 }
 
 /// Reads and checks the adapter in `dir` for the model `spec`.
@@ -97,11 +137,13 @@ pub fn read(dir: &Path, spec: &DecoderSpec, limits: &AdapterLimits) -> Result<Pe
     let config_bytes = read_file(dir, CONFIG_FILE, limits.config_bytes_max)?;
     let (config, root) = LoraConfig::parse(&config_bytes, limits.rank_max)?;
     let weights = read_file(dir, WEIGHTS_FILE, limits.bytes_max)?;
-    let modules = read::modules(&weights, &config, spec, limits)?;
+    let contents = read::contents(&weights, &config, spec, limits)?;
+    let features = features(&config, &contents);
+    let read::Contents { modules, outputs, whole, base_copies } = contents;
     let ranks = || modules.iter().map(|module| module.rank);
     let (rank_min, rank_max) = (ranks().min().unwrap_or(0), ranks().max().unwrap_or(0));
     let adapted = |slice: Slice| modules.iter().any(|module| module.slice == slice);
-    let names = modules::MODULES.iter().filter(|(slice, _)| adapted(*slice));
+    let names = MODULES.iter().chain(&ENDS).filter(|(slice, _)| adapted(*slice));
     let module_names = names.map(|(_, name)| name.rsplit('.').next().unwrap_or(name).to_owned()).collect();
     Ok(PeftAdapter {
         content_id: content_id(&root, &weights),
@@ -109,51 +151,31 @@ pub fn read(dir: &Path, spec: &DecoderSpec, limits: &AdapterLimits) -> Result<Pe
         rank_min,
         rank_max,
         module_names,
+        features,
         layers: spec.layers,
+        vocab: spec.vocab,
+        hidden: spec.hidden,
         modules,
+        outputs,
+        whole,
+        base_copies,
     })
 }
 
-impl PeftAdapter {
-    /// Lays the weights out in pages of `page_bytes`, rounded to the layout's type.
-    ///
-    /// # Errors
-    /// `adapter_invalid` if a value has no finite form in it; `adapter_too_large` if a rank block does not fit a page.
-    pub fn pack(&self, layout: impl Into<ImageLayout>, page_bytes: usize) -> Result<AdapterImage, AdapterError> {
-        let layout = layout.into();
-        if layout.is_half() {
-            self.check_fits_f16()?;
-        }
-        let parts: Vec<LoraPart> = self
-            .modules
-            .iter()
-            .map(|LoraModule { layer, slice, rank, scale, a, b, d_in, d_out }| LoraPart {
-                layer: *layer,
-                slice: *slice,
-                rank: *rank,
-                a,
-                b,
-                d_in: *d_in,
-                d_out: *d_out,
-                scale: *scale,
-            })
-            .collect();
-        AdapterImage::pack(layout, page_bytes, self.layers, &parts).map_err(AdapterError::Pack)
-    }
-
-    /// What lies beyond 65504 would be stored as something else.
-    fn check_fits_f16(&self) -> Result<(), AdapterError> {
-        for module in &self.modules {
-            let mut values = module.a.iter().chain(&module.b);
-            if let Some(value) = values.find(|&&value| !f16::from_f32(value).is_finite()) {
-                let at = format!("layer {} {:?}", module.layer, module.slice);
-                return Err(AdapterError::weights(format!(
-                    "{at} has the value {value}, which half precision cannot hold; use --dtype float32"
-                )));
-            }
-        }
-        Ok(())
-    }
+/// What the file really has, not what its config could have had.
+fn features(config: &LoraConfig, contents: &read::Contents) -> Vec<&'static str> {
+    let outputs = |is: fn(&OutputVectors) -> bool| contents.outputs.iter().any(is);
+    let pair = |slice: Slice| contents.modules.iter().any(|module| module.slice == slice);
+    let all = [
+        ("rslora", config.use_rslora),
+        ("dora", outputs(|own| own.magnitude.is_some())),
+        ("lora_bias", outputs(|own| own.lora_bias.is_some())),
+        ("bias", outputs(|own| own.bias.is_some())),
+        ("embed_tokens", pair(Slice::Embed)),
+        ("lm_head", pair(Slice::Head)),
+        ("modules_to_save", !contents.whole.is_empty()),
+    ];
+    all.into_iter().filter(|(_, has)| *has).map(|(name, _)| name).collect()
 }
 
 fn read_file(dir: &Path, file: &'static str, bytes_max: u64) -> Result<Vec<u8>, AdapterError> {

@@ -1,4 +1,4 @@
-//! The seven linear modules of a layer by their PEFT names, and PEFT's rules for which names a config means.
+//! The seven linear modules of a layer, the embedding and the head by their PEFT names, and PEFT's rules for which names a config means.
 //!
 //! Source: PEFT `tuners/tuners_utils.py` (`check_target_module_exists`) and `utils/other.py` (`get_pattern_key`).
 
@@ -20,8 +20,13 @@ pub(crate) const MODULES: [(Slice, &str); 7] = [
     (Slice::Down, "mlp.down_proj"),
 ];
 
-/// Modules that PEFT can adapt and this version cannot.
-pub(crate) const OUTSIDE_THE_LAYERS: [&str; 2] = ["lm_head", "embed_tokens"];
+/// The modules outside the layers, and their paths.
+pub(crate) const ENDS: [(Slice, &str); 2] = [(Slice::Embed, "model.embed_tokens"), (Slice::Head, "lm_head")];
+
+/// Whether the base's module has a bias.
+pub(crate) fn has_bias(spec: &DecoderSpec, slice: Slice) -> bool {
+    spec.qkv_bias && matches!(slice, Slice::Q | Slice::K | Slice::V)
+}
 
 /// Path of a module in the base model, as PEFT sees it.
 pub(crate) fn path(layer: usize, module: &str) -> String {
@@ -36,6 +41,8 @@ pub(crate) fn extents(spec: &DecoderSpec, slice: Slice) -> (usize, usize) {
         Slice::O => (spec.hidden, spec.q_width()),
         Slice::Gate | Slice::Up => (spec.intermediate, spec.hidden),
         Slice::Down => (spec.hidden, spec.intermediate),
+        Slice::Embed => (spec.hidden, spec.vocab),
+        Slice::Head | Slice::HeadDelta => (spec.vocab, spec.hidden),
     }
 }
 
@@ -102,13 +109,6 @@ impl ModuleSet {
             }
             _ => Err(bad()),
         }
-    }
-
-    /// A name in a list that means the embedding or the head.
-    pub(crate) fn names_outside_the_layers(value: &Value) -> Option<&str> {
-        let names = value.as_array()?.iter().filter_map(Value::as_str);
-        let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
-        names.into_iter().find(|name| OUTSIDE_THE_LAYERS.contains(&last(name).as_str()))
     }
 
     pub(crate) fn contains(&self, path: &str) -> bool {

@@ -7,16 +7,27 @@ use super::stack::{DecoderOps, NormAt, Site};
 use crate::spec::DecoderSpec;
 use crate::weights::{CpuStore, Weights};
 use loramux_kernels::{
-    AdapterTable, Arena, AttnSpec, KvLayout, LoraSite, OpError, Slice, add_rms_norm, embedding, linear, lora_expand,
-    lora_shrink, paged_attention, rms_norm, rope_store, silu_mul,
+    AdapterTable, Arena, AttnSpec, END_TILE, HeadWork, KvLayout, LoraScratch, LoraSite, OpError, PackedWeight, Rows,
+    Slice, WorkList, add_rms_norm, embedding, linear, lora_embed_rows, lora_embed_shrink, lora_expand, lora_gain_shift,
+    lora_identity_shrink, lora_shrink, paged_attention, rms_norm, rope_store, silu_mul,
 };
 
-/// The four projections of a layer that LoRA can act on: columns of each slice in the projection's output.
+/// The products that LoRA can act on: the four projections of a layer with the columns of each slice in their output, the
+/// embedding, and the head in tiles of its outputs.
 pub(super) struct Sites {
     qkv: LoraSite,
     output: LoraSite,
     gate_up: LoraSite,
     down: LoraSite,
+    embed: LoraSite,
+    head: Vec<LoraSite>,
+    head_rows: Vec<LoraSite>,
+}
+
+fn head_tiles(spec: &DecoderSpec, slices: &'static [Slice]) -> Vec<LoraSite> {
+    let starts = (0..spec.vocab).step_by(END_TILE);
+    let cols = |first: usize| vec![(first, (spec.vocab - first).min(END_TILE))];
+    starts.map(|first| LoraSite { slices, cols: cols(first), d_in: spec.hidden }).collect()
 }
 
 impl Sites {
@@ -35,6 +46,9 @@ impl Sites {
                 d_in: spec.hidden,
             },
             down: LoraSite { slices: &[Slice::Down], cols: vec![(0, spec.hidden)], d_in: wide },
+            embed: LoraSite { slices: &[Slice::Embed], cols: vec![(0, spec.hidden)], d_in: spec.vocab },
+            head: head_tiles(spec, &[Slice::Head]),
+            head_rows: head_tiles(spec, &[Slice::HeadDelta]),
         }
     }
 }
@@ -66,8 +80,17 @@ impl DecoderOps for CpuOps<'_> {
     type Error = OpError;
 
     fn embed(&mut self) -> Result<(), OpError> {
-        embedding(&mut self.space.residual, &self.weights.embedding, &self.batch.tokens)?;
-        self.space.rope.fill(&self.batch.positions)
+        let Batch { tokens, positions, work, .. } = self.batch;
+        let Workspace { residual, rope, lora, .. } = &mut *self.space;
+        embedding(residual, &self.weights.embedding, tokens)?;
+        if work.acts_on_embedding() {
+            let site = &self.sites.embed;
+            lora_gain_shift(residual, self.arena, self.table, 0, site, work)?;
+            lora_embed_shrink(lora, self.arena, self.table, site, tokens, work)?;
+            lora_expand(residual, lora, self.arena, self.table, 0, site, work)?;
+            lora_embed_rows(residual, self.arena, self.table, tokens, work)?;
+        }
+        rope.fill(positions)
     }
 
     fn norm(&mut self, at: NormAt) -> Result<(), OpError> {
@@ -96,6 +119,7 @@ impl DecoderOps for CpuOps<'_> {
             Site::Down => (&mut space.projected, &space.activated, &weights.down, None, &self.sites.down),
         };
         linear(y, x, weight, bias)?;
+        lora_gain_shift(y, self.arena, self.table, layer, lora, &self.batch.work)?;
         lora_shrink(&mut space.lora, x, self.arena, self.table, layer, lora, &self.batch.work)?;
         lora_expand(y, &space.lora, self.arena, self.table, layer, lora, &self.batch.work)
     }
@@ -113,5 +137,40 @@ impl DecoderOps for CpuOps<'_> {
 
     fn activate(&mut self) -> Result<(), OpError> {
         silu_mul(&mut self.space.activated, &self.space.gate_up)
+    }
+}
+
+/// The head's product for the rows whose logits are wanted, and what their adapters change of it.
+pub(super) struct HeadOps<'a> {
+    pub(super) weight: &'a PackedWeight,
+    pub(super) sites: &'a Sites,
+    pub(super) arena: &'a Arena,
+    pub(super) table: &'a AdapterTable,
+    /// Kept between calls.
+    pub(super) work: &'a mut WorkList,
+    pub(super) lora: &'a mut LoraScratch,
+}
+
+impl HeadOps<'_> {
+    /// `logits = picked W^T` and the deltas; row `i` of `picked` is row `rows[i]` of the step that `step` is of.
+    pub(super) fn logits(self, logits: &mut Rows, picked: &Rows, rows: &[u32], step: &WorkList) -> Result<(), OpError> {
+        let Self { weight, sites, arena, table, work, lora } = self;
+        linear(logits, picked, weight, None)?;
+        work.select(table, step, rows, HeadWork::Pairs)?;
+        if !work.is_empty() {
+            for (tile, site) in sites.head.iter().enumerate() {
+                lora_gain_shift(logits, arena, table, tile, site, work)?;
+                lora_shrink(lora, picked, arena, table, tile, site, work)?;
+                lora_expand(logits, lora, arena, table, tile, site, work)?;
+            }
+        }
+        work.select(table, step, rows, HeadWork::Rows)?;
+        if !work.is_empty() {
+            for (tile, site) in sites.head_rows.iter().enumerate() {
+                lora_identity_shrink(lora, picked, table, tile, site, work)?;
+                lora_expand(logits, lora, arena, table, tile, site, work)?;
+            }
+        }
+        Ok(())
     }
 }

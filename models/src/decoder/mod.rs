@@ -12,10 +12,10 @@ use crate::error::ModelError;
 use crate::rope;
 use crate::spec::DecoderSpec;
 use crate::weights::{CpuStore, Model, Weights};
-use cpu::{CpuOps, Sites};
+use cpu::{CpuOps, HeadOps, Sites};
 use loramux_kernels::{
-    AdapterTable, Arena, ArenaDtype, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, gather_rows,
-    linear,
+    AdapterTable, Arena, ArenaDtype, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, WorkList,
+    gather_rows,
 };
 
 /// Sizes of the decoder's workspaces, which are allocated once.
@@ -38,6 +38,7 @@ pub struct Decoder {
     space: Workspace,
     picked: Rows,
     logits: Rows,
+    head_work: WorkList,
 }
 
 /// Activations of one step, `[step_tokens_max, ...]` each.
@@ -81,6 +82,7 @@ impl Decoder {
             space: Workspace::new(&spec, limits.step_tokens_max),
             picked: Rows::zeros(limits.logits_rows_max, spec.hidden),
             logits: Rows::zeros(limits.logits_rows_max, spec.vocab),
+            head_work: WorkList::default(),
             spec,
             weights,
             dtype,
@@ -125,14 +127,23 @@ impl Decoder {
         run_layers(&mut ops, spec.layers).map_err(ModelError::Op)
     }
 
-    /// Logits of the given rows of the last step: `[rows.len(), vocab]`, for at most `logits_rows_max` rows a call.
+    /// Logits of the given rows of the last step, which was that of `batch`: `[rows.len(), vocab]`, for at most
+    /// `logits_rows_max` rows a call.
     ///
     /// # Errors
-    /// [`ModelError::Op`] for a row outside the last step or too many rows.
-    pub fn logits(&mut self, rows: &[u32]) -> Result<&mut Rows, ModelError> {
-        gather_rows(&mut self.picked, &self.space.normed, rows)?;
-        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
-        linear(&mut self.logits, &self.picked, head, None)?;
-        Ok(&mut self.logits)
+    /// [`ModelError::Op`] for a row outside the last step or too many rows, or if an adapter's slot has changed.
+    pub fn logits(
+        &mut self,
+        rows: &[u32],
+        batch: &Batch,
+        arena: &Arena,
+        table: &AdapterTable,
+    ) -> Result<&mut Rows, ModelError> {
+        let Self { weights, sites, space, picked, logits, head_work, .. } = self;
+        gather_rows(picked, &space.normed, rows)?;
+        let weight = weights.head.as_ref().unwrap_or(&weights.embedding);
+        let head = HeadOps { weight, sites, arena, table, work: head_work, lora: &mut space.lora };
+        head.logits(logits, picked, rows, &batch.work)?;
+        Ok(logits)
     }
 }

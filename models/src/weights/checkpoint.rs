@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::Path;
 
 pub(super) const SINGLE: &str = "model.safetensors";
@@ -149,16 +150,38 @@ impl WeightSource for Checkpoint {
     }
 
     fn read(&mut self, expected: &Expected) -> Result<TensorData, ModelError> {
+        self.read_part(expected, |info| (0, info.bytes))
+    }
+
+    fn read_rows(&mut self, expected: &Expected, rows: Range<usize>) -> Result<Vec<f32>, ModelError> {
+        let count = expected.count().max(1);
+        let part = |info: &TensorInfo| {
+            let row_bytes = info.bytes / count * expected.width() as u64;
+            (rows.start as u64 * row_bytes, rows.len() as u64 * row_bytes)
+        };
+        self.read_part(expected, part).map(TensorData::into_f32)
+    }
+}
+
+impl Checkpoint {
+    /// Reads the bytes `part` says, counted from the tensor's start.
+    fn read_part(
+        &mut self,
+        expected: &Expected,
+        part: impl Fn(&TensorInfo) -> (u64, u64),
+    ) -> Result<TensorData, ModelError> {
         let name = expected.id.hugging_face();
         let (shard, info) = self.tensors.get(&name).expect("`check` saw every expected tensor");
         let shard = &mut self.shards[*shard];
         let io = |source| ModelError::Io { path: shard.path.clone(), source };
+        let (first, bytes) = part(info);
+        assert!(first + bytes <= info.bytes, "rows past the end of `{name}`");
         // The header check put the tensor inside the file, so this allocation is bounded by the file's size.
-        let mut bytes = vec![0; info.bytes as usize];
-        shard.file.seek(SeekFrom::Start(info.start)).map_err(io)?;
-        shard.file.read_exact(&mut bytes).map_err(io)?;
-        self.done_bytes += info.bytes;
-        Ok(TensorData::decode(&info.element, &bytes).expect("`check` refused other element types"))
+        let mut data = vec![0; bytes as usize];
+        shard.file.seek(SeekFrom::Start(info.start + first)).map_err(io)?;
+        shard.file.read_exact(&mut data).map_err(io)?;
+        self.done_bytes += bytes;
+        Ok(TensorData::decode(&info.element, &data).expect("`check` refused other element types"))
     }
 }
 

@@ -10,6 +10,7 @@ use crate::spec::{CONFIG_BYTES_MAX, DecoderSpec};
 use half::bf16;
 use loramux_kernels::Dtype;
 use sha2::{Digest, Sha256};
+use std::ops::Range;
 use std::path::Path;
 
 pub(super) struct DummyWeights {
@@ -59,9 +60,21 @@ impl WeightSource for DummyWeights {
     }
 
     fn read(&mut self, expected: &Expected) -> Result<TensorData, ModelError> {
+        self.done_bytes += 2 * expected.count();
+        Ok(TensorData::Bf16(self.values(expected, 0..expected.count() as usize)))
+    }
+
+    fn read_rows(&mut self, expected: &Expected, rows: Range<usize>) -> Result<Vec<f32>, ModelError> {
+        let width = expected.width();
+        let values = self.values(expected, rows.start * width..rows.end * width);
+        Ok(values.into_iter().map(bf16::to_f32).collect())
+    }
+}
+
+impl DummyWeights {
+    /// Elements `range` of a tensor.
+    fn values(&self, expected: &Expected, range: Range<usize>) -> Vec<bf16> {
         use TensorKind as K;
-        let count = expected.count() as usize;
-        self.done_bytes += 2 * count as u64;
         // Norms near one and matrices that keep the variance of their input, so activations stay in range at any depth.
         let (centre, spread) = match expected.id.kind {
             K::FinalNorm | K::AttentionNorm | K::MlpNorm => (1.0, 0.05),
@@ -70,7 +83,7 @@ impl WeightSource for DummyWeights {
             _ => (0.0, (3.0 / expected.shape.last().copied().unwrap_or(1) as f32).sqrt()),
         };
         let key = name_key(self.seed, &expected.id.hugging_face());
-        Ok(TensorData::Bf16(random_bf16(key, count, centre, spread)))
+        random_bf16(key.wrapping_add(range.start as u64), range.len(), centre, spread)
     }
 }
 

@@ -13,6 +13,7 @@ use loramux_kernels::Dtype;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::Path;
 
 /// Divisors of the rotary frequencies (Llama 3.1 and later).
@@ -200,17 +201,41 @@ impl WeightSource for GgufWeights {
         let info = self.gguf.tensors.get(&expected.id.gguf()).expect("`check` saw every expected tensor").clone();
         let data = read_tensor(&mut self.gguf, &info)?;
         self.done_bytes += info.bytes;
-        if !self.permuted_qk {
+        if !self.is_permuted(expected.id.kind) {
             return Ok(data);
         }
-        let heads = match expected.id.kind {
-            TensorKind::Query => self.spec.heads,
-            TensorKind::Key => self.spec.kv_heads,
-            _ => return Ok(data),
-        };
-        let values = data.into_f32();
+        let (heads, values) = (expected.shape[0] / self.spec.head_dim, data.into_f32());
         Ok(TensorData::F32(halves_from_pairs(&values, heads, self.spec.head_dim, expected.shape[1])))
     }
+
+    fn read_rows(&mut self, expected: &Expected, rows: Range<usize>) -> Result<Vec<f32>, ModelError> {
+        let info = self.gguf.tensors.get(&expected.id.gguf()).expect("`check` saw every expected tensor").clone();
+        let (width, head_dim) = (expected.width(), self.spec.head_dim);
+        if !self.is_permuted(expected.id.kind) {
+            return read_tensor(&mut self.gguf, &part_of(&info, expected, rows)).map(TensorData::into_f32);
+        }
+        // Rows move within their head only.
+        let heads = rows.start / head_dim..rows.end.div_ceil(head_dim);
+        let part = part_of(&info, expected, heads.start * head_dim..heads.end * head_dim);
+        let values = read_tensor(&mut self.gguf, &part)?.into_f32();
+        let values = halves_from_pairs(&values, heads.len(), head_dim, width);
+        Ok(values[(rows.start - heads.start * head_dim) * width..][..rows.len() * width].to_vec())
+    }
+}
+
+impl GgufWeights {
+    fn is_permuted(&self, kind: TensorKind) -> bool {
+        self.permuted_qk && matches!(kind, TensorKind::Query | TensorKind::Key)
+    }
+}
+
+/// Where some rows of a tensor lie. A row is whole blocks of its element type.
+fn part_of(info: &TensorInfo, expected: &Expected, rows: Range<usize>) -> TensorInfo {
+    let row_bytes = info.bytes / expected.shape[0].max(1) as u64;
+    let mut shape = expected.shape.clone();
+    shape[0] = rows.len();
+    let (start, bytes) = (info.start + rows.start as u64 * row_bytes, rows.len() as u64 * row_bytes);
+    TensorInfo { shape, start, bytes, ..info.clone() }
 }
 
 /// llama.cpp rotates neighbouring rows, so its converter stores the rows of each head as pairs (0, d/2), (1, d/2 + 1),

@@ -1,6 +1,7 @@
 //! Loading a base model: find the files, check every name and shape, then read, convert and pack tensor by tensor, so
 //! that peak memory is the weights plus one tensor.
 
+mod base;
 mod checkpoint;
 mod dummy;
 pub(crate) mod gguf_header;
@@ -14,7 +15,11 @@ use crate::files::{self, FileFault};
 use crate::spec::DecoderSpec;
 use loramux_kernels::{Dtype, HostData, PackedWeight, WeightPart};
 use safetensors::TensorData;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+pub use base::BaseFiles;
+pub(crate) use base::BaseReader;
 
 /// Where weights come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -182,6 +187,8 @@ pub(crate) trait WeightSource {
     fn check(&self, expected: &[Expected]) -> Result<(), ModelError>;
     /// Reads one tensor of those checked.
     fn read(&mut self, expected: &Expected) -> Result<TensorData, ModelError>;
+    /// Reads some rows (of a vector: elements) of one tensor of those checked, in f32, and little more than these.
+    fn read_rows(&mut self, expected: &Expected, rows: Range<usize>) -> Result<Vec<f32>, ModelError>;
 }
 
 /// A tensor that the decoder reads, and its shape `[d_out, d_in]` or `[width]`.
@@ -194,6 +201,11 @@ pub(crate) struct Expected {
 impl Expected {
     fn count(&self) -> u64 {
         self.shape.iter().map(|&extent| extent as u64).product()
+    }
+
+    /// Elements of a row; a vector's rows are its elements.
+    fn width(&self) -> usize {
+        self.shape.get(1).copied().unwrap_or(1)
     }
 }
 

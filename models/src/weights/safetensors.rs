@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 
 /// Bounds on what a header may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +77,7 @@ pub(crate) struct TensorInfo {
 }
 
 /// A tensor's elements in host memory, as stored.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum TensorData {
     F32(Vec<f32>),
     F16(Vec<f16>),
@@ -92,6 +93,28 @@ impl TensorData {
             Element::F16 => Some(Self::F16(pairs.iter().map(|&b| f16::from_le_bytes(b)).collect())),
             Element::Bf16 => Some(Self::Bf16(pairs.iter().map(|&b| bf16::from_le_bytes(b)).collect())),
             Element::Other(_) => None,
+        }
+    }
+
+    /// Elements `range` in f32.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub(crate) fn slice_f32(&self, range: Range<usize>) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values[range].to_vec(),
+            Self::F16(values) => values[range].iter().map(|value| value.to_f32()).collect(),
+            Self::Bf16(values) => values[range].iter().map(|value| value.to_f32()).collect(),
+        }
+    }
+
+    /// The first element that `is` holds for, and where it is.
+    pub(crate) fn position(&self, is: impl Fn(f32) -> bool) -> Option<(usize, f32)> {
+        let find = |values: &mut dyn Iterator<Item = f32>| values.enumerate().find(|(_, value)| is(*value));
+        match self {
+            Self::F32(values) => find(&mut values.iter().copied()),
+            Self::F16(values) => find(&mut values.iter().map(|value| value.to_f32())),
+            Self::Bf16(values) => find(&mut values.iter().map(|value| value.to_f32())),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use loramux_kernels::{AdapterTable, Arena, ArenaDtype, AttnChunk, Dtype, KvLayout, KvSlot, Segment, SlotScale};
 use loramux_models::adapter::PeftAdapter;
-use loramux_models::{Batch, Decoder, DecoderLimits, LoadFormat, LoadOptions, Model, load};
+use loramux_models::{BaseFiles, Batch, Decoder, DecoderLimits, LoadFormat, LoadOptions, Model, load};
 use std::path::Path;
 
 const BLOCK_TOKENS: usize = 4;
@@ -26,6 +26,7 @@ impl Sequence {
 }
 
 pub(crate) struct Runner {
+    pub(crate) base: Option<BaseFiles>,
     pub(crate) decoder: Decoder,
     arena: Arena,
     table: AdapterTable,
@@ -42,7 +43,8 @@ impl Runner {
     pub(crate) fn new(path: &Path, dtype: Option<Dtype>, page_bytes: usize, pages: usize) -> Self {
         let options = LoadOptions { dtype, format: LoadFormat::Auto, seed: 0 };
         let model = load(path, &options, &mut |_| ()).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        Self::from_model(model, page_bytes, pages)
+        let base = BaseFiles::new(path, &options, model.content_id);
+        Self { base: Some(base), ..Self::from_model(model, page_bytes, pages) }
     }
 
     /// The same with the KV cache in another type than the weights.
@@ -58,7 +60,7 @@ impl Runner {
         let layout = decoder.kv_layout(BLOCK_TOKENS, page_bytes, decoder.dtype().arena());
         let arena = Arena::new(page_bytes, pages).expect("memory for the arena");
         let (batch, table) = (Batch::default(), AdapterTable::new(64));
-        Self { decoder, arena, table, layout, batch, next_block: 0, pages_left: pages, next_slot: 0 }
+        Self { base: None, decoder, arena, table, layout, batch, next_block: 0, pages_left: pages, next_slot: 0 }
     }
 
     pub(crate) fn tiny(path: &Path, dtype: Dtype) -> Self {
@@ -67,7 +69,11 @@ impl Runner {
 
     /// Publishes an adapter and returns how a sequence names it.
     pub(crate) fn publish(&mut self, adapter: &PeftAdapter) -> SlotScale {
-        let image = adapter.pack(self.layout.dtype, self.arena.page_bytes()).expect("the adapter fits");
+        let image = match &self.base {
+            Some(base) => adapter.pack_onto(self.layout.dtype, self.arena.page_bytes(), base),
+            None => adapter.pack(self.layout.dtype, self.arena.page_bytes()),
+        };
+        let image = image.unwrap_or_else(|error| panic!("{error}"));
         self.pages_left -= image.pages_needed();
         let pages: Vec<u32> = (self.pages_left..).map(|page| page as u32).take(image.pages_needed()).collect();
         let (slot, generation) = (self.next_slot, 7 + u64::from(self.next_slot));
@@ -129,7 +135,7 @@ impl Runner {
         let vocab = self.decoder.spec().vocab;
         let mut out = Vec::new();
         for rows in rows.chunks(LOGITS_ROWS_MAX) {
-            let logits = self.decoder.logits(rows).expect("rows of the step");
+            let logits = self.decoder.logits(rows, &self.batch, &self.arena, &self.table).expect("rows of the step");
             out.extend(logits.as_f32().chunks(vocab).map(<[f32]>::to_vec));
         }
         out

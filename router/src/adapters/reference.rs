@@ -161,7 +161,7 @@ fn hub(text: &str) -> Result<AdapterRef, RefError> {
         None => (text, None),
     };
     // The hub itself refuses `--`: its caches write `org/repo` as `org--repo`.
-    if !is_valid_name(id) || id.contains("--") {
+    if !is_valid_name(id) || !id.contains('/') || id.contains("--") {
         return Err(invalid(
             SourceKind::Hub,
             "a repository is `org/name` of letters, digits, `.`, `_` and `-`, without `..` and `--`",
@@ -267,7 +267,6 @@ mod tests {
             ("acme/sql@refs/pr/3", "hf://acme/sql@refs/pr/3"),
             ("hf://acme/sql@v1.0", "hf://acme/sql@v1.0"),
             ("huggingface://acme/sql", "hf://acme/sql"),
-            ("hf://gpt2", "hf://gpt2"),
             ("s3://bucket/loras/sql/", "s3://bucket/loras/sql"),
             ("s3://bucket", "s3://bucket"),
             ("gcs://bucket/sql@2", "gs://bucket/sql@2"),
@@ -304,6 +303,7 @@ mod tests {
             "a--b/c",
             "a/b@x@y",
             "hf:///a/b",
+            "hf://gpt2",
             "HF://a/b",
             "hf://user:pw@a/b",
             "ftp://a/b",

@@ -11,7 +11,8 @@ pub struct FetchLimits {
     pub total: usize,
     /// Of these, from one kind of source, so that a slow one leaves room for the others.
     pub per_source: usize,
-    /// Of these, on one tenant's account.
+    /// Of these, on one tenant's account. More than `per_source`: where all callers are one tenant, a slow source must not
+    /// take all that this tenant may have.
     pub per_tenant: usize,
     /// Adapters that wait for their turn.
     pub waiting_max: usize,
@@ -34,7 +35,7 @@ impl Default for FetchLimits {
         Self {
             total: 8,
             per_source: 4,
-            per_tenant: 4,
+            per_tenant: 6,
             waiting_max: 32_768,
             waiting_per_tenant_max: 16_384,
             config_bytes_max: 64 << 10,
@@ -47,10 +48,10 @@ impl Default for FetchLimits {
 }
 
 impl FetchLimits {
-    /// The defaults with `total` downloads at once, half of them at most for one source kind or tenant.
+    /// The defaults with `total` downloads at once: of them at most half for one source kind, three quarters for one tenant.
     pub fn with_total(total: usize) -> Self {
-        let half = total.div_ceil(2).max(1);
-        Self { total: total.max(1), per_source: half, per_tenant: half, ..Self::default() }
+        let total = total.max(1);
+        Self { total, per_source: total.div_ceil(2), per_tenant: total - total / 4, ..Self::default() }
     }
 }
 

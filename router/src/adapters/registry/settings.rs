@@ -38,6 +38,8 @@ pub struct AdapterSettings {
     pub data_dir: Option<PathBuf>,
     /// Adapters that are loaded at the same time.
     pub loads_max: usize,
+    /// How fast the registry's clock runs: 1, but for tests that want to see retries and expiries sooner.
+    pub clock_speed: u32,
 }
 
 impl Default for AdapterSettings {
@@ -53,6 +55,7 @@ impl Default for AdapterSettings {
             share_hub_token: false,
             data_dir: None,
             loads_max: 8,
+            clock_speed: 1,
         }
     }
 }

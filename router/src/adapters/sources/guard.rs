@@ -240,3 +240,7 @@ impl HostEntry {
         Ok(Self { is_https, host, port, is_below })
     }
 }
+
+#[cfg(test)]
+#[path = "guard_tests.rs"]
+mod tests;

@@ -7,6 +7,7 @@
 //! The endpoint is the operator's and trusted as an address. The token goes there and nowhere else. A redirect to another
 //! host is followed only for bytes, only to listed hosts, through the guard and without the token.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use reqwest::Method;
@@ -202,6 +203,15 @@ impl Hub {
 
     pub(super) fn endpoint(&self) -> &Url {
         &self.endpoint
+    }
+
+    /// Our client, as `hf-hub` may use it: for the endpoint only, without redirects.
+    pub(super) fn client(&self) -> Option<reqwest::Client> {
+        self.net.trusted().ok().cloned()
+    }
+
+    pub(super) fn cache_dirs(&self) -> Vec<PathBuf> {
+        self.settings.cache_dirs.clone()
     }
 
     pub(super) fn is_offline(&self) -> bool {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::beneath;
 use super::hub::{digest_of_etag, is_commit};
 use super::local::{blocking, open_same};
+use super::model::{CONFIG, INDEX, INDEX_BYTES_MAX, SINGLE, shards};
 use super::net::changed;
 use crate::adapters::types::{ByteStream, FileName, RemoteFile, SourceError};
 
@@ -57,7 +58,50 @@ pub(super) async fn open(caches: &[PathBuf], file: &RemoteFile, offset: u64) -> 
     open_same(cache.clone(), PathBuf::from(path), file, offset).await
 }
 
-fn find_in(cache: &Path, number: usize, repo: &str, revision: &str) -> Result<Option<Snapshot>, SourceError> {
+/// The first cache that holds all of a base model, as its snapshot's directory or the `.gguf` in it. The operator chose it,
+/// and it is read where it lies: models are too large to copy.
+pub(super) async fn find_model(
+    caches: Vec<PathBuf>,
+    repo: String,
+    revision: String,
+    gguf: Option<String>,
+) -> Result<Option<PathBuf>, SourceError> {
+    blocking(move || {
+        for cache in &caches {
+            let Some((dir, _)) = snapshot(cache, &repo, &revision)? else { continue };
+            let whole = match &gguf {
+                Some(file) => beneath::open_file(cache, &dir.join(file))?.map(|_| cache.join(&dir).join(file)),
+                None => holds_model(cache, &dir)?.then(|| cache.join(&dir)),
+            };
+            if whole.is_some() {
+                return Ok(whole);
+            }
+        }
+        Ok(None)
+    })
+    .await
+}
+
+fn holds_model(cache: &Path, dir: &Path) -> Result<bool, SourceError> {
+    let has = |name: &str| beneath::open_file(cache, &dir.join(name)).map(|found| found.is_some());
+    if !has(CONFIG)? {
+        return Ok(false);
+    }
+    let Some((index, _)) = beneath::open_file(cache, &dir.join(INDEX))? else { return has(SINGLE) };
+    let mut text = Vec::new();
+    if index.take(INDEX_BYTES_MAX).read_to_end(&mut text).is_err() {
+        return Ok(false);
+    }
+    for name in shards(&text).unwrap_or_default() {
+        if !has(&name)? {
+            return Ok(false);
+        }
+    }
+    Ok(shards(&text).is_ok())
+}
+
+/// Directory of a snapshot below `cache`, and its commit.
+fn snapshot(cache: &Path, repo: &str, revision: &str) -> Result<Option<(PathBuf, String)>, SourceError> {
     // `repo` and `revision` passed the reference's character set: neither holds `..` nor starts with a slash.
     let folder = PathBuf::from(format!("models--{}", repo.replace('/', "--")));
     let commit = if is_commit(revision) {
@@ -70,9 +114,14 @@ fn find_in(cache: &Path, number: usize, repo: &str, revision: &str) -> Result<Op
         }
         text.trim().to_owned()
     };
+    Ok(Some((folder.join("snapshots").join(&commit), commit)))
+}
+
+fn find_in(cache: &Path, number: usize, repo: &str, revision: &str) -> Result<Option<Snapshot>, SourceError> {
+    let Some((dir, commit)) = snapshot(cache, repo, revision)? else { return Ok(None) };
     let mut files = Vec::new();
     for name in FileName::ALL {
-        let path = folder.join("snapshots").join(&commit).join(name.as_str());
+        let path = dir.join(name.as_str());
         let Some((_, print)) = beneath::open_file(cache, &path)? else { return Ok(None) };
         // A blob is named by its hash. A copy that is no link has no such name, and no promise.
         let blob = std::fs::read_link(cache.join(&path)).ok();

@@ -190,20 +190,21 @@ async fn a_path_that_is_swapped_while_it_is_opened_never_leads_out() {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let reads = runtime.block_on(async {
-            let mut reads = 0;
+            let (mut reads, mut leaks) = (0, 0);
             for _ in 0..3000 {
-                if let Ok(resolved) = resolve(&local, &live).await {
-                    let read = read(&local, &resolved).await.unwrap();
-                    assert_eq!(read, FileName::ALL.map(FileName::as_str));
-                    reads += 1;
-                }
+                let Ok(resolved) = resolve(&local, &live).await else { continue };
+                // An error is a swap between resolving and opening; other bytes would be a way out.
+                let Ok(read) = read(&local, &resolved).await else { continue };
+                reads += usize::from(read == FileName::ALL.map(FileName::as_str));
+                leaks += usize::from(read.iter().any(|text| text.contains("SECRET")));
             }
-            reads
+            (reads, leaks)
         });
         stop.store(true, Ordering::Relaxed);
         reads
     });
-    assert!(reads > 0, "the good link was never met");
+    assert!(reads.0 > 0, "the good link was never met");
+    assert_eq!(reads.1, 0);
 }
 
 /// `target` as seen from `root`; both lie in one directory.

@@ -5,15 +5,24 @@
 //! are followed by [`guard`]'s rules, a body has a least speed, and no text of a source is repeated.
 
 mod beneath;
+mod bucket_client;
+mod bucket_keys;
+mod buckets;
 pub mod guard;
 mod http;
 mod hub;
 mod hub_cache;
+mod hub_list;
 mod local;
+mod model;
+mod model_download;
 mod net;
 mod pace;
 mod settings;
+#[cfg(test)]
+mod testing;
 
+pub use model::{ModelFile, ModelListing, ModelPlace, ModelRef};
 pub use settings::{
     GcsCredentials, GcsSettings, HttpHeader, HttpSettings, HubSettings, LocalSettings, Pace, S3Credentials, S3Settings,
     SourceSettings,
@@ -61,6 +70,7 @@ fn no_weights(has_pickle: bool) -> SourceError {
 /// All sources of this server.
 pub struct Sources {
     hub: hub::Hub,
+    buckets: buckets::Buckets,
     http: http::Http,
     local: local::Local,
     pace: Pace,
@@ -79,6 +89,7 @@ impl Sources {
     fn with_net(settings: &SourceSettings, net: Arc<net::Net>) -> Result<Self, SourceSettingsError> {
         Ok(Self {
             hub: hub::Hub::new(&settings.hub, Arc::clone(&net))?,
+            buckets: buckets::Buckets::new(&settings.s3, &settings.gcs, Arc::clone(&net))?,
             http: http::Http::new(&settings.http, net)?,
             local: local::Local::new(&settings.local),
             pace: settings.pace,
@@ -114,7 +125,8 @@ impl Source for Sources {
                 SourceKind::Hub => self.hub.resolve(reference, credential).await,
                 SourceKind::Http => self.http.resolve(reference, credential).await,
                 SourceKind::Local => self.local.resolve(reference, credential).await,
-                SourceKind::S3 | SourceKind::Gcs | SourceKind::Merge => Err(no_source(reference.source)),
+                SourceKind::S3 | SourceKind::Gcs => self.buckets.resolve(reference, credential).await,
+                SourceKind::Merge => Err(no_source(reference.source)),
             }
         }))
     }
@@ -134,7 +146,8 @@ impl Source for Sources {
                 SourceKind::Hub => self.hub.open(resolved, file, offset, credential).await,
                 SourceKind::Http => self.http.open(resolved, file, offset, credential).await,
                 SourceKind::Local => self.local.open(resolved, file, offset, credential).await,
-                kind @ (SourceKind::S3 | SourceKind::Gcs | SourceKind::Merge) => Err(no_source(kind)),
+                SourceKind::S3 | SourceKind::Gcs => self.buckets.open(resolved, file, offset, credential).await,
+                kind @ SourceKind::Merge => Err(no_source(kind)),
             }
         }))
     }

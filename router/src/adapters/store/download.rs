@@ -15,6 +15,9 @@ use crate::adapters::types::{FileName, RemoteFile};
 /// Rounds of making room before the disk counts as full.
 const ROUNDS_MAX: usize = 16;
 
+/// Bytes that a download takes on disk beside its files: rounding to blocks, directories, its record.
+const ROUNDING_BYTES: u64 = 64 << 10;
+
 /// A download's directory and its reservation. Dropping it gives back both. Every method may wait for the disk.
 pub(crate) struct Download {
     shared: Arc<Shared>,
@@ -40,6 +43,7 @@ impl Download {
     ) -> Result<Self, StoreError> {
         let identity: Arc<str> = identity.into();
         let found = shared.state().partials.remove(&identity);
+        let payer = found.as_ref().map(|partial| partial.tenant);
         let mut download = match found {
             Some(partial) => Self::take_over(shared, identity, tenant, partial, files),
             None => Self {
@@ -58,8 +62,9 @@ impl Download {
         match made {
             Ok(()) => Ok(download),
             Err(error) => {
-                if have > 0 {
-                    download.keep(); // what was there stays worth keeping
+                if let Some(payer) = payer {
+                    download.charge_to(payer); // who may not have it does not pay for what was there
+                    download.keep();
                 }
                 Err(error)
             }
@@ -94,6 +99,15 @@ impl Download {
         Self { shared: Arc::clone(shared), identity, tenant, dir, reserved, start, gone: false }
     }
 
+    /// Moves the reservation to another account.
+    fn charge_to(&mut self, payer: u64) {
+        let mut state = self.shared.state();
+        state.accounts.release(self.tenant.id, self.reserved);
+        state.accounts.reserve(payer, self.reserved);
+        drop(state);
+        self.tenant = payer.into();
+    }
+
     fn reserve(&mut self, need: u64) -> Result<(), StoreError> {
         for _ in 0..ROUNDS_MAX {
             let room = self.shared.state().plan_room(self.tenant, need)?;
@@ -117,7 +131,7 @@ impl Download {
             free.map_err(|error| StoreError::from_io(&error, "ask for the free space", &tmp))
         };
         for _ in 0..ROUNDS_MAX {
-            let short = need.saturating_sub(free()?);
+            let short = need.saturating_add(ROUNDING_BYTES).saturating_sub(free()?);
             if short == 0 {
                 return Ok(());
             }

@@ -12,24 +12,22 @@ fn hang(world: &World, kind: SourceKind, tenant: u64, count: usize) {
     }
 }
 
-async fn until(what: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while !what() {
-        assert!(std::time::Instant::now() < deadline, "waited for ten seconds");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-}
-
 #[tokio::test]
 async fn others_pass_a_source_that_never_answers() {
     let world = World::new();
-    (0..20).for_each(|tenant| hang(&world, SourceKind::Http, tenant, 10));
+    (0..20).for_each(|tenant| hang(&world, SourceKind::Http, tenant, 10)); // tenant 0, which is everybody, too
     until(|| world.fetcher.status().running == 4 && world.fetcher.status().waiting == 196).await;
     for n in 0..50 {
         let name = format!("quick-{n}");
         let resolved = world.source.add(&name, 5000, Promise::Sha256);
-        let outcome = tokio::time::timeout(Duration::from_secs(10), world.fetch(&resolved)).await;
-        assert_is(&outcome.expect("no wait for the slow source").unwrap(), &name, 5000);
+        let outcome = tokio::time::timeout(PATIENCE, world.fetch(&resolved)).await;
+        assert_is(
+            &outcome
+                .unwrap_or_else(|_| panic!("{name} waits for the slow source: {:?}", world.fetcher.status()))
+                .unwrap(),
+            &name,
+            5000,
+        );
     }
 }
 
@@ -37,16 +35,16 @@ async fn others_pass_a_source_that_never_answers() {
 async fn others_pass_a_tenant_that_wants_everything() {
     let world = World::with(FetchLimits { per_source: 8, ..limits() }, 1 << 30);
     hang(&world, SourceKind::Hub, 1, 200);
-    until(|| world.fetcher.status().running == 4 && world.fetcher.status().waiting == 196).await;
+    until(|| world.fetcher.status().running == 6 && world.fetcher.status().waiting == 194).await;
     let resolved = world.source.add("quick", 5000, Promise::Sha256);
-    let outcome = tokio::time::timeout(Duration::from_secs(10), world.fetch(&resolved)).await;
+    let outcome = tokio::time::timeout(PATIENCE, world.fetch(&resolved)).await;
     assert_is(&outcome.expect("no wait for the greedy tenant").unwrap(), "quick", 5000);
 
     // Something that stands in the greedy tenant's line is served when another one wants it too.
     let queued =
         Resolved { identity: "hub:slow-1-199@1".into(), ..world.source.add("slow-1-199", 5000, Promise::Sha256) };
     world.source.act(&queued, FileName::Weights, []);
-    let outcome = tokio::time::timeout(Duration::from_secs(10), world.fetch(&queued)).await;
+    let outcome = tokio::time::timeout(PATIENCE, world.fetch(&queued)).await;
     assert_is(&outcome.expect("no wait in the greedy tenant's line").unwrap(), "slow-1-199", 5000);
 }
 
