@@ -168,7 +168,6 @@ fn router_config(config: &Config) -> RouterConfig {
         model_root: model_root(config),
         max_model_len: args.model.max_model_len,
         use_generation_config: config.use_generation_config,
-        source_defaults: config.source_defaults.clone(),
         keys: config.keys.clone(),
         allow_runtime_adapters: config.allow_runtime_adapters,
         trust_loopback_adapters: args.sources.trust_loopback_adapters,
