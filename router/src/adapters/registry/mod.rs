@@ -81,7 +81,8 @@ impl Registry {
     /// Over the directories of `settings` alone, remembering nothing. No adapter is read yet; see [`Self::preload`].
     pub fn new(settings: AdapterSettings, engine: Arc<dyn Backend>) -> Self {
         let settings = AdapterSettings { data_dir: None, ..settings };
-        Self::build(settings, engine, None, Arc::new(SystemClock::default()), None)
+        let clock = Arc::new(SystemClock::scaled(settings.time_scale));
+        Self::build(settings, engine, None, clock, None)
     }
 
     /// With everything it can do: sources, a disk store, registrations of the last run.
@@ -93,7 +94,8 @@ impl Registry {
         engine: Arc<dyn Backend>,
         supply: Option<Supply>,
     ) -> Result<Self, RegistryError> {
-        Self::open_with(settings, engine, supply, Arc::new(SystemClock::default()))
+        let clock = Arc::new(SystemClock::scaled(settings.time_scale));
+        Self::open_with(settings, engine, supply, clock)
     }
 
     /// [`Self::open`] on another clock.
