@@ -337,10 +337,12 @@ impl Registry {
         let usable = self.inner.contents.usable(&wanted, &Arc::default(), until).await?;
         let version = Version { revision: revision_of(&wanted), facts: Arc::clone(&usable.prepared), wanted };
         let mut names = self.names();
-        if !self.may_be_folder(&names, name) || names.get("", name).is_some() {
+        let made = names.get("", name).map(|entry| entry.made);
+        if !self.may_be_folder(&names, name) || made.is_some_and(|made| made != Made::ByFolder) {
             return Ok(None); // unloaded or registered meanwhile
         }
-        if names.len() < names::NAMES_MAX {
+        // Another request may have been first with the same folder.
+        if made.is_none() && names.len() < names::NAMES_MAX {
             let now = self.inner.clock.unix_seconds();
             let id = names.new_id();
             let entry = Entry {
