@@ -1,8 +1,6 @@
 //! Contents by identity: loaded once however many names and callers want them, tried again by schedule, forgotten when
 //! nobody uses them. Who may use one is decided before anyone comes here.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 

@@ -6,9 +6,14 @@ fn settings(dir: &std::path::Path) -> AdapterSettings {
 
 /// The same disk and upstream, another process.
 async fn restart(world: World, settings: AdapterSettings) -> World {
-    world.settle().await;
-    let (upstream, clock) = (world.upstream.clone(), world.clock.clone());
+    let (upstream, clock, inner) = (world.upstream.clone(), world.clock.clone(), Arc::downgrade(&world.registry.inner));
     drop(world);
+    // A load may still write what it did.
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while inner.strong_count() > 0 {
+        assert!(std::time::Instant::now() < deadline, "something holds the registry");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     World::over(settings, upstream, clock)
 }
 
