@@ -136,7 +136,7 @@ fn start_engine(
         step_tokens: args.engine.max_num_batched_tokens,
         prefix_caching: args.engine.prefix_caching,
         prefix_key: random_key(),
-        host_adapter_bytes: args.adapters.host_adapter_memory,
+        host_adapter_bytes: config.shard.host_adapter_bytes,
         rank_max: args.adapters.max_lora_rank,
         step_watchdog: config.step_watchdog,
         progress: Box::new(move |loading| shown.show(loading)),
