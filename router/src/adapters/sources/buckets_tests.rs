@@ -18,7 +18,7 @@ fn store(is_right: fn(&str) -> bool) -> impl Fn(&Parts) -> Response<Body> + Send
     move |parts| {
         let authorization =
             parts.headers.get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let path = parts.uri.path();
+        let path = parts.uri.path().replace("%2F", "/"); // GCS takes a key as one segment
         if path.starts_with("/closed/") && !is_right(authorization)
             || !path.starts_with("/open/") && !path.starts_with("/closed/")
         {
