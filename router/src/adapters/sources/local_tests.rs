@@ -18,7 +18,8 @@ fn world() -> (TempDir, Local) {
         fs::create_dir(dir.path().join(name)).unwrap();
     }
     adapter(&dir.path().join("outside/a"));
-    let local = Local { roots: vec![dir.path().join("root")], named: vec![dir.path().join("outside/a")] };
+    let settings = LocalSettings { roots: vec![dir.path().join("root")], named: vec![dir.path().join("outside/a")] };
+    let local = Local::new(&settings);
     (dir, local)
 }
 
@@ -118,6 +119,11 @@ async fn links_below_the_root_pass_and_all_others_are_absent() {
     }
     let mixed = resolve(&local, &root.join("mixed")).await.unwrap_err();
     assert!(matches!(mixed, SourceError::Permanent { code: "adapter_invalid", .. }), "{mixed:?}");
+    // The operator may name the snapshot itself, and its links still end in that repository.
+    let snapshot = root.join("cache/models--o--r/snapshots").join("0".repeat(40));
+    let named = Local::new(&LocalSettings { roots: Vec::new(), named: vec![snapshot.clone()] });
+    assert!(resolve_as(&named, &snapshot, &Credential::Server).await.is_ok());
+    assert_eq!(resolve(&named, &snapshot).await, Err(SourceError::Absent));
     // Two snapshots: which one is meant is unclear.
     fs::create_dir_all(root.join("cache/models--o--r/snapshots").join("1".repeat(40))).unwrap();
     assert_eq!(resolve(&local, &root.join("cache")).await, Err(SourceError::Absent));
@@ -166,8 +172,8 @@ async fn pickled_weights_are_refused_by_name() {
     );
 }
 
-#[tokio::test]
-async fn a_path_that_is_swapped_while_it_is_opened_never_leads_out() {
+#[test]
+fn a_path_that_is_swapped_while_it_is_opened_never_leads_out() {
     let (dir, local) = world();
     let root = dir.path().join("root");
     adapter(&root.join("inside"));
