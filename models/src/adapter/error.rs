@@ -39,6 +39,14 @@ pub enum AdapterError {
         /// What is accepted.
         reason: String,
     },
+    /// The CPU serves the feature, and this device's kernels do not.
+    #[error("{}: {feature} is not served on {device}; use --device cpu for this adapter", CONFIG_FILE)]
+    OnDevice {
+        /// The feature, as in [`PeftAdapter::features`](super::PeftAdapter).
+        feature: &'static str,
+        /// The device's name.
+        device: String,
+    },
     /// Tensors name modules that the base model does not have.
     #[error(
         "{}: {} tensors match no module of this base model: {}; was the adapter trained on another base?",
@@ -108,7 +116,7 @@ impl AdapterError {
             Self::NotFound { .. } => "model_not_found",
             Self::Io { .. } | Self::Base { .. } => "adapter_load_failed",
             Self::Invalid { .. } => "adapter_invalid",
-            Self::Unsupported { .. } => "adapter_unsupported",
+            Self::Unsupported { .. } | Self::OnDevice { .. } => "adapter_unsupported",
             Self::UnmatchedTensors { .. } | Self::BaseShape { .. } => "adapter_base_mismatch",
             Self::TooLarge { .. } | Self::Pack(_) => "adapter_too_large",
             Self::RankLimit { .. } => "adapter_rank_limit",

@@ -7,12 +7,16 @@ mod config;
 mod error;
 mod fold;
 mod json;
+mod merge;
 mod modules;
 mod names;
 mod pack;
 mod read;
+mod report;
 
 pub use error::AdapterError;
+pub use merge::{MergeError, MergeSpec, MergeStrategy, merge};
+pub use report::{Refusal, Report, check};
 
 use crate::files::{self, FileFault};
 use crate::spec::DecoderSpec;

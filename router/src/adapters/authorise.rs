@@ -24,6 +24,9 @@ const ANSWERS_MAX: usize = 16_384;
 /// Questions under way.
 const QUESTIONS_MAX: usize = 4096;
 
+/// What is said of a source that has not answered yet; the question goes on.
+pub(super) const UNANSWERED: &str = "service unavailable: its source has not answered yet; try again";
+
 /// Keyed hash of a credential. The key is this process's own and is never written.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Mac([u8; 32]);
@@ -101,9 +104,10 @@ impl Authoriser {
             Ok(answer) => return answer,
             Err(question) => question,
         };
-        let unanswered = || SourceError::retryable("service unavailable: the source has not answered yet; try again");
+        let unanswered = || SourceError::retryable(UNANSWERED);
         let answered = question.wait_for(Option::is_some);
-        let answered = match until {
+        // A directory answers at once, and what it says is not kept: who does not wait for it never knows.
+        let answered = match until.filter(|_| reference.source != SourceKind::Local) {
             None => answered.await,
             Some(until) => {
                 let left = until.saturating_sub(self.shared.clock.now());

@@ -77,7 +77,7 @@ pub(crate) struct Runner {
 
 /// Reads an adapter into a shard's host memory.
 pub(crate) fn prepare(executor: &dyn Execute, dir: &Path) -> anyhow::Result<Prepared> {
-    let request = PrepareAdapter { request_id: 0, dir: dir.display().to_string(), rank_max: 0 };
+    let request = PrepareAdapter { dir: dir.display().to_string(), ..PrepareAdapter::default() };
     match executor.slab().prepare(&request).outcome {
         Some(prepared::Outcome::Report(report)) => {
             Ok(Prepared { content_id: report.content_id, pages: report.pages_needed })

@@ -7,9 +7,11 @@
 mod batch;
 mod device;
 pub(crate) mod in_process;
+mod inspect;
 pub(crate) mod launch;
 mod memory;
 mod options;
+mod prepare;
 pub(crate) mod process;
 mod run;
 mod sampling;
@@ -17,24 +19,20 @@ mod slab;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use loramux_proto::{
-    Fatal, FromShard, Info, Loading, Pong, PrepareAdapter, Step, StepResult, ToShard, from_shard, to_shard,
-};
+use loramux_proto::{Fatal, FromShard, Info, Loading, Pong, Step, StepResult, ToShard, from_shard, to_shard};
 
+use prepare::{PrepareThreads, Work};
+
+pub(crate) use memory::host_adapter_bytes_auto;
 pub(crate) use options::{CudaPaths, DeviceChoice, DtypeChoice, LoadFormatChoice, ShardOptions};
 pub(crate) use run::ShardFault;
 pub(crate) use slab::Slab;
 
 /// Takes what the shard has to say; safe to call from any of its threads.
 pub(crate) type Reply = Arc<dyn Fn(from_shard::Body) + Send + Sync>;
-
-/// Threads that read and pack adapters. More would only fight the kernels for cores and the disk for bandwidth.
-const PREPARE_THREADS: usize = 2;
-/// Preparations that may wait for them; the router bounds how many it asks for.
-const PREPARE_QUEUE_MAX: usize = 4096;
 
 /// Wraps a body for the wire.
 pub(crate) fn message(body: from_shard::Body) -> FromShard {
@@ -86,7 +84,7 @@ fn try_serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &Reply) -
         reply(from_shard::Body::Loading(Loading { what: what.to_owned(), done, total }));
     })
     .map_err(|e| e.to_string())?;
-    let prepares = start_prepare_threads(executor.slab(), reply)?;
+    let prepares = PrepareThreads::start(executor.slab(), reply)?;
     let mut info = executor.info().clone();
     info.load_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     reply(from_shard::Body::Info(info));
@@ -120,10 +118,9 @@ fn handle(
     match body {
         to_shard::Body::Step(step) => executor.submit(&step).map_err(|fault| fault.to_string())?,
         to_shard::Body::Prepare(prepare) => {
-            if !prepares.submit(prepare) {
-                return Err("too many adapters are being prepared".to_owned());
-            }
+            submit(prepares, Work::Prepare(prepare))?;
         }
+        to_shard::Body::Merge(merge) => submit(prepares, Work::Merge(merge))?,
         to_shard::Body::DropAdapter(dropped) => executor.slab().remove(&dropped.content_id),
         to_shard::Body::Ping(ping) => reply(from_shard::Body::Pong(Pong { nonce: ping.nonce })),
         to_shard::Body::Shutdown(_) => return Ok(false),
@@ -131,47 +128,8 @@ fn handle(
     Ok(true)
 }
 
-/// The threads that read and pack adapters. They write into memory of the executor, so they end before it does.
-struct PrepareThreads {
-    /// `None` once they shall end.
-    queue: Option<mpsc::SyncSender<PrepareAdapter>>,
-    threads: Vec<std::thread::JoinHandle<()>>,
-}
-
-impl PrepareThreads {
-    /// False if too many adapters wait already.
-    fn submit(&self, prepare: PrepareAdapter) -> bool {
-        self.queue.as_ref().is_some_and(|queue| queue.try_send(prepare).is_ok())
-    }
-}
-
-impl Drop for PrepareThreads {
-    fn drop(&mut self) {
-        self.queue = None;
-        for thread in self.threads.drain(..) {
-            // One that panicked has said so, and holds nothing any more.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn start_prepare_threads(slab: &Arc<Slab>, reply: &Reply) -> Result<PrepareThreads, String> {
-    let (sender, receiver) = mpsc::sync_channel::<PrepareAdapter>(PREPARE_QUEUE_MAX);
-    let receiver = Arc::new(std::sync::Mutex::new(receiver));
-    let mut prepares = PrepareThreads { queue: Some(sender), threads: Vec::new() };
-    for n in 0..PREPARE_THREADS {
-        let (receiver, slab, reply) = (Arc::clone(&receiver), Arc::clone(slab), Arc::clone(reply));
-        let work = move || {
-            loop {
-                let next = receiver.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv();
-                let Ok(prepare) = next else { return };
-                reply(from_shard::Body::Prepared(slab.prepare(&prepare)));
-            }
-        };
-        let thread = std::thread::Builder::new().name(format!("prepare-{n}"));
-        prepares.threads.push(thread.spawn(work).map_err(|e| format!("cannot start a thread: {e}"))?);
-    }
-    Ok(prepares)
+fn submit(prepares: &PrepareThreads, work: Work) -> Result<(), String> {
+    if prepares.submit(work) { Ok(()) } else { Err("too many adapters are being prepared".to_owned()) }
 }
 
 /// Answers pings on the thread that reads messages, so that a long step does not look like a dead shard, and passes the

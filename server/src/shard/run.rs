@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use loramux_kernels::device::DeviceError;
 use loramux_kernels::{AdapterTable, Arena, ArenaDtype, Dtype, KvLayout, OpError, copy_block, in_pool, isa_name};
-use loramux_models::{Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelError};
+use loramux_models::{BaseFiles, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelError};
 use loramux_proto::{Info, SlotGeneration, Step, StepResult};
 
 use super::Execute;
@@ -125,7 +125,8 @@ impl Executor {
         let arena = Arena::new(layout.page_bytes, pages)
             .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
         let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
-        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes, None));
+        let base = BaseFiles::new(&options.model, &load, content_id);
+        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes, base));
         let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
         let info = Info {
             model_id: options.model_id.clone(),
@@ -198,7 +199,7 @@ impl Executor {
         for rows in self.buffers.logit_rows.chunks(LOGIT_ROWS_MAX) {
             self.sampler.rows.clear();
             self.sampler.rows.extend(rows.iter().map(|row| row.row));
-            let logits = self.decoder.logits(&self.sampler.rows)?;
+            let logits = self.decoder.logits(&self.sampler.rows, &self.buffers.batch, &self.arena, &self.table)?;
             super::sampling::sample_rows(logits, rows, &self.sequences, result);
         }
         Ok(())

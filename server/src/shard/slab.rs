@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use loramux_kernels::device::step::BlockDesc;
 use loramux_kernels::{AdapterImage, ImageLayout, OpError};
-use loramux_models::DecoderSpec;
-use loramux_models::adapter::{self, AdapterLimits};
+use loramux_models::adapter::{self, AdapterLimits, PeftAdapter};
+use loramux_models::{BaseFiles, DecoderSpec};
 use loramux_proto::{AdapterError, AdapterReport, PrepareAdapter, Prepared, prepared};
 
 /// Pages of page-locked host memory, which a device copies from without the host's help. Taken once at start; images
@@ -116,21 +116,25 @@ impl SlabImage {
 
 /// Page images by content.
 pub(crate) struct Slab {
-    spec: DecoderSpec,
+    pub(super) spec: DecoderSpec,
     layout: ImageLayout,
     page_bytes: usize,
+    base: BaseFiles,
     pool: Option<Arc<PinnedPool>>,
+    /// The device's name, and the features of adapters that its kernels lack.
+    lacks: Option<(String, &'static [&'static str])>,
     images: RwLock<HashMap<[u8; 32], Arc<SlabImage>>>,
 }
 
 impl Slab {
-    pub(crate) fn new(
-        spec: DecoderSpec,
-        layout: impl Into<ImageLayout>,
-        page_bytes: usize,
-        pool: Option<Arc<PinnedPool>>,
-    ) -> Self {
-        Self { spec, layout: layout.into(), page_bytes, pool, images: RwLock::default() }
+    pub(crate) fn new(spec: DecoderSpec, layout: impl Into<ImageLayout>, page_bytes: usize, base: BaseFiles) -> Self {
+        let layout = layout.into();
+        Self { spec, layout, page_bytes, base, pool: None, lacks: None, images: RwLock::default() }
+    }
+
+    /// The same over page-locked memory, for a device whose kernels lack some features of adapters.
+    pub(crate) fn on_device(self, pool: Option<Arc<PinnedPool>>, name: String, lacks: &'static [&'static str]) -> Self {
+        Self { pool, lacks: Some((name, lacks)), ..self }
     }
 
     pub(crate) fn get(&self, content: &[u8]) -> Option<Arc<SlabImage>> {
@@ -153,15 +157,26 @@ impl Slab {
         Prepared { request_id: request.request_id, outcome: Some(outcome) }
     }
 
-    fn try_prepare(&self, request: &PrepareAdapter) -> Result<AdapterReport, adapter::AdapterError> {
-        let mut limits = AdapterLimits::default();
-        if request.rank_max != 0 {
-            limits.rank_max = limits.rank_max.min(request.rank_max as usize);
+    /// Refuses by name what this device cannot compute.
+    pub(super) fn check_features(&self, features: &[&'static str]) -> Result<(), adapter::AdapterError> {
+        let Some((device, lacks)) = &self.lacks else { return Ok(()) };
+        match features.iter().find(|feature| lacks.contains(feature)) {
+            None => Ok(()),
+            Some(feature) => Err(adapter::AdapterError::OnDevice { feature, device: device.clone() }),
         }
-        let read = adapter::read(Path::new(&request.dir), &self.spec, &limits)?;
+    }
+
+    /// The pages that the adapter takes.
+    pub(super) fn pack(&self, read: &PeftAdapter) -> Result<AdapterImage, adapter::AdapterError> {
+        self.check_features(&read.features)?;
+        read.pack_onto(self.layout, self.page_bytes, &self.base)
+    }
+
+    fn try_prepare(&self, request: &PrepareAdapter) -> Result<AdapterReport, adapter::AdapterError> {
+        let read = adapter::read(Path::new(&request.dir), &self.spec, &limits(request.rank_max))?;
         let image = match self.get(&read.content_id) {
             Some(image) => image,
-            None => Arc::new(SlabImage::new(read.pack(self.layout, self.page_bytes)?, self.pool.as_ref())),
+            None => Arc::new(SlabImage::new(self.pack(&read)?, self.pool.as_ref())),
         };
         let report = AdapterReport {
             content_id: read.content_id.to_vec(),
@@ -172,13 +187,24 @@ impl Slab {
             host_bytes: image.image().bytes() as u64,
             modules: read.module_names.clone(),
             base_model: read.base_model.clone(),
+            features: read.features.iter().map(|&name| name.to_owned()).collect(),
+            ..AdapterReport::default()
         };
         self.images.write().unwrap_or_else(PoisonError::into_inner).insert(read.content_id, image);
         Ok(report)
     }
 }
 
+/// Limits of the loader, the operator's on the rank included; 0 = none.
+pub(super) fn limits(rank_max: u32) -> AdapterLimits {
+    let mut limits = AdapterLimits::default();
+    if rank_max != 0 {
+        limits.rank_max = limits.rank_max.min(rank_max as usize);
+    }
+    limits
+}
+
 /// Counts on the wire are u32; one that does not fit is refused by whoever compares it with a limit.
-fn saturating(n: usize) -> u32 {
+pub(super) fn saturating(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }

@@ -79,6 +79,7 @@ impl FetchError {
             Self::DiskFull { .. } => "disk_full",
             Self::Quota { .. } => "quota_exceeded",
             Self::TooLarge { .. } => "adapter_too_large",
+            Self::Corrupt { again: true, .. } => "adapter_invalid",
             Self::Source(SourceError::Retryable { .. })
             | Self::Corrupt { .. }
             | Self::Storage { .. }

@@ -120,6 +120,9 @@ impl<'a> Arrival<'a> {
     /// The bytes from where we are; from the start, where the source cannot begin there.
     async fn open(&mut self) -> Result<ByteStream, Flaw> {
         let Job { source, resolved, file, credential, .. } = self.job;
+        if self.done > 0 && file.digest.is_none() && file.etag.is_none() {
+            self.restart().await?; // nothing would tell that the rest belongs to this beginning
+        }
         match source.open(resolved, file, self.done, credential).await {
             Err(SourceError::Retryable { retry_after: None, .. }) if self.done > 0 => {
                 // An outage looks the same. Then this fails too, and what we have is kept.

@@ -10,6 +10,7 @@ use secrecy::SecretString;
 use super::contents::Until;
 use super::resolve::{revision_of, served};
 use super::*;
+use crate::adapters::authorise::UNANSWERED;
 use crate::adapters::{Tenant, is_valid_name};
 
 /// Where a name may lie, and in whose name to look there.
@@ -37,9 +38,13 @@ impl Registry {
                 Err(SourceError::Absent) => continue,
                 Err(SourceError::Permanent { code, message }) => return Err(failure(code, message)),
                 Err(SourceError::Retryable { message, retry_after }) => {
+                    // Whoever does not wait is told to come back, whatever the source will say.
+                    let goes_on = ask.wait == Wait::Fail && message == UNANSWERED;
+                    let code = if goes_on { "adapter_loading" } else { "adapter_auth_unavailable" };
                     return Err(AdapterFailure {
                         retry_after: Some(retry_after.unwrap_or(Duration::from_secs(1))),
-                        ..failure("adapter_auth_unavailable", message)
+                        state: goes_on.then_some(AdapterState::Resolving.name()),
+                        ..failure(code, message)
                     });
                 }
             };

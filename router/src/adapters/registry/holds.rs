@@ -63,8 +63,9 @@ impl Holds {
     /// Ends every request that runs under it. Whoever still holds it holds nothing.
     pub(super) fn forget_now(&self, content: ContentId) {
         let mut state = self.state();
-        state.live.remove(&content);
-        self.forget(&mut state, content, ForgetMode::Now);
+        if state.live.remove(&content).is_some() {
+            self.forget(&mut state, content, ForgetMode::Now);
+        }
     }
 
     fn forget(&self, state: &mut State, content: ContentId, mode: ForgetMode) {

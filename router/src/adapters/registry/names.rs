@@ -194,6 +194,14 @@ impl Names {
         Some(result)
     }
 
+    /// A request runs under it; its scale. No index knows of that.
+    pub(super) fn used(&mut self, key: &Key, unix_seconds: u64, loaded_ms: u64) -> Option<f32> {
+        let entry = self.spaces.get_mut(&key.0)?.get_mut(&key.1)?;
+        entry.last_used = unix_seconds;
+        entry.loaded_ms.get_or_insert(loaded_ms);
+        Some(entry.scale)
+    }
+
     /// Adds an entry in the place of what has its name.
     pub(super) fn insert(&mut self, key: &Key, entry: Entry) -> Option<Entry> {
         let after = Face::of(&entry);

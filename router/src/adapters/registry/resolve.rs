@@ -222,16 +222,17 @@ impl Registry {
         let current = entry.current.as_ref().filter(|current| current.wanted.identity == version.wanted.identity)?;
         // The same bytes may be another content to this loader than to the one of the last run.
         let is_other = current.facts.content != usable.prepared.content;
+        if is_other {
+            let facts = Arc::clone(&usable.prepared);
+            names.update(&found.key, |entry| {
+                if let Some(current) = &mut entry.current {
+                    current.facts = facts;
+                }
+            });
+        }
         names.awaited.remove(&found.key);
-        let now = self.inner.clock.unix_seconds();
-        names.update(&found.key, |entry| {
-            entry.last_used = now;
-            entry.loaded_ms.get_or_insert(usable.loaded_ms);
-            if let Some(current) = entry.current.as_mut().filter(|_| is_other) {
-                current.facts = Arc::clone(&usable.prepared);
-            }
-            served(&found.key.1, &version.revision, &version.wanted, entry.scale, usable)
-        })
+        let scale = names.used(&found.key, self.inner.clock.unix_seconds(), usable.loaded_ms)?;
+        Some(served(&found.key.1, &version.revision, &version.wanted, scale, usable))
     }
 
     /// A directory that the operator or an admin named: its files are looked at now.

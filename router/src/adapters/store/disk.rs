@@ -126,10 +126,13 @@ impl Disk {
         path.parent().map_or(Ok(()), |parent| self.sync_dir(parent))
     }
 
-    /// Bytes that this process may still write on the file system of `path`.
+    /// Bytes that this process may still write on the file system of `path`. One that does not say its size has room.
     pub(super) fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         self.faults.before("free_bytes")?;
         let found = rustix::fs::statvfs(path)?;
+        if found.f_blocks == 0 {
+            return Ok(u64::MAX);
+        }
         Ok(found.f_bavail.saturating_mul(found.f_frsize))
     }
 

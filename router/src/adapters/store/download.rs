@@ -15,6 +15,9 @@ use crate::adapters::types::{FileName, RemoteFile};
 /// Rounds of making room before the disk counts as full.
 const ROUNDS_MAX: usize = 16;
 
+/// Bytes that a download takes on disk beside its files: rounding to blocks, directories, its record.
+const ROUNDING_BYTES: u64 = 64 << 10;
+
 /// A download's directory and its reservation. Dropping it gives back both. Every method may wait for the disk.
 pub(crate) struct Download {
     shared: Arc<Shared>,
@@ -128,7 +131,7 @@ impl Download {
             free.map_err(|error| StoreError::from_io(&error, "ask for the free space", &tmp))
         };
         for _ in 0..ROUNDS_MAX {
-            let short = need.saturating_sub(free()?);
+            let short = need.saturating_add(ROUNDING_BYTES).saturating_sub(free()?);
             if short == 0 {
                 return Ok(());
             }

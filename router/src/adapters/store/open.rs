@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use super::Shared;
 use super::disk::{Disk, file_bytes};
@@ -14,6 +14,9 @@ use super::error::open_error;
 use super::record::{FilesId, Layout, PartialRecord, Record, hex};
 use super::state::{Content, Partial, State, Trash};
 use crate::adapters::types::FileName;
+
+/// A process that just ended, or a child of it that has not started its own program yet, may have the lock a moment longer.
+const LOCK_WAIT: Duration = Duration::from_millis(500);
 
 /// See [`super::Store::open`].
 pub(super) fn open(data_dir: &Path, quota_bytes: u64, disk: Disk) -> io::Result<Arc<Shared>> {
@@ -50,17 +53,18 @@ pub(super) fn open(data_dir: &Path, quota_bytes: u64, disk: Disk) -> io::Result<
 fn take_lock(path: &Path) -> io::Result<File> {
     let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
     let file = opened.map_err(|error| open_error(&error, "write", path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(io::Error::new(
-            io::ErrorKind::ResourceBusy,
-            format!(
-                "--data-dir: another loramux process uses {}; stop it or give this one its own --data-dir",
-                path.parent().unwrap_or(path).display()
-            ),
-        )),
-        Err(TryLockError::Error(error)) => Err(open_error(&error, "lock", path)),
+    let deadline = Instant::now() + LOCK_WAIT;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(LOCK_WAIT / 20),
+            Err(TryLockError::WouldBlock) => break,
+            Err(TryLockError::Error(error)) => return Err(open_error(&error, "lock", path)),
+        }
     }
+    let root = path.parent().unwrap_or(path).display();
+    let text = format!("--data-dir: another loramux process uses {root}; stop it or give this one its own --data-dir");
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, text))
 }
 
 struct Scan<'a> {

@@ -10,7 +10,7 @@ use loramux_kernels::device::step::{
 };
 use loramux_kernels::device::{DeviceBuffer, DeviceError, Elem, HostBuffer, HostUse, Priority, SharedDevice};
 use loramux_kernels::{ImageLayout, RANK_BLOCK, SLICES};
-use loramux_models::{DecoderSpec, LoadOptions, Site};
+use loramux_models::{BaseFiles, DecoderSpec, LoadOptions, Site};
 use loramux_proto::Info;
 
 use super::super::memory;
@@ -74,7 +74,8 @@ impl DeviceExecutor {
         let bundles = Bundles::new(device, unpack, capacities(&engine))?;
         let landings = landings(device, &limits)?;
         let mut notes = Vec::new();
-        let (pool, slab) = slab(device, elem, options, &engine, &mut notes)?;
+        let base = BaseFiles::new(&options.model, &load, content_id);
+        let (pool, slab) = slab(device, options, &engine, base, &mut notes)?;
         let budget = budget(device, options, &engine)?;
         let slots_max = options.slots_max.map_or(budget.pages, |slots| slots as usize).clamp(1, 1 << 16);
         let adapters = DeviceAdapters::new(device, slots_max, budget.desc_rows, engine.spec.layers)?;
@@ -222,13 +223,16 @@ fn landings(device: &SharedDevice, limits: &EngineLimits) -> Result<Vec<Landing>
 
 type Pool = Option<HostBuffer<u8>>;
 
+/// What adapters can have on the CPU and not on a device, by the names of `PeftAdapter::features`.
+const LACKED_FEATURES: [&str; 6] = ["dora", "lora_bias", "bias", "embed_tokens", "lm_head", "modules_to_save"];
+
 /// The host slab over page-locked memory; without it where the system refuses so much. What does not fit is kept in ordinary
 /// memory, from where copies are slower.
 fn slab(
     device: &SharedDevice,
-    elem: Elem,
     options: &ShardOptions,
     engine: &Engine,
+    base: BaseFiles,
     notes: &mut Vec<String>,
 ) -> Result<(Pool, Arc<Slab>), StartError> {
     let page_bytes = engine.kv.page_bytes as usize;
@@ -245,8 +249,8 @@ fn slab(
     // SAFETY: the executor keeps `memory` as long as it lives, and it outlives every image of its slab: it ends with the
     // process.
     let pool = memory.as_ref().map(|memory| Arc::new(unsafe { PinnedPool::new(memory.as_ptr(), page_bytes, pages) }));
-    let slab = Slab::new(engine.spec.clone(), ImageLayout::Device(elem), page_bytes, pool);
-    Ok((memory, Arc::new(slab)))
+    let slab = Slab::new(engine.spec.clone(), ImageLayout::Device(engine.elem), page_bytes, base);
+    Ok((memory, Arc::new(slab.on_device(pool, device.info().name.clone(), &LACKED_FEATURES))))
 }
 
 /// Pages that fit in what is free, or in what was asked for; at least one full context and a page for an adapter.

@@ -12,14 +12,6 @@ fn hang(world: &World, kind: SourceKind, tenant: u64, count: usize) {
     }
 }
 
-async fn until(what: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while !what() {
-        assert!(std::time::Instant::now() < deadline, "waited for ten seconds");
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-}
-
 #[tokio::test]
 async fn others_pass_a_source_that_never_answers() {
     let world = World::new();
@@ -28,7 +20,7 @@ async fn others_pass_a_source_that_never_answers() {
     for n in 0..50 {
         let name = format!("quick-{n}");
         let resolved = world.source.add(&name, 5000, Promise::Sha256);
-        let outcome = tokio::time::timeout(Duration::from_secs(10), world.fetch(&resolved)).await;
+        let outcome = tokio::time::timeout(PATIENCE, world.fetch(&resolved)).await;
         assert_is(
             &outcome
                 .unwrap_or_else(|_| panic!("{name} waits for the slow source: {:?}", world.fetcher.status()))
@@ -45,14 +37,14 @@ async fn others_pass_a_tenant_that_wants_everything() {
     hang(&world, SourceKind::Hub, 1, 200);
     until(|| world.fetcher.status().running == 6 && world.fetcher.status().waiting == 194).await;
     let resolved = world.source.add("quick", 5000, Promise::Sha256);
-    let outcome = tokio::time::timeout(Duration::from_secs(10), world.fetch(&resolved)).await;
+    let outcome = tokio::time::timeout(PATIENCE, world.fetch(&resolved)).await;
     assert_is(&outcome.expect("no wait for the greedy tenant").unwrap(), "quick", 5000);
 
     // Something that stands in the greedy tenant's line is served when another one wants it too.
     let queued =
         Resolved { identity: "hub:slow-1-199@1".into(), ..world.source.add("slow-1-199", 5000, Promise::Sha256) };
     world.source.act(&queued, FileName::Weights, []);
-    let outcome = tokio::time::timeout(Duration::from_secs(10), world.fetch(&queued)).await;
+    let outcome = tokio::time::timeout(PATIENCE, world.fetch(&queued)).await;
     assert_is(&outcome.expect("no wait in the greedy tenant's line").unwrap(), "slow-1-199", 5000);
 }
 

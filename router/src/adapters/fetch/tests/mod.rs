@@ -215,6 +215,18 @@ pub(super) fn du(dir: &Path) -> u64 {
     tree(dir).iter().filter(is_adapter).map(|path| std::fs::metadata(path).unwrap().len()).sum()
 }
 
+/// What takes longer hangs.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `what` holds.
+pub(super) async fn until(what: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !what() {
+        assert!(std::time::Instant::now() < deadline, "waited too long");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
 pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }

@@ -1,10 +1,6 @@
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use futures_util::future::BoxFuture;
+use std::path::Path;
 
 use super::*;
-use crate::engine::{AdapterCheck, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel, PinRefused};
-use crate::http::Events;
 
 /// Content = first byte of the weights file; `f` fails.
 #[derive(Clone, Default)]
@@ -71,8 +67,6 @@ fn registry(root: &Path, reader: &Reader) -> Registry {
 async fn wanted(registry: &Registry, name: &str, wait: Wait) -> Result<ResolvedAdapter, AdapterFailure> {
     registry.resolve(&Caller::default(), &Ask::plain(name, wait)).await
 }
-
-const LONG: Wait = Wait::Until(Duration::from_secs(20));
 
 #[tokio::test]
 async fn many_requests_for_one_name_read_it_once() {
@@ -166,4 +160,17 @@ async fn names_are_shown_for_contents() {
     let ids = [ContentId([b'2'; 32]), ContentId([b'1'; 32]), ContentId([9; 32])];
     assert_eq!(registry.names_of(&ids), ["c", "a", "0909090909090909"]);
     assert_eq!(registry.states()[5], (AdapterState::Ready, 3));
+}
+
+#[tokio::test]
+async fn an_unloaded_folder_is_not_found_by_itself_any_more() {
+    let (root, reader) = (tempfile::tempdir().unwrap(), Reader::default());
+    write(root.path(), "a", "1");
+    let registry = registry(root.path(), &reader);
+    wanted(&registry, "a", LONG).await.unwrap();
+    let ask = UnloadAsk { name: "a".into(), namespace: String::new(), mode: ForgetMode::Drain, purge: false };
+    registry.unload(ask.clone()).await.unwrap();
+    assert_eq!(wanted(&registry, "a", LONG).await.unwrap_err().code, "model_not_found");
+    assert_eq!(registry.unload(ask).await.unwrap_err().code, "model_not_found");
+    assert!(registry.cards(&Caller::default()).1.is_empty());
 }
