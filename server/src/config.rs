@@ -17,7 +17,7 @@ pub(crate) use keys::read_keys;
 
 use crate::args::{Fusion, LogFormat, ServeArgs, ShardMode, SourceArgs};
 use crate::demo;
-use crate::shard::{CudaPaths, ShardOptions, is_gguf};
+use crate::shard::{CudaPaths, ShardOptions, is_gguf, host_adapter_bytes_auto};
 
 /// A mistake of the operator: what was found, what is accepted, what to change.
 #[derive(Debug, thiserror::Error)]
@@ -332,7 +332,7 @@ fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOpt
         slots_max: args.adapters.max_loras,
         threads: args.engine.threads,
         device: args.model.device,
-        host_adapter_bytes: args.adapters.host_adapter_memory,
+        host_adapter_bytes: args.adapters.host_adapter_memory.unwrap_or_else(host_adapter_bytes_auto),
         kernel_cache_dir: kernel_cache_dir(args.model.kernel_cache_dir.as_deref()),
         cuda_paths: cuda_paths(&args.model.cuda_libraries),
         fuse_rope: args.model.cuda_fuse.contains(&Fusion::Rope),

@@ -1,17 +1,19 @@
 //! The engine thread against a shard made of a thread and a formula: deaths, hangs, full queues, adapters that come and go.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use loramux_proto::{
-    AdapterError, AdapterReport, FromShard, Info, Prepared, Sample, Sampling, SlotGeneration, Step, StepResult,
-    ToShard, from_shard, prepared, to_shard,
+    AdapterError, AdapterFindings, AdapterReport, FromShard, Info, Merged, Prepared, Sample, Sampling, SlotGeneration,
+    Step, StepResult, ToShard, from_shard, prepared, to_shard,
 };
 
 use super::*;
+
+mod keeping;
 
 /// How the next shards misbehave.
 #[derive(Default)]
@@ -31,6 +33,9 @@ struct Script {
     step_time: Duration,
     /// Steps that arrived before the one before was answered.
     ahead: AtomicU32,
+    /// What the shard's host memory holds.
+    host: Mutex<HashSet<Vec<u8>>>,
+    merged: Mutex<Vec<loramux_proto::MergeAdapters>>,
     /// Directories whose files were replaced by others.
     replaced: Mutex<Vec<String>>,
 }
@@ -82,6 +87,7 @@ fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports
         pipeline_depth: script.pipeline_depth,
         ..Info::default()
     }));
+    script.host.lock().unwrap().clear();
     let mut sequences: HashMap<u64, Vec<u32>> = HashMap::new();
     let mut waiting: VecDeque<Step> = VecDeque::new();
     loop {
@@ -115,10 +121,18 @@ fn fake_main(script: &Script, inbox: &mpsc::Receiver<ToShard>, reports: &Reports
                     say(from_shard::Body::Step(fake_step(script, &step, &mut sequences)));
                 }
             }
+            to_shard::Body::Prepare(prepare) if prepare.dir.contains("deadly") => return "died of a file",
             to_shard::Body::Prepare(prepare) => say(from_shard::Body::Prepared(fake_prepare(script, &prepare))),
-            to_shard::Body::DropAdapter(dropped) => script.dropped.lock().unwrap().push(dropped.content_id),
+            to_shard::Body::DropAdapter(dropped) => {
+                script.host.lock().unwrap().remove(&dropped.content_id);
+                script.dropped.lock().unwrap().push(dropped.content_id);
+            }
             to_shard::Body::Ping(ping) => say(from_shard::Body::Pong(loramux_proto::Pong { nonce: ping.nonce })),
-            to_shard::Body::Merge(_) => {}
+            to_shard::Body::Merge(merge) => {
+                let merged = Merged { request_id: merge.request_id, error: None };
+                script.merged.lock().unwrap().push(merge);
+                say(from_shard::Body::Merged(merged));
+            }
             to_shard::Body::Shutdown(_) => return "told to stop",
         }
     }
@@ -146,6 +160,7 @@ fn fake_step(script: &Script, step: &Step, sequences: &mut HashMap<u64, Vec<u32>
     }
     let mut result = StepResult { id: step.id, ..StepResult::default() };
     for upload in &step.uploads {
+        assert!(script.host.lock().unwrap().contains(&upload.content_id), "upload of what was dropped");
         result.uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
     }
     for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
@@ -161,10 +176,19 @@ fn fake_step(script: &Script, step: &Step, sequences: &mut HashMap<u64, Vec<u32>
 fn fake_prepare(script: &Script, prepare: &loramux_proto::PrepareAdapter) -> Prepared {
     let outcome = if prepare.dir.contains("bad") {
         let message = "adapter_config.json: `r` must be 1..512; got 0".into();
-        prepared::Outcome::Error(AdapterError { code: "adapter_invalid".into(), message })
+        let error = AdapterError { code: "adapter_invalid".into(), message };
+        if prepare.check_only {
+            let findings = AdapterFindings { refusals: vec![error], ..AdapterFindings::default() };
+            let report = AdapterReport { findings: Some(findings), ..AdapterReport::default() };
+            return Prepared { request_id: prepare.request_id, outcome: Some(prepared::Outcome::Report(report)) };
+        }
+        prepared::Outcome::Error(error)
     } else {
         let replaced = u8::from(script.replaced.lock().unwrap().contains(&prepare.dir));
         let id = prepare.dir.bytes().fold(replaced * 100, u8::wrapping_add);
+        if !prepare.check_only {
+            script.host.lock().unwrap().insert(vec![id; 32]);
+        }
         prepared::Outcome::Report(AdapterReport {
             content_id: vec![id; 32],
             pages_needed: 1,
@@ -172,6 +196,7 @@ fn fake_prepare(script: &Script, prepare: &loramux_proto::PrepareAdapter) -> Pre
             rank_min: 8,
             rank_max: 8,
             host_bytes: 1 << 20,
+            findings: prepare.check_only.then(AdapterFindings::default),
             ..AdapterReport::default()
         })
     };

@@ -131,12 +131,12 @@ impl Visit<'_> {
     fn caller(&self, class: Class, side: Side) -> Result<Admitted, ApiError> {
         match (class, side) {
             (Class::Open, _) => Ok((Caller::default(), None)),
-            (Class::Admin, Side::Admin) => self.admin_listener(),
+            (_, Side::Admin) => self.admin_listener(),
             (Class::Admin, Side::Main) if self.ring.has_admin => self.admin(),
-            (Class::Runtime, _) => self.runtime(),
+            (Class::Runtime, Side::Main) => self.runtime(),
             // Without an admin key these routes do not exist here.
             (Class::Admin, Side::Main) => self.keyed().and(Err(super::service::unknown_route(self.path))),
-            (Class::Keyed, _) => self.keyed(),
+            (Class::Keyed, Side::Main) => self.keyed(),
         }
     }
 

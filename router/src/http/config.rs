@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::keys::KeySpec;
-use crate::adapters::SourceDefaults;
 
 /// Settings of the HTTP side, as meant.
 #[derive(Clone, Debug)]
@@ -23,8 +22,6 @@ pub struct RouterConfig {
     pub trust_loopback_adapters: bool,
     /// `--allow-base-fallback`: a request may ask for the base model's answer while its adapter loads.
     pub allow_base_fallback: bool,
-    /// Where names without a bucket lie.
-    pub source_defaults: SourceDefaults,
     /// Locator of the base model, shown as `root`.
     pub model_root: String,
     /// `--max-model-len`: at most this many tokens, prompt and completion.
@@ -51,7 +48,6 @@ impl Default for RouterConfig {
             allow_runtime_adapters: false,
             trust_loopback_adapters: false,
             allow_base_fallback: false,
-            source_defaults: SourceDefaults::default(),
             model_root: String::new(),
             max_model_len: None,
             use_generation_config: true,

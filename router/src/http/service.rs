@@ -20,8 +20,8 @@ pub(crate) async fn ready(State(app): State<App>) -> Result<Response, ApiError> 
         return Err(ApiError::new(Cause::NotReady, "the model is not ready"));
     }
     if !app.registry.is_ready() {
-        let waiting_for = app.registry.waiting_for().join("; ");
-        return Err(ApiError::new(Cause::NotReady, format!("adapters that must be usable first: {waiting_for}")));
+        // Whose they are is nobody's business here; the admin API names them.
+        return Err(ApiError::new(Cause::NotReady, "adapters that must be usable first are still loading"));
     }
     Ok(().into_response())
 }

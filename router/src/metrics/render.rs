@@ -184,13 +184,12 @@ impl Metrics {
         let on_disk = status.contents.values().filter(|content| content.tier == Tier::Disk).count();
         page.bare("loramux_adapter_residency", "residency", "disk", on_disk as f64);
         page.family("loramux_adapter_load_failures_total", "counter", "Failed loads.");
-        for (code, n) in snapshot.registry.failures() {
-            let _ = writeln!(
-                page.out,
-                "loramux_adapter_load_failures_total{{source=\"local\",code=\"{}\"}} {n}",
-                escape(&code)
-            );
+        for (source, code, n) in snapshot.registry.failures_by_source() {
+            let (source, code) = (source.name(), escape(&code));
+            let _ =
+                writeln!(page.out, "loramux_adapter_load_failures_total{{source=\"{source}\",code=\"{code}\"}} {n}");
         }
+        snapshot.registry.load_times().render(&mut page.out);
         page.family("loramux_adapter_evictions_total", "counter", "Adapters that lost their place.");
         page.bare("loramux_adapter_evictions_total", "from", "device", status.counters.adapter_evictions as f64);
         let name = "loramux_adapter_upload_bytes_total";

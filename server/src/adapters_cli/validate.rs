@@ -33,9 +33,9 @@ pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> 
     let reference = match config::adapters::reference("REF", &typed) {
         Ok(reference) => reference,
         Err(ConfigError::AdapterMissing { path, .. }) => {
-            return show(&no("model_not_found", format!("no such directory: {path}")), json);
+            return show(None, &no("model_not_found", format!("no such directory: {path}")), json);
         }
-        Err(ConfigError::AdapterRef { reason, .. }) => return show(&no("invalid_value", reason), json),
+        Err(ConfigError::AdapterRef { reason, .. }) => return show(None, &no("invalid_value", reason), json),
         Err(error) => return Err(error.into()),
     };
     let mut limits = AdapterLimits { bytes_max: args.sources.adapter_max_bytes, ..AdapterLimits::default() };
@@ -43,14 +43,14 @@ pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let files = match runtime.block_on(fetch(args, &reference)) {
         Ok(files) => files,
-        Err(Fetch::Refused(Refusal { code, message })) => return show(&no(&code, message), json),
+        Err(Fetch::Refused(Refusal { code, message })) => return show(None, &no(&code, message), json),
         Err(Fetch::Unreachable(message)) => {
             eprintln!("error: {reference}: {message}");
             return Ok(ExitCode::from(UNREACHABLE));
         }
         Err(Fetch::Broken(error)) => return Err(error),
     };
-    let check = match adapter::read(files.dir(), &spec, &limits) {
+    let check = match adapter::read(&files.dir, &spec, &limits) {
         Ok(read) => AdapterCheck {
             content: Some(ContentId(read.content_id)),
             base_model: read.base_model,
@@ -58,15 +58,15 @@ pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> 
             ranks: (saturating(read.rank_min), saturating(read.rank_max)),
             tensors_matched: saturating(2 * read.modules.len()),
             modules: read.module_names,
-            weight_bytes: weight_bytes(files.dir()),
+            weight_bytes: weight_bytes(&files.dir),
             ..AdapterCheck::default()
         },
         Err(error) => {
-            let weight_bytes = weight_bytes(files.dir());
+            let weight_bytes = weight_bytes(&files.dir);
             AdapterCheck { weight_bytes, ..no(error.code(), error.to_string()) }
         }
     };
-    show(&check, json)
+    show(Some(&files.revision), &check, json)
 }
 
 fn saturating(n: usize) -> u32 {
@@ -84,8 +84,8 @@ fn demo_model() -> anyhow::Result<PathBuf> {
     Ok(unpacked.model)
 }
 
-fn show(check: &AdapterCheck, json: bool) -> anyhow::Result<ExitCode> {
-    let report = adapter_report(check);
+fn show(revision: Option<&str>, check: &AdapterCheck, json: bool) -> anyhow::Result<ExitCode> {
+    let report = adapter_report(revision, check);
     if json {
         println!("{report:#}");
     } else {
@@ -105,18 +105,11 @@ enum Fetch {
 }
 
 /// Files that are there as long as this lives.
-enum Files {
-    Here(PathBuf),
-    Fetched { stored: Stored, _folder: tempfile::TempDir },
-}
-
-impl Files {
-    fn dir(&self) -> &Path {
-        match self {
-            Self::Here(dir) => dir,
-            Self::Fetched { stored, .. } => stored.dir(),
-        }
-    }
+struct Files {
+    dir: PathBuf,
+    revision: String,
+    /// What was fetched, and the folder that it lies in.
+    _fetched: Option<(Stored, tempfile::TempDir)>,
 }
 
 fn refused(code: &str, message: String) -> Fetch {
@@ -133,7 +126,7 @@ async fn fetch(args: &ValidateArgs, reference: &AdapterRef) -> Result<Files, Fet
         SourceError::Retryable { message, .. } => Fetch::Unreachable(message),
     })?;
     if let Origin::Directory(dir) = &resolved.origin {
-        return Ok(Files::Here(dir.clone()));
+        return Ok(Files { dir: dir.clone(), revision: resolved.revision.clone(), _fetched: None });
     }
     let folder = tempfile::tempdir().map_err(|e| broken(e.into()))?;
     let quota = args.sources.adapter_max_bytes.saturating_mul(2).saturating_add(1 << 20);
@@ -142,7 +135,10 @@ async fn fetch(args: &ValidateArgs, reference: &AdapterRef) -> Result<Files, Fet
     let fetcher = Fetcher::new(sources, Arc::new(store), limits);
     let fetched = fetcher.fetch(&resolved, &Credential::Server, Tenant::default(), &Progress::default()).await;
     match fetched {
-        Ok(stored) => Ok(Files::Fetched { stored, _folder: folder }),
+        Ok(stored) => {
+            let dir = stored.dir().to_owned();
+            Ok(Files { dir, revision: resolved.revision, _fetched: Some((stored, folder)) })
+        }
         Err(error) if error.retryable() => Err(Fetch::Unreachable(error.to_string())),
         Err(error) => Err(refused(error.code(), error.to_string())),
     }

@@ -4,12 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
-use futures_util::future::BoxFuture;
-use loramux_router::adapters::{
-    AdapterSettings, Credential, FetchLimits, Fetcher, Files, FilesHere, Progress, Resolved, SourceKind, Sources,
-    Store, Stored, Supply,
-};
-use loramux_router::engine::AdapterFailure;
+use loramux_router::adapters::{AdapterSettings, FetchLimits, Fetcher, SourceKind, Sources, Store, Supply};
 use loramux_router::http::glob_set;
 
 use crate::args::SourceChoice;
@@ -31,14 +26,19 @@ pub(super) struct Opened {
 /// Opens the store, and everything that fills it.
 pub(super) fn open(config: &Config) -> anyhow::Result<Opened> {
     let args = &config.args.sources;
-    let sources = Arc::new(Sources::new(config.sources.clone()).map_err(|error| anyhow!("{error}"))?);
+    let scale = args.test_time_scale;
+    let mut settings = config.sources.clone();
+    settings.pace = settings.pace.scaled(scale);
+    let sources = Arc::new(Sources::new(settings).map_err(|error| anyhow!("{error}"))?);
     let kinds = KINDS.into_iter().filter(|kind| sources.has(*kind)).collect();
     let (store, dir) = open_store(config)?;
     let store = Arc::new(store);
     let mut limits = FetchLimits::with_total(args.adapter_loads);
     limits.weights_bytes_max = args.adapter_max_bytes;
+    limits.retry_pause = limits.retry_pause.mul_f64(scale);
+    limits.failure_kept = limits.failure_kept.mul_f64(scale);
     let fetcher = Fetcher::new(Arc::clone(&sources) as _, Arc::clone(&store), limits);
-    Ok(Opened { supply: Supply { source: sources, kinds, files: Arc::new(Downloads { fetcher, store }) }, dir })
+    Ok(Opened { supply: Supply::new(sources, kinds, fetcher, store), dir })
 }
 
 /// A directory belongs to one server. The next one of this machine gets a folder in it: the same one after a restart, if
@@ -66,41 +66,6 @@ fn open_store(config: &Config) -> anyhow::Result<(Store, PathBuf)> {
     Err(anyhow!("--data-dir: other servers use {} and its folders; choose another", config.data_dir.display()))
 }
 
-/// The disk store and what fills it, as the registry uses them.
-struct Downloads {
-    fetcher: Fetcher,
-    store: Arc<Store>,
-}
-
-impl Files for Downloads {
-    fn fetch<'a>(
-        &'a self,
-        resolved: &'a Resolved,
-        credential: &'a Credential,
-        tenant: u64,
-    ) -> BoxFuture<'a, Result<FilesHere, AdapterFailure>> {
-        Box::pin(async move {
-            let fetched = self.fetcher.fetch(resolved, credential, tenant, &Progress::default()).await;
-            fetched.map(here).map_err(|error| AdapterFailure {
-                retry_after: error.retry_after(),
-                ..AdapterFailure::new(error.code(), error.to_string())
-            })
-        })
-    }
-
-    fn here(&self, identity: &str) -> Option<FilesHere> {
-        self.store.get(identity).map(here)
-    }
-
-    fn forget(&self, identity: &str) -> u64 {
-        self.store.forget(identity)
-    }
-}
-
-fn here(stored: Stored) -> FilesHere {
-    FilesHere { dir: stored.dir().to_owned(), guard: Some(Arc::new(stored)) }
-}
-
 /// What the operator set.
 pub(super) fn settings(config: &Config, dir: &Path) -> anyhow::Result<AdapterSettings> {
     let args = &config.args.sources;
@@ -119,10 +84,12 @@ pub(super) fn settings(config: &Config, dir: &Path) -> anyhow::Result<AdapterSet
             SourceChoice::Http => SourceKind::Http,
             SourceChoice::Local => SourceKind::Local,
         },
+        source_defaults: config.source_defaults.clone(),
         allowed: (globs != ["*"]).then_some(allowed),
         share_hub_token: config.share_hub_token,
         data_dir: Some(dir.to_owned()),
         loads_max: args.adapter_loads,
+        time_scale: args.test_time_scale,
     })
 }
 

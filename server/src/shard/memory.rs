@@ -11,6 +11,24 @@ pub(crate) fn arena_bytes_auto(available: Option<u64>, useful: u64) -> u64 {
     half.min(ARENA_BYTES_AUTO_MAX).min(useful)
 }
 
+/// Host memory for adapters when `--host-adapter-memory` is not given.
+const HOST_ADAPTER_BYTES_AUTO_MAX: u64 = 8 << 30;
+
+/// Host bytes for adapters when nothing was asked for: as many as there are on a large machine, half of what is free now on
+/// another, with a line in the log that says so.
+pub(crate) fn host_adapter_bytes_auto() -> u64 {
+    let bytes = host_adapter_bytes(available_bytes());
+    if bytes < HOST_ADAPTER_BYTES_AUTO_MAX {
+        let mib = bytes >> 20;
+        tracing::info!("adapters get {mib} MiB of host memory, half of what is free; --host-adapter-memory sets it");
+    }
+    bytes
+}
+
+fn host_adapter_bytes(available: Option<u64>) -> u64 {
+    available.map_or(HOST_ADAPTER_BYTES_AUTO_MAX, |bytes| (bytes / 2).min(HOST_ADAPTER_BYTES_AUTO_MAX))
+}
+
 /// `MemAvailable` of the kernel, bytes, or the control group's limit where that is less.
 pub(crate) fn available_bytes() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -30,5 +48,12 @@ mod tests {
         assert_eq!(arena_bytes_auto(Some(64 << 30), u64::MAX), ARENA_BYTES_AUTO_MAX);
         assert_eq!(arena_bytes_auto(Some(64 << 30), 5 << 20), 5 << 20);
         assert_eq!(arena_bytes_auto(None, u64::MAX), 1 << 30);
+    }
+
+    #[test]
+    fn adapters_get_half_of_what_is_free_and_no_more_than_the_documented_default() {
+        assert_eq!(host_adapter_bytes(Some(6 << 30)), 3 << 30);
+        assert_eq!(host_adapter_bytes(Some(64 << 30)), HOST_ADAPTER_BYTES_AUTO_MAX);
+        assert_eq!(host_adapter_bytes(None), HOST_ADAPTER_BYTES_AUTO_MAX);
     }
 }

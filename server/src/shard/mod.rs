@@ -26,6 +26,7 @@ use loramux_proto::{Fatal, FromShard, Info, Loading, Pong, Step, StepResult, ToS
 
 use prepare::{PrepareThreads, Work};
 
+pub(crate) use memory::host_adapter_bytes_auto;
 pub(crate) use options::{CudaPaths, DeviceChoice, DtypeChoice, LoadFormatChoice, ShardOptions};
 pub(crate) use run::ShardFault;
 pub(crate) use slab::Slab;

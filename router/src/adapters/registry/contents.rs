@@ -17,6 +17,7 @@ use crate::adapters::life::{Clock, EXPLICIT_EVERY, Retry, is_retryable};
 use crate::adapters::{Credential, Origin, Resolved, SourceKind, Tenant};
 use crate::engine::{AdapterFailure, ContentId, MergeAsk, PreparedAdapter, Tier};
 use crate::http::Backend;
+use crate::metrics::{LoadPhase, LoadTimes};
 
 /// How long "not there" and other failures of a moment answer for the next requests.
 const FAILURE_KEPT: Duration = Duration::from_secs(5);
@@ -130,6 +131,7 @@ struct Shared {
     clock: Arc<dyn Clock>,
     holds: Arc<Holds>,
     prepares: Semaphore,
+    times: LoadTimes,
     table: Mutex<Table>,
 }
 
@@ -147,7 +149,17 @@ impl Contents {
         prepares_max: usize,
     ) -> Self {
         let (holds, prepares) = (Holds::new(Arc::clone(&engine)), Semaphore::new(prepares_max.max(1)));
-        Self { shared: Arc::new(Shared { engine, files, clock, holds, prepares, table: Mutex::default() }) }
+        Self {
+            shared: Arc::new(Shared {
+                engine,
+                files,
+                clock,
+                holds,
+                prepares,
+                times: LoadTimes::default(),
+                table: Mutex::default(),
+            }),
+        }
     }
 
     /// The content, loaded if it is not. Retries by schedule go on while somebody waits.
@@ -261,9 +273,12 @@ impl Contents {
         wanted: &Wanted,
         stage: &Stage,
     ) -> Result<(Arc<PreparedAdapter>, Arc<ContentHold>, FilesHere), AdapterFailure> {
-        let files = self.fetch(wanted, stage).await?;
-        stage.set(AdapterState::Preparing);
         let shared = &self.shared;
+        let began = shared.clock.now();
+        let files = self.fetch(wanted, stage).await?;
+        let fetched = shared.clock.now();
+        shared.times.observe(wanted.source, LoadPhase::Fetch, fetched.saturating_sub(began));
+        stage.set(AdapterState::Preparing);
         let _permit = shared.prepares.acquire().await;
         for _ in 0..3 {
             let asked_at = shared.holds.moment();
@@ -272,6 +287,8 @@ impl Contents {
                 if let (From::Source(_), Some(files)) = (&wanted.from, &shared.files) {
                     files.note_content(&wanted.identity, prepared.content);
                 }
+                let took = shared.clock.now().saturating_sub(fetched);
+                shared.times.observe(wanted.source, LoadPhase::Prepare, took);
                 return Ok((Arc::new(prepared), hold, files));
             }
         }
@@ -451,6 +468,10 @@ impl Contents {
     }
 
     /// Failed attempts by source and code.
+    pub(super) fn times(&self) -> &LoadTimes {
+        &self.shared.times
+    }
+
     pub(super) fn failures(&self) -> Vec<(SourceKind, String, u64)> {
         let table = self.table();
         let mut all: Vec<_> = table.failures.iter().map(|((source, code), n)| (*source, code.clone(), *n)).collect();

@@ -3,6 +3,7 @@
 use super::names::Entry;
 use super::*;
 use crate::engine::{ContentStatus, EngineStatus, PinLevel, PreparedAdapter, Tier};
+use crate::metrics::LoadTimes;
 
 /// Entries of a page unless the caller says otherwise, and at most.
 const PAGE: usize = 100;
@@ -175,6 +176,11 @@ impl Registry {
             *by_code.entry(code).or_default() += n;
         }
         by_code.into_iter().collect()
+    }
+
+    /// How long loads took.
+    pub fn load_times(&self) -> &LoadTimes {
+        self.inner.contents.times()
     }
 
     /// Failed attempts by source and code.

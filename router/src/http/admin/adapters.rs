@@ -158,8 +158,8 @@ pub(super) async fn put(
     if error.status() != StatusCode::UNPROCESSABLE_ENTITY {
         return Err(error);
     }
-    let check = app.registry.validate(&asked, credential).await.ok().filter(|check| !check.is_ok());
-    Err(ApiError { report: check.map(|check| Box::new(report(&check))), ..error })
+    let checked = app.registry.validate(&asked, credential).await.ok().filter(|(_, check)| !check.is_ok());
+    Err(ApiError { report: checked.map(|(revision, check)| Box::new(report(Some(&revision), &check))), ..error })
 }
 
 fn check_name(name: &str) -> Result<(), ApiError> {
@@ -194,8 +194,9 @@ pub(super) async fn validate(
     if fields.boolean("self_test")? == Some(true) {
         return Err(ApiError::unsupported("self_test", "this version checks files, it does not run them"));
     }
-    let check = app.registry.validate(&asked, credential(&token)).await;
-    Ok(Json(report(&check.map_err(|failure| refused(text, &failure))?)))
+    let checked = app.registry.validate(&asked, credential(&token)).await;
+    let (revision, check) = checked.map_err(|failure| refused(text, &failure))?;
+    Ok(Json(report(Some(&revision), &check)))
 }
 
 /// Keeps an adapter in host memory or on the device.

@@ -13,6 +13,8 @@ struct Report<'a> {
     ok: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     content_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<&'a str>,
     base: Value,
     ranks: [u32; 2],
     modules: &'a [String],
@@ -28,7 +30,8 @@ struct Report<'a> {
 }
 
 /// The report of `POST /admin/v1/adapters/validate`.
-pub fn report(check: &AdapterCheck) -> Value {
+/// `revision` is what the source calls the files.
+pub fn report(revision: Option<&str>, check: &AdapterCheck) -> Value {
     let mut features: Map<String, Value> =
         FEATURES.iter().map(|name| ((*name).to_owned(), Value::Bool(false))).collect();
     features.extend(check.features.iter().map(|name| (name.clone(), Value::Bool(true))));
@@ -36,6 +39,7 @@ pub fn report(check: &AdapterCheck) -> Value {
     let report = Report {
         ok: check.is_ok(),
         content_id: check.content.map(|id| hex(&id.0)),
+        revision,
         base: json!({"declared": check.base_model, "matches": check.base_matches}),
         ranks: [check.ranks.0, check.ranks.1],
         modules: &check.modules,

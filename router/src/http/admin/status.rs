@@ -11,6 +11,8 @@ pub(super) async fn status(State(app): State<App>) -> Json<Value> {
     let status = app.engine.status();
     let states: Map<String, Value> =
         app.registry.states().iter().map(|(state, n)| (state.name().to_owned(), json!(n))).collect();
+    let waiting_for: Vec<Value> =
+        app.registry.waiting_for().into_iter().map(|(name, error)| json!({"name": name, "error": error})).collect();
     let pages = json!({
         "total": status.shard.pages_total,
         "free": status.pages_free,
@@ -24,7 +26,7 @@ pub(super) async fn status(State(app): State<App>) -> Json<Value> {
         "model": app.base_name(),
         "ready": status.ready && app.registry.is_ready() && !app.is_draining(),
         "draining": app.is_draining() || status.draining,
-        "waiting_for": app.registry.waiting_for(),
+        "waiting_for": waiting_for,
         "pages": pages,
         "sequences": {"running": status.running, "waiting": status.waiting},
         "adapters": {
