@@ -16,7 +16,7 @@ use super::state::{Content, Partial, State, Trash};
 use crate::adapters::types::FileName;
 
 /// A process that just ended, or a child of it that has not started its own program yet, may have the lock a moment longer.
-const LOCK_WAIT: Duration = Duration::from_millis(500);
+const LOCK_WAIT: Duration = Duration::from_millis(200);
 
 /// See [`super::Store::open`].
 pub(super) fn open(data_dir: &Path, quota_bytes: u64, disk: Disk) -> io::Result<Arc<Shared>> {

@@ -157,3 +157,25 @@ async fn a_source_that_asks_for_patience_is_not_asked_again_at_once() {
     assert_eq!(error.retry_after(), pause);
     assert_eq!(world.source.offsets(FileName::Config).len(), 1);
 }
+
+#[tokio::test]
+async fn a_flipped_bit_on_disk_is_found_and_downloaded_again() {
+    for (file, at) in
+        [("adapter_config.json", 3), ("adapter_model.safetensors", 0), ("adapter_model.safetensors", BYTES - 1)]
+    {
+        let world = World::new();
+        let resolved = world.source.add("a", BYTES, Promise::Etag);
+        let stored = world.fetch(&resolved).await.unwrap();
+        assert!(world.fetcher.verify(&resolved.identity).await);
+        let path = stored.dir().join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert!(!world.fetcher.verify(&resolved.identity).await);
+        drop(stored);
+        assert!(world.store.get(&resolved.identity).is_none());
+        world.assert_clean();
+        assert_is(&world.fetch(&resolved).await.unwrap(), "a", BYTES);
+        assert!(world.fetcher.verify(&resolved.identity).await);
+    }
+}
