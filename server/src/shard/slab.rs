@@ -189,6 +189,8 @@ impl Slab {
             host_bytes: image.image().bytes() as u64,
             modules: read.module_names.clone(),
             base_model: read.base_model.clone(),
+            features: read.features.iter().map(|feature| (*feature).to_owned()).collect(),
+            ..AdapterReport::default()
         };
         self.images.write().unwrap_or_else(PoisonError::into_inner).insert(read.content_id, image);
         Ok(report)
