@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from adapter_files import write_random_adapter
-from loramux_server import wait_until, REPOSITORY, Server, binary, clean_environment
+from loramux_server import REPOSITORY, Server, binary, clean_environment, wait_until
 from wire import check_error
 
 DEMO = REPOSITORY / "models/demo/adapters"
