@@ -230,6 +230,9 @@ pub(crate) struct SourceArgs {
     /// Let programs of this machine do that, and list models, without a key. Not behind a proxy on the same machine
     #[arg(long, env = "LORAMUX_TRUST_LOOPBACK_ADAPTERS", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub(crate) trust_loopback_adapters: bool,
+    /// For tests of failing sources: what is kept, retried and waited for takes this part of its time
+    #[arg(long, env = "LORAMUX_TEST_TIME_SCALE", hide = true, default_value = "1", value_parser = parse_time_scale)]
+    pub(crate) test_time_scale: f64,
     /// Let requests ask for the base model's answer while their adapter loads (`adapter_wait: base`)
     #[arg(long, env = "LORAMUX_ALLOW_BASE_FALLBACK", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub(crate) allow_base_fallback: bool,
@@ -363,6 +366,11 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         return Err("out of range".into());
     }
     Ok(bytes as u64)
+}
+
+fn parse_time_scale(text: &str) -> Result<f64, String> {
+    let scale = text.parse::<f64>().ok().filter(|scale| (0.001..=1.0).contains(scale));
+    scale.ok_or_else(|| "a number from 0.001 to 1".to_owned())
 }
 
 /// `30`, `0.5`, `30s`, `500ms`.

@@ -24,7 +24,7 @@ from pathlib import Path
 import marker
 from faults.asking import Answer, allow_files, ask, gather
 from faults.client import FaultServer
-from faults.serving import ADMIN, SourcedServer, reference, write_named
+from faults.serving import ADMIN, SourcedServer, load_ms, reference, write_named
 from loramux_server import children
 
 IMAGE_BYTES = 68 * 1024  # a marker adapter in the host slab
@@ -96,7 +96,7 @@ class Soak:
         for i in range(2, self.settings.adapters, 3):
             write_named(self.root, f"soak/m{FIRST + i}")
         calls = [
-            ask(self.server.address, "PUT", f"/admin/v1/adapters/a{i}?wait=60s", {"ref": self.where(i)}, ADMIN, 120)
+            ask(self.server.address, "PUT", f"/admin/v1/adapters/a{i}?wait=600s", {"ref": self.where(i)}, ADMIN, 120)
             for i in range(self.settings.adapters)
         ]
         bad = [str(answer) for answer in await gather(calls, 16) if answer.status not in (200, 202)]
@@ -125,7 +125,7 @@ class Soak:
                 "prompt": prompt,
                 **marker.ASK,
                 "max_tokens": self.rng.choice((1, 1, 8)),
-                "adapter_load_timeout_ms": 5000,
+                "adapter_load_timeout_ms": load_ms(5),
             }
             self.check(i, await ask(self.server.address, "POST", "/v1/completions", body, timeout_s=60))
             await asyncio.sleep(self.rng.expovariate(1 / 0.02))

@@ -10,7 +10,7 @@ import marker
 from faults.asking import Answer, ask, complete, gather, marker_of
 from faults.cells import ABSENT, CODES, OK, REFUSED, RETRY, STATES, Cell, all_cells
 from faults.client import FaultServer
-from faults.serving import ADMIN, SourcedServer, reference
+from faults.serving import ADMIN, SourcedServer, load_ms, reference
 from loramux_server import wait_until
 
 OLD = 40_000  # the marker of what in-place loads replace
@@ -51,7 +51,7 @@ class Trial:
         self.problems = []
 
     async def put(self, ref: str) -> Answer:
-        return await ask(self.server.address, "PUT", f"/admin/v1/adapters/{self.name}?wait={WAIT_S:g}s", {"ref": ref}, ADMIN)
+        return await ask(self.server.address, "PUT", f"/admin/v1/adapters/{self.name}?wait={load_ms(WAIT_S)}ms", {"ref": ref}, ADMIN)
 
     async def view(self) -> dict:
         return (await ask(self.server.address, "GET", f"/admin/v1/adapters/{self.name}", headers=ADMIN)).json()
@@ -66,7 +66,7 @@ class Trial:
         """While the fault is there."""
         expected = self.cell.mode.expected(self.cell.phase)
         if self.cell.state == "request":
-            answer = await complete(self.server.address, self.reference, adapter_load_timeout_ms=int(WAIT_S * 1000))
+            answer = await complete(self.server.address, self.reference, adapter_load_timeout_ms=load_ms(WAIT_S))
         else:
             answer = await self.put(self.reference)
         seen = RETRY if answer.status == 202 else outcome_of(answer)

@@ -15,7 +15,8 @@ from faults.asking import Answer, ask, complete, gather, marker_of
 from faults.client import FaultServer
 from faults.corpus import HOSTS, urls
 from faults.listening import Canary, Watch
-from faults.serving import ADMIN, SourcedServer, write_named
+from faults.serving import ADMIN, SourcedServer, load_ms, write_named
+from loramux_server import wait_until
 import marker
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ async def try_all(server, references: list[str]) -> list[tuple[str, str, Answer]
     """Each reference through every door: a dynamic model, LoRAX's field with its source, the runtime routes, the admin API."""
 
     def doors(text: str):
-        yield "model", complete(server.address, text, adapter_load_timeout_ms=3000)
+        yield "model", complete(server.address, text, adapter_load_timeout_ms=load_ms(3))
         yield "adapter_id", ask(
             server.address,
             "POST",
@@ -86,6 +87,17 @@ def assert_refused(results):
         good = answer.status == 200 and not (door == "validate" and answer.json().get("ok") is False)
         assert not good, f"{door} {text!r}: {answer}"
         assert answer.status < 500 or answer.status == 503, f"{door} {text!r}: {answer}"
+
+
+def test_the_listener_sees_who_comes(faults):
+    """What the other tests rely on: where the operator lets it, this server does connect, and that is noticed."""
+    canary = Canary()
+    with SourcedServer(faults, "--adapter-http-hosts", f"http://127.0.0.1:{canary.port}") as server:
+        watch = watched(server, faults)
+        assert asyncio.run(complete(server.address, f"http://127.0.0.1:{canary.port}/x/m1", adapter_load_timeout_ms=load_ms(2))).status == 503
+        wait_until(lambda: canary.connects, "a connection")
+        watch.stop()
+    canary.close()
 
 
 def test_no_url_of_the_corpus_reaches_anything(server, faults, canary):
@@ -149,7 +161,7 @@ def test_redirects_lead_nowhere_they_should_not(server, faults, canary):
             )
             models.append(f"{faults.url('http')}/r{name}/m{n + i}" if dialect == "http" else f"hf://r{name}/m{n + i}")
         faults.rules(*rules)
-        answers = asyncio.run(gather([complete(server.address, model, adapter_load_timeout_ms=1500) for model in models], at_once=24))
+        answers = asyncio.run(gather([complete(server.address, model, adapter_load_timeout_ms=load_ms(1.5)) for model in models], at_once=24))
         for model, answer, target in zip(models, answers, targets):
             assert answer.status in (400, 403, 404, 422, 503), f"{model} -> {target}: {answer}"
         assert any(hits for hits in faults.ask("hits")), f"no redirect of {dialect} was ever followed or seen"
@@ -220,7 +232,7 @@ def test_evil_names_in_headers_stay_out_of_paths(server, faults):
             models.append(f"{name}/m{21_000 + len(models)}")
     faults.rules(*rules)
     before = outside(server)
-    answers = asyncio.run(gather([complete(server.address, model, adapter_load_timeout_ms=2000) for model in models], at_once=16))
+    answers = asyncio.run(gather([complete(server.address, model, adapter_load_timeout_ms=load_ms(2)) for model in models], at_once=16))
     faults.rules()
     for model, rule, answer in zip(models, rules, answers):
         if "X-Linked-Size" in rule["set"]:

@@ -16,22 +16,22 @@ pub(super) trait Clock: Send + Sync + 'static {
     fn random(&self) -> f64;
 }
 
-/// The real one, or one that runs faster, so that tests of the whole server see an hour of retries in a minute.
+/// The real one. It may run faster, so that a black-box test sees a day of retries.
 pub(super) struct SystemClock {
     start: Instant,
-    speed: u32,
+    speed: f64,
 }
 
 impl SystemClock {
-    /// Runs `speed` times as fast as the real one.
-    pub(super) fn at_speed(speed: u32) -> Self {
-        Self { start: Instant::now(), speed: speed.max(1) }
+    /// A second passes in `scale` seconds.
+    pub(super) fn scaled(scale: f64) -> Self {
+        Self { start: Instant::now(), speed: scale.clamp(1e-6, 1.0).recip() }
     }
 }
 
 impl Clock for SystemClock {
     fn now(&self) -> Duration {
-        self.start.elapsed() * self.speed
+        self.start.elapsed().mul_f64(self.speed)
     }
 
     fn unix_seconds(&self) -> u64 {
@@ -39,7 +39,7 @@ impl Clock for SystemClock {
     }
 
     fn sleep(&self, time: Duration) -> BoxFuture<'static, ()> {
-        Box::pin(tokio::time::sleep(time / self.speed))
+        Box::pin(tokio::time::sleep(time.div_f64(self.speed)))
     }
 
     fn random(&self) -> f64 {

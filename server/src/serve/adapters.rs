@@ -26,12 +26,17 @@ pub(super) struct Opened {
 /// Opens the store, and everything that fills it.
 pub(super) fn open(config: &Config) -> anyhow::Result<Opened> {
     let args = &config.args.sources;
-    let sources = Arc::new(Sources::new(config.sources.clone()).map_err(|error| anyhow!("{error}"))?);
+    let scale = args.test_time_scale;
+    let mut settings = config.sources.clone();
+    settings.pace = settings.pace.scaled(scale);
+    let sources = Arc::new(Sources::new(settings).map_err(|error| anyhow!("{error}"))?);
     let kinds = KINDS.into_iter().filter(|kind| sources.has(*kind)).collect();
     let (store, dir) = open_store(config)?;
     let store = Arc::new(store);
     let mut limits = FetchLimits::with_total(args.adapter_loads);
     limits.weights_bytes_max = args.adapter_max_bytes;
+    limits.retry_pause = limits.retry_pause.mul_f64(scale);
+    limits.failure_kept = limits.failure_kept.mul_f64(scale);
     let fetcher = Fetcher::new(Arc::clone(&sources) as _, Arc::clone(&store), limits);
     Ok(Opened { supply: Supply::new(sources, kinds, fetcher, store), dir })
 }
@@ -84,6 +89,7 @@ pub(super) fn settings(config: &Config, dir: &Path) -> anyhow::Result<AdapterSet
         share_hub_token: config.share_hub_token,
         data_dir: Some(dir.to_owned()),
         loads_max: args.adapter_loads,
+        time_scale: args.test_time_scale,
     })
 }
 

@@ -12,8 +12,9 @@ from loramux_server import Server
 
 REMOTE = ("hub", "s3", "gcs", "http")
 HTTP_SECRET = "operators-http-secret"
-# Sixty seconds become 1.2: what is kept, waited for and retried comes in time for a test.
-TIME_SCALE = 0.02
+# Sixty seconds become 3: what is kept, waited for and retried comes in time for a test. Deadlines of requests shrink with it.
+TIME_SCALE = 0.05
+LOAD_TIMEOUT_S = 30
 
 
 def environment(faults: FaultServer, folder: Path, time_scale: float | None = None) -> dict[str, str]:
@@ -67,6 +68,11 @@ ADMIN_KEY = "admin-of-the-tests"
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 
+def load_ms(seconds: float) -> int:
+    """`adapter_load_timeout_ms` for a deadline that really is so far away."""
+    return int(seconds * 1000 / TIME_SCALE)
+
+
 def reference(faults: FaultServer, source: str, name: str, root: Path | None = None) -> str:
     """`name` (`folder/m7`) at a source."""
     return {
@@ -102,7 +108,8 @@ class SourcedServer(Server):
         where = Path(self.folder.name)
         self.data = Path(data_dir or where / "data")
         variables = {**environment(faults, where, time_scale), **(env or {})}
-        super().__init__(*flags(faults, *more, networks=networks), data_dir=str(self.data), env=variables, **settings)
+        timeout = f"{LOAD_TIMEOUT_S / (time_scale or 1):g}"
+        super().__init__(*flags(faults, "--adapter-load-timeout", timeout, *more, networks=networks), data_dir=str(self.data), env=variables, **settings)
 
     def open_files(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))

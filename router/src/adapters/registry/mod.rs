@@ -24,6 +24,7 @@ mod resolve;
 mod restore;
 mod settings;
 mod stage;
+mod table;
 mod types;
 mod view;
 
@@ -81,7 +82,7 @@ impl Registry {
     /// Over the directories of `settings` alone, remembering nothing. No adapter is read yet; see [`Self::preload`].
     pub fn new(settings: AdapterSettings, engine: Arc<dyn Backend>) -> Self {
         let settings = AdapterSettings { data_dir: None, ..settings };
-        let clock = Arc::new(SystemClock::at_speed(settings.clock_speed));
+        let clock = Arc::new(SystemClock::scaled(settings.time_scale));
         Self::build(settings, engine, None, clock, None)
     }
 
@@ -94,7 +95,7 @@ impl Registry {
         engine: Arc<dyn Backend>,
         supply: Option<Supply>,
     ) -> Result<Self, RegistryError> {
-        let clock = Arc::new(SystemClock::at_speed(settings.clock_speed));
+        let clock = Arc::new(SystemClock::scaled(settings.time_scale));
         Self::open_with(settings, engine, supply, clock)
     }
 

@@ -38,8 +38,8 @@ pub struct AdapterSettings {
     pub data_dir: Option<PathBuf>,
     /// Adapters that are loaded at the same time.
     pub loads_max: usize,
-    /// How fast the registry's clock runs: 1, but for tests that want to see retries and expiries sooner.
-    pub clock_speed: u32,
+    /// 1; less in tests: the registry's clock runs that much faster, deadlines of requests included.
+    pub time_scale: f64,
 }
 
 impl Default for AdapterSettings {
@@ -55,7 +55,7 @@ impl Default for AdapterSettings {
             share_hub_token: false,
             data_dir: None,
             loads_max: 8,
-            clock_speed: 1,
+            time_scale: 1.0,
         }
     }
 }

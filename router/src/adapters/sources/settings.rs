@@ -183,3 +183,16 @@ impl Default for Pace {
         }
     }
 }
+
+impl Pace {
+    /// The same speed, but everything comes to its end in this part of the time. For tests.
+    #[must_use]
+    pub fn scaled(self, scale: f64) -> Self {
+        Self {
+            resolve_timeout: self.resolve_timeout.mul_f64(scale),
+            open_timeout: self.open_timeout.mul_f64(scale),
+            window: self.window.mul_f64(scale),
+            bytes_min: (self.bytes_min as f64 * scale) as u64,
+        }
+    }
+}

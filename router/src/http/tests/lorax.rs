@@ -402,3 +402,37 @@ async fn tokens_come_before_the_end_is_known() {
         assert_eq!(event["token"]["text"], text);
     }
 }
+
+#[tokio::test]
+async fn the_base_answers_for_a_cold_adapter_if_both_sides_want_that() {
+    let script = Script::new().load("slow", Load::Slow(3, SLOW)).load("bad", Load::Fails("adapter_rank_limit"));
+    let dir = adapter_dir(&["slow", "bad"]);
+    let config = |allow_base_fallback| RouterConfig {
+        adapter_dirs: vec![dir.path().to_owned()],
+        allow_base_fallback,
+        ..RouterConfig::default()
+    };
+    let app = app_with(&script, config(true));
+    let asked = |adapter: &str| json!({"model": adapter, "prompt": "hi", "adapter_wait": "base"}).to_string();
+    let response = send(&app, post("/v1/completions", asked("slow"))).await;
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["x-adapter-fallback"]),
+        (200, &"base".parse().unwrap())
+    );
+    assert!(!response.headers().contains_key("x-adapter-id"), "no adapter answered");
+    assert!(script.last().adapters.is_empty());
+    let body = json!({"inputs": "hi", "parameters": {"adapter_id": "slow", "adapter_wait": "base"}});
+    assert_eq!(send(&app, post("/generate", body.to_string())).await.headers()["x-adapter-fallback"], "base");
+    assert_eq!(script.inner.load_count.load(Ordering::SeqCst), 1, "the load goes on, once");
+    for adapter in ["nope", "base:nope"] {
+        let response = send(&app, post("/v1/completions", asked(adapter))).await;
+        assert_eq!(response.status().as_u16(), 404, "no fallback for what is not there");
+    }
+    let (status, reply) = call(&app, "/v1/completions", json!({"model": "bad", "prompt": "hi"})).await;
+    assert_eq!(status, 422, "{reply}");
+    let response = send(&app, post("/v1/completions", asked("bad"))).await;
+    assert_eq!(response.status(), 422, "nor for what can never be served");
+    let closed = app_with(&script, config(false));
+    let (status, reply) = call(&closed, "/v1/completions", serde_json::from_str(&asked("slow")).unwrap()).await;
+    assert_eq!((status.as_u16(), &reply["error"]["code"]), (400, &json!("unsupported_parameter")));
+}

@@ -118,7 +118,7 @@ async fn fields_of_completions_are_checked() {
         ("request_id", vec![json!("x".repeat(129)), json!(1)]),
         ("stream", vec![json!("yes"), json!(1)]),
         ("adapter_wait", vec![json!("later")]),
-        ("adapter_source", vec![json!("pbase"), json!("ftp")]),
+        ("adapter_source", vec![json!("ftp")]),
         ("compose", vec![json!([]), json!("a"), json!([1])]),
         ("adapters", vec![json!([]), json!([1])]),
         ("skip_special_tokens", vec![json!("no")]),
