@@ -74,7 +74,7 @@ impl Registry {
         }
         let key: Key = (Arc::from(ask.namespace.as_str()), Arc::from(ask.name.as_str()));
         let mut names = self.names();
-        let known = names.get(&key.0, &key.1).filter(|entry| entry.made != Made::ByFolder);
+        let known = names.get(&key.0, &key.1).filter(|entry| entry.made != Made::Folder);
         check_conditions(&ask, known)?;
         if let Some(known) = known {
             if let Some(next) = known.next.as_ref().filter(|next| next.reference == ask.reference) {

@@ -24,11 +24,11 @@ pub(super) type Key = (Arc<str>, Arc<str>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Made {
     /// `--adapter`.
-    ByFlag,
+    Flag,
     /// A load of the admin API or of a runtime route.
-    ByLoad,
+    Load,
     /// A sub-directory of `--adapter-dir` that was asked for.
-    ByFolder,
+    Folder,
 }
 
 /// One name.
@@ -95,7 +95,7 @@ impl Entry {
     pub(super) fn new(id: u64, reference: AdapterRef, created: u64) -> Self {
         Self {
             id,
-            made: Made::ByLoad,
+            made: Made::Load,
             reference,
             scale: 1.0,
             pin: None,

@@ -190,7 +190,7 @@ impl Engine {
         Arc::make_mut(&mut self.known.lock().unwrap()).values_mut().for_each(|content| content.tier = tier);
     }
 
-    fn prepared(&self, dir: &PathBuf) -> Result<PreparedAdapter, AdapterFailure> {
+    fn prepared(&self, dir: &std::path::Path) -> Result<PreparedAdapter, AdapterFailure> {
         self.prepares.fetch_add(1, Ordering::SeqCst);
         if let Some((_, failure)) =
             self.bad.lock().unwrap().clone().filter(|(end, _)| dir.to_string_lossy().ends_with(end))
