@@ -222,7 +222,11 @@ impl Registry {
             let _permit = self.inner.lookups.acquire().await;
             self.inner.authoriser.ask_anew(&reference, &job.credential).await
         };
-        let resolved = resolved.map_err(|error| source_failure(&error, &job.key.1))?;
+        let resolved = resolved.map_err(|error| {
+            let failed = source_failure(&error, &job.key.1);
+            self.inner.contents.count_failure(reference.source, &failed.code);
+            failed
+        })?;
         let mut wanted = self.wanted_of(resolved, &job.credential, 0.into());
         wanted.is_explicit = is_explicit;
         let usable = self.inner.contents.usable(&wanted, &job.stage, Until::AttemptEnds).await?;
@@ -243,6 +247,7 @@ impl Registry {
             let switch = |entry: &mut Entry| {
                 entry.reference = job.reference.clone();
                 entry.credential = job.credential.clone();
+                entry.own_credential = matches!(job.credential, Credential::Token(_));
                 entry.scale = job.scale.unwrap_or(entry.scale);
                 entry.pin = job.pin.unwrap_or(entry.pin);
                 entry.generation += 1;

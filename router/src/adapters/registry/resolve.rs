@@ -160,6 +160,7 @@ impl Registry {
                 // Of the last run: where its bytes are is not known any more. It needs its files, or a look at its source.
                 (From::Source(resolved), next) if is_bare(resolved) && !self.has_files(&version.wanted) => match next {
                     Some(next) => Plan::Wait(next.step.clone(), Arc::clone(&next.stage)),
+                    None if entry.lacks_credential() => Plan::Fail(restore::credential_lost()),
                     None => Plan::Load,
                 },
                 _ => Plan::Use(version.clone()),

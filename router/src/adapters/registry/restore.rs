@@ -45,10 +45,7 @@ impl Registry {
             }
             let id = names.new_id();
             let error = (record.own_credential && current.is_none()).then(|| names::Noted {
-                failure: failure(
-                    "adapter_invalid",
-                    "it was loaded with a credential of its own, which is not kept; load it again with one".into(),
-                ),
+                failure: credential_lost(),
                 reference: record.reference.clone(),
                 at: self.inner.clock.now(),
                 next_try: None,
@@ -57,6 +54,7 @@ impl Registry {
                 made,
                 scale: record.scale,
                 pin: record.pin,
+                own_credential: record.own_credential,
                 generation: record.generation,
                 current,
                 error,
@@ -181,9 +179,16 @@ fn record_of(entry: &Entry) -> Option<Record> {
         pin: entry.pin,
         created: entry.created,
         generation: entry.generation,
-        own_credential: matches!(entry.credential, Credential::Token(_)),
+        own_credential: entry.own_credential,
         version,
     })
+}
+
+/// Of an adapter whose bytes are not here any more either.
+pub(super) fn credential_lost() -> AdapterFailure {
+    let message =
+        "it was loaded with a credential of its own, which is not kept over a restart; load it again with one";
+    failure("adapter_invalid", message.into())
 }
 
 fn written(outcome: Result<Result<(), String>, tokio::task::JoinError>) -> Result<(), AdapterFailure> {
