@@ -219,7 +219,10 @@ impl Registry {
             reference.revision.clone_from(&job.commit);
         }
         let resolved = {
-            let _permit = self.inner.lookups.acquire().await;
+            let _permit = match self.inner.lookups.get(reference.source as usize) {
+                Some(lookups) => lookups.acquire().await.ok(),
+                None => None,
+            };
             self.inner.authoriser.ask_anew(&reference, &job.credential).await
         };
         let resolved = resolved.map_err(|error| {

@@ -49,6 +49,8 @@ pub(super) struct Upstream {
     pub(super) fetches: AtomicUsize,
     pub(super) here: Mutex<BTreeSet<String>>,
     pub(super) slow: AtomicUsize,
+    /// Never answers.
+    pub(super) tarpit: Mutex<Option<SourceKind>>,
 }
 
 pub(super) fn label(credential: &Credential) -> String {
@@ -92,6 +94,10 @@ impl Source for Upstream {
         self.asked.lock().unwrap().push((reference.to_string(), label(credential)));
         Box::pin(async move {
             self.dawdle().await;
+            let is_tarpit = *self.tarpit.lock().unwrap() == Some(reference.source);
+            if is_tarpit {
+                std::future::pending::<()>().await;
+            }
             if let Some(error) = self.down.lock().unwrap().clone() {
                 return Err(error);
             }
