@@ -96,7 +96,7 @@ impl Registry {
             last_used: (entry.last_used > 0).then_some(entry.last_used),
             loaded_ms: entry.loaded_ms,
             error,
-            own_credential: matches!(entry.credential, Credential::Token(_)),
+            own_credential: entry.own_credential,
         }
     }
 
