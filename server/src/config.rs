@@ -17,7 +17,7 @@ pub(crate) use keys::read_keys;
 
 use crate::args::{Fusion, LogFormat, ServeArgs, ShardMode, SourceArgs};
 use crate::demo;
-use crate::shard::{CudaPaths, ShardOptions, is_gguf, host_adapter_bytes_auto};
+use crate::shard::{CudaPaths, ShardOptions, host_adapter_bytes_auto, is_gguf};
 
 /// A mistake of the operator: what was found, what is accepted, what to change.
 #[derive(Debug, thiserror::Error)]
