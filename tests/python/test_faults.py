@@ -59,7 +59,7 @@ class Trial:
     async def prepare(self):
         """Before the fault."""
         if self.cell.state == "in place":
-            answer = await self.put(reference(self.faults, "s3", f"cells/m{OLD}"))
+            answer = await self.put(reference(self.faults, self.cell.source, f"cells/m{OLD}"))
             assert answer.status == 200, str(answer)
 
     async def meet(self):
