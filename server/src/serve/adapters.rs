@@ -87,7 +87,6 @@ pub(super) fn settings(config: &Config, dir: &Path) -> anyhow::Result<AdapterSet
         source_defaults: config.source_defaults.clone(),
         allowed: (globs != ["*"]).then_some(allowed),
         share_hub_token: config.share_hub_token,
-        source_defaults: config.source_defaults.clone(),
         data_dir: Some(dir.to_owned()),
         loads_max: args.adapter_loads,
         time_scale: args.test_time_scale,

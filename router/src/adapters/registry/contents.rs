@@ -1,16 +1,15 @@
 //! Contents by identity: loaded once however many names and callers want them, tried again by schedule, forgotten when
 //! nobody uses them. Who may use one is decided before anyone comes here.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 
-use super::holds::{ContentHold, Holds};
+use super::holds::Holds;
 use super::settings::{Files, FilesHere};
 use super::stage::Stage;
+use super::table::{Attempt, Content, Lease, Ready, Table};
 use super::{AdapterState, failure};
 use crate::adapters::authorise::Mac;
 use crate::adapters::life::{Clock, EXPLICIT_EVERY, Retry, is_retryable};
@@ -23,10 +22,6 @@ use crate::metrics::{LoadPhase, LoadTimes};
 const FAILURE_KEPT: Duration = Duration::from_secs(5);
 /// The same for bytes that are wrong and cannot change: an identity means exact bytes.
 const REFUSAL_KEPT: Duration = Duration::from_secs(300);
-/// Contents that no name stands for.
-pub(super) const UNNAMED_MAX: usize = 4096;
-/// Of these, merges: their files are not in the store and have no quota.
-const MERGES_MAX: usize = 256;
 /// An engine that has not published a new content yet is not one that has forgotten it.
 const SNAPSHOT_AGE: Duration = Duration::from_secs(1);
 
@@ -69,7 +64,7 @@ pub(super) struct Merge {
 #[derive(Clone)]
 pub(super) struct Usable {
     pub(super) prepared: Arc<PreparedAdapter>,
-    pub(super) hold: Arc<ContentHold>,
+    pub(super) hold: Arc<Lease>,
     /// Absent when the bytes are in memory only.
     pub(super) files: Option<FilesHere>,
     pub(super) loaded_ms: u64,
@@ -84,40 +79,7 @@ pub(super) enum Until {
     AttemptEnds,
 }
 
-type Outcome = Result<Usable, AdapterFailure>;
-
-#[derive(Clone)]
-struct Ready {
-    prepared: Arc<PreparedAdapter>,
-    hold: Arc<ContentHold>,
-    at: Duration,
-    loaded_ms: u64,
-}
-
-enum Attempt {
-    None,
-    Running { outcome: watch::Receiver<Option<Outcome>>, stage: Arc<Stage>, mac: Mac },
-    Failed { failure: AdapterFailure, at: Duration, until: Duration, mac: Mac },
-}
-
-struct Content {
-    source: SourceKind,
-    /// Names that stand for it.
-    names: usize,
-    used: Duration,
-    ready: Option<Ready>,
-    attempt: Attempt,
-    retry: Retry,
-    /// To be removed with it: the directory of a merge.
-    made: Option<PathBuf>,
-}
-
-#[derive(Default)]
-struct Table {
-    by_identity: HashMap<Arc<str>, Content>,
-    unnamed: usize,
-    failures: HashMap<(SourceKind, String), u64>,
-}
+pub(super) type Outcome = Result<Usable, AdapterFailure>;
 
 /// See the module. Cheap to clone.
 #[derive(Clone)]
@@ -272,7 +234,7 @@ impl Contents {
         &self,
         wanted: &Wanted,
         stage: &Stage,
-    ) -> Result<(Arc<PreparedAdapter>, Arc<ContentHold>, FilesHere), AdapterFailure> {
+    ) -> Result<(Arc<PreparedAdapter>, Arc<Lease>, FilesHere), AdapterFailure> {
         let shared = &self.shared;
         let began = shared.clock.now();
         let files = self.fetch(wanted, stage).await?;
@@ -289,7 +251,7 @@ impl Contents {
                 }
                 let took = shared.clock.now().saturating_sub(fetched);
                 shared.times.observe(wanted.source, LoadPhase::Prepare, took);
-                return Ok((Arc::new(prepared), hold, files));
+                return Ok((Arc::new(prepared), Arc::new(Lease(hold)), files));
             }
         }
         Err(failure("adapter_load_failed", "service unavailable: its content was forgotten while it was loaded".into()))
@@ -495,62 +457,5 @@ fn still_loading(state: AdapterState) -> AdapterFailure {
             "adapter_loading",
             format!("it is still loading (state `{}`); the load goes on, try again", state.name()),
         )
-    }
-}
-
-impl Content {
-    fn new(source: SourceKind, now: Duration) -> Self {
-        let (attempt, retry) = (Attempt::None, Retry::default());
-        Self { source, names: 0, used: now, ready: None, attempt, retry, made: None }
-    }
-
-    /// Nobody but this table wants it.
-    fn is_idle(&self) -> bool {
-        let is_used = self.ready.as_ref().is_some_and(|ready| Arc::strong_count(&ready.hold) > 1);
-        self.names == 0 && !is_used && !matches!(self.attempt, Attempt::Running { .. })
-    }
-}
-
-impl Ready {
-    fn usable(self, files: Option<FilesHere>) -> Usable {
-        Usable { prepared: self.prepared, hold: self.hold, files, loaded_ms: self.loaded_ms }
-    }
-}
-
-impl Table {
-    fn entry(&mut self, wanted: &Wanted, now: Duration) -> Result<&mut Content, AdapterFailure> {
-        if !self.by_identity.contains_key(&wanted.identity) {
-            if self.unnamed >= UNNAMED_MAX {
-                self.forget_idle(UNNAMED_MAX / 16, |_| true);
-            }
-            let is_merge = |content: &Content| content.source == SourceKind::Merge;
-            if wanted.source == SourceKind::Merge
-                && self.by_identity.values().filter(|content| is_merge(content)).count() >= MERGES_MAX
-            {
-                self.forget_idle(MERGES_MAX / 16, is_merge);
-            }
-            if self.unnamed >= UNNAMED_MAX {
-                let message =
-                    format!("service unavailable: {UNNAMED_MAX} adapters without a name are in use; try again");
-                return Err(failure("adapter_load_failed", message));
-            }
-            self.unnamed += 1;
-        }
-        let source = wanted.source;
-        Ok(self.by_identity.entry(Arc::clone(&wanted.identity)).or_insert_with(|| Content::new(source, now)))
-    }
-
-    /// Forgets up to `count` idle ones that are `meant`, least recently used first.
-    fn forget_idle(&mut self, count: usize, meant: impl Fn(&Content) -> bool) {
-        let idle = self.by_identity.iter().filter(|(_, content)| content.is_idle() && meant(content));
-        let mut idle: Vec<_> = idle.map(|(identity, content)| (content.used, Arc::clone(identity))).collect();
-        idle.sort();
-        for (_, identity) in idle.into_iter().take(count) {
-            let gone = self.by_identity.remove(&identity);
-            self.unnamed -= 1;
-            if let Some(dir) = gone.and_then(|content| content.made) {
-                std::thread::spawn(move || std::fs::remove_dir_all(dir));
-            }
-        }
     }
 }

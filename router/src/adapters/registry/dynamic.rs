@@ -95,18 +95,16 @@ impl Registry {
         references.into_iter().map(place).collect()
     }
 
-    /// The caller's own token whenever there is one: the server's never answers where that was refused.
+    /// The caller's own token whenever there is one: the server's never answers where that was refused. Directories know
+    /// no tokens; what the operator named by `--adapter` is the server's alone, and not found by its path.
     fn credential_for(&self, reference: &AdapterRef, token: Option<&SecretString>) -> Credential {
         let printed = format!("{reference}/");
-        if let Some(token) = token {
-            return Credential::Token(token.clone());
-        }
         let is_operators = self.inner.prefixes.iter().any(|prefix| is_below(&printed, prefix));
         let is_shared = self.inner.settings.share_hub_token && reference.source == SourceKind::Hub;
-        if is_operators || is_shared || reference.source == SourceKind::Local {
-            Credential::Server
-        } else {
-            Credential::Anonymous
+        match token {
+            Some(token) if reference.source != SourceKind::Local => Credential::Token(token.clone()),
+            _ if is_operators || is_shared => Credential::Server,
+            _ => Credential::Anonymous,
         }
     }
 }

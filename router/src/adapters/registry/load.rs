@@ -87,7 +87,8 @@ impl Registry {
                 return Err(failure("adapter_exists", message));
             }
             let is_young = |noted: &&Noted| self.inner.clock.now() < noted.at + EXPLICIT_EVERY;
-            if let Some(noted) = known.error.as_ref().filter(is_young).filter(|_| known.reference == ask.reference) {
+            if let Some(noted) = known.error.as_ref().filter(is_young).filter(|noted| noted.reference == ask.reference)
+            {
                 let left = (noted.at + EXPLICIT_EVERY).saturating_sub(self.inner.clock.now());
                 let retry_after = is_retryable(&noted.failure.code).then_some(left.max(Duration::from_secs(1)));
                 return Err(AdapterFailure { retry_after, ..noted.failure.clone() });
@@ -283,7 +284,8 @@ impl Registry {
         }
         let at = self.inner.clock.now();
         names.update(&job.key, |entry| {
-            entry.error = Some(Noted { failure: failed.clone(), at, next_try });
+            let reference = job.reference.clone();
+            entry.error = Some(Noted { failure: failed.clone(), reference, at, next_try });
             if next_try.is_none() {
                 entry.next = None;
             }

@@ -24,6 +24,7 @@ mod resolve;
 mod restore;
 mod settings;
 mod stage;
+mod table;
 mod types;
 mod view;
 

@@ -84,6 +84,8 @@ pub(super) enum Step {
 #[derive(Clone)]
 pub(super) struct Noted {
     pub(super) failure: AdapterFailure,
+    /// What was to be loaded.
+    pub(super) reference: AdapterRef,
     pub(super) at: Duration,
     pub(super) next_try: Option<Duration>,
 }

@@ -29,6 +29,14 @@ enum Lookup {
     Nothing(Arc<str>, bool),
 }
 
+/// What a look into the adapter directories gave.
+enum Folder {
+    None,
+    Served(Box<ResolvedAdapter>),
+    /// The name was registered or unloaded meanwhile, or another request had the same idea.
+    Changed,
+}
+
 /// What a request has to do for an entry.
 enum Plan {
     Gone,
@@ -72,8 +80,10 @@ impl Registry {
                 Lookup::Entry(found) => found,
                 Lookup::Nothing(name, by_alias) => {
                     let is_local = ask.source.is_none_or(|source| source == SourceKind::Local);
-                    if is_local && let Some(served) = self.folder(&name, until).await? {
-                        return Ok(served);
+                    match if is_local { self.folder(&name, until).await? } else { Folder::None } {
+                        Folder::Served(served) => return Ok(*served),
+                        Folder::Changed => continue,
+                        Folder::None => {}
                     }
                     if by_alias {
                         return Err(not_found(ask.name));
@@ -313,7 +323,8 @@ impl Registry {
             (None, Some(failure)) => {
                 names.update(key, |entry| {
                     entry.current = None;
-                    entry.error = Some(Noted { failure: failure.clone(), at: now, next_try: None });
+                    let reference = entry.reference.clone();
+                    entry.error = Some(Noted { failure: failure.clone(), reference, at: now, next_try: None });
                 });
             }
         }
@@ -323,14 +334,14 @@ impl Registry {
         }
     }
 
-    /// `name` as a sub-directory of an adapter directory; `None` if there is none.
-    async fn folder(&self, name: &str, until: Until) -> Result<Option<ResolvedAdapter>, AdapterFailure> {
+    /// `name` as a sub-directory of an adapter directory.
+    async fn folder(&self, name: &str, until: Until) -> Result<Folder, AdapterFailure> {
         if !self.may_be_folder(&self.names(), name) {
-            return Ok(None);
+            return Ok(Folder::None);
         }
         let (key, credential) = ((Arc::from(""), Arc::from(name)), Credential::Server);
         let Some(resolved) = directory::folder(self.inner.settings.dirs.clone(), name.to_owned()).await else {
-            return Ok(None);
+            return Ok(Folder::None);
         };
         let reference = resolved.reference.clone();
         let wanted = self.wanted_of(resolved, &credential, Tenant::from(0));
@@ -338,7 +349,7 @@ impl Registry {
         let version = Version { revision: revision_of(&wanted), facts: Arc::clone(&usable.prepared), wanted };
         let mut names = self.names();
         if !self.may_be_folder(&names, name) || names.get("", name).is_some() {
-            return Ok(None); // unloaded or registered meanwhile
+            return Ok(Folder::Changed);
         }
         if names.len() < names::NAMES_MAX {
             let now = self.inner.clock.unix_seconds();
@@ -354,7 +365,7 @@ impl Registry {
             self.inner.contents.adopt(&version.wanted, &usable);
             names.insert(&key, entry);
         }
-        Ok(Some(served(&key.1, &version.revision, &version.wanted, 1.0, usable)))
+        Ok(Folder::Served(served(&key.1, &version.revision, &version.wanted, 1.0, usable).into()))
     }
 
     pub(super) fn may_be_folder(&self, names: &Names, name: &str) -> bool {

@@ -49,6 +49,7 @@ impl Registry {
                     "adapter_invalid",
                     "it was loaded with a credential of its own, which is not kept; load it again with one".into(),
                 ),
+                reference: record.reference.clone(),
                 at: self.inner.clock.now(),
                 next_try: None,
             });
@@ -117,7 +118,8 @@ impl Registry {
                     tracing::warn!(adapter = &*found.key.1, code = failed.code, "adapter is not usable: {failed}");
                     let at = self.inner.clock.now();
                     self.names().update(&found.key, |entry| {
-                        entry.error.get_or_insert(names::Noted { failure: failed, at, next_try: None });
+                        let reference = entry.reference.clone();
+                        entry.error.get_or_insert(names::Noted { failure: failed, reference, at, next_try: None });
                     });
                     return;
                 }

@@ -82,7 +82,7 @@ async fn many_requests_for_one_name_read_it_once() {
 #[tokio::test]
 async fn a_load_goes_on_when_its_caller_leaves() {
     let (root, reader) =
-        (tempfile::tempdir().unwrap(), Reader { delay: Duration::from_millis(30), ..Reader::default() });
+        (tempfile::tempdir().unwrap(), Reader { delay: Duration::from_millis(300), ..Reader::default() });
     write(root.path(), "a", "1");
     let registry = registry(root.path(), &reader);
     assert_eq!(wanted(&registry, "a", Wait::Fail).await.unwrap_err().code, "adapter_loading");

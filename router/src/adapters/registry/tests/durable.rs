@@ -5,9 +5,15 @@ fn settings(dir: &std::path::Path) -> AdapterSettings {
 }
 
 /// The same disk and upstream, another process.
-fn restart(world: World, settings: AdapterSettings) -> World {
-    let (upstream, clock) = (world.upstream.clone(), world.clock.clone());
+async fn restart(world: World, settings: AdapterSettings) -> World {
+    let (upstream, clock, inner) = (world.upstream.clone(), world.clock.clone(), Arc::downgrade(&world.registry.inner));
     drop(world);
+    // A load may still write what it did.
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while inner.strong_count() > 0 {
+        assert!(std::time::Instant::now() < deadline, "something holds the registry");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     World::over(settings, upstream, clock)
 }
 
@@ -33,7 +39,7 @@ async fn registrations_and_aliases_come_back_without_the_network() {
     };
     let alias = world.registry.set_alias(alias).await.unwrap();
 
-    let world = restart(world, settings(dir.path()));
+    let world = restart(world, settings(dir.path())).await;
     *world.upstream.down.lock().unwrap() = Some(SourceError::retryable("no network"));
     let after = world.registry.get("team", "sql").unwrap();
     assert_eq!((after.generation, after.scale, after.pinned, after.created), (2, 0.5, true, before.created));
@@ -60,7 +66,7 @@ async fn bytes_that_are_gone_are_fetched_as_they_were() {
     world.upstream.public("acme/sql", 1);
     world.load("sql", "acme/sql").await.unwrap();
     world.upstream.here.lock().unwrap().clear();
-    let world = restart(world, settings(dir.path()));
+    let world = restart(world, settings(dir.path())).await;
     assert_eq!(world.registry.get("", "sql").unwrap().state, AdapterState::Registered);
     assert!(world.registry.cards(&Caller::default()).1.is_empty(), "not usable yet");
     world.resolve("sql").await.unwrap();
@@ -78,12 +84,12 @@ async fn a_credential_is_never_written_and_is_needed_again() {
     assert!(view.own_credential);
     let served = world.resolve("sql").await.unwrap();
     assert!(!format!("{served:?} {view:?}").contains(canary));
-    let world = restart(world, settings(dir.path()));
+    let world = restart(world, settings(dir.path())).await;
     let file = std::fs::read(dir.path().join("registry.redb")).unwrap();
     assert!(!file.windows(canary.len()).any(|window| window == canary.as_bytes()));
     world.resolve("sql").await.unwrap(); // its bytes are here
     world.upstream.here.lock().unwrap().clear();
-    let world = restart(world, settings(dir.path()));
+    let world = restart(world, settings(dir.path())).await;
     let failed = world.resolve("sql").await.unwrap_err();
     assert!(failed.message.contains("credential"), "{failed:?}");
     let credential = Credential::Token(SecretString::from(canary.to_owned()));
@@ -107,13 +113,13 @@ async fn the_command_line_has_the_last_word() {
     world.registry.preload();
     world.settle().await;
     assert!(world.registry.is_ready());
-    let world = restart(world, flag("acme/one"));
+    let world = restart(world, flag("acme/one")).await;
     *world.upstream.down.lock().unwrap() = Some(SourceError::retryable("no network"));
     assert_eq!(&*world.resolve("sql").await.unwrap().revision, "1", "known since the last run");
     *world.upstream.down.lock().unwrap() = None;
-    let world = restart(world, flag("acme/two"));
+    let world = restart(world, flag("acme/two")).await;
     assert_eq!(&*world.resolve("sql").await.unwrap().revision, "2");
-    let world = restart(world, settings(dir.path()));
+    let world = restart(world, settings(dir.path())).await;
     assert!(world.registry.get("", "sql").is_none(), "its flag is gone");
 }
 

@@ -69,7 +69,7 @@ async fn read(world: Arc<World>, history: Arc<History>, name: &'static str, stop
 async fn every_answer_was_true_at_some_moment_of_its_request() {
     let (upstream, engine) = (Arc::<Upstream>::default(), Arc::<Engine>::default());
     let supply = Supply { source: upstream.clone(), kinds: vec![SourceKind::Hub], files: upstream.clone() };
-    let clock: Arc<dyn Clock> = Arc::new(SystemClock::at_speed(1));
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::scaled(1.0));
     let registry = Registry::open_with(AdapterSettings::default(), engine.clone(), Some(supply), clock).unwrap();
     let world = Arc::new(World { clock: Arc::default(), upstream, engine, registry });
     for i in 0..4 {

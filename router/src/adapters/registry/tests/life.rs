@@ -73,7 +73,10 @@ async fn too_many_requests_upstream_waits_as_it_was_told() {
     world.upstream.public("acme/sql", 1);
     let busy = SourceError::Retryable { message: "429".into(), retry_after: Some(Duration::from_secs(17)) };
     world.upstream.fetch_fails.lock().unwrap().push(FetchError::Source(busy));
-    let failed = world.registry.resolve(&Caller::default(), &Ask::plain("acme/sql", SHORT)).await;
+    let failed = world.registry.resolve(&Caller::default(), &Ask::plain("acme/sql", Wait::Fail)).await;
+    assert_eq!(code(&failed), "adapter_loading", "its source has not answered");
+    world.settle().await;
+    let failed = world.registry.resolve(&Caller::default(), &Ask::plain("acme/sql", Wait::Fail)).await;
     assert_eq!(code(&failed), "adapter_loading", "the first attempt has not ended");
     world.settle().await;
     let failed = world.registry.resolve(&Caller::default(), &Ask::plain("acme/sql", SHORT)).await.unwrap_err();

@@ -149,7 +149,8 @@ async fn only_the_right_token_is_served_whatever_is_cached() {
         assert!(!own || by_server <= admin + anybody, "{cell:?}");
     }
     assert!(served + refused >= 2_560 && served > 200 && refused > 200, "{served} served, {refused} refused");
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    // A second and a half on an idle core; the rest is for a busy one.
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
 }
 
 /// The same question about what is not there and about what is somebody else's, in every state of the caches.

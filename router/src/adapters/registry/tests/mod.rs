@@ -173,7 +173,7 @@ pub(super) fn content_of(identity: &str) -> ContentId {
 /// Knows what it prepared until it is told to forget.
 #[derive(Default)]
 pub(super) struct Engine {
-    pub(super) known: Mutex<HashMap<ContentId, ContentStatus>>,
+    pub(super) known: Mutex<Arc<HashMap<ContentId, ContentStatus>>>,
     pub(super) forgotten: Mutex<Vec<(ContentId, ForgetMode)>>,
     pub(super) prepares: AtomicUsize,
     /// What preparing a directory that ends so fails with.
@@ -187,7 +187,7 @@ impl Engine {
     }
 
     pub(super) fn set_tier(&self, tier: Tier) {
-        self.known.lock().unwrap().values_mut().for_each(|content| content.tier = tier);
+        Arc::make_mut(&mut self.known.lock().unwrap()).values_mut().for_each(|content| content.tier = tier);
     }
 
     fn prepared(&self, dir: &PathBuf) -> Result<PreparedAdapter, AdapterFailure> {
@@ -199,7 +199,7 @@ impl Engine {
         }
         let content = ContentId(*blake3::hash(dir.to_string_lossy().as_bytes()).as_bytes());
         let status = ContentStatus { tier: Tier::Host, pinned: None, draining: false, running: 0, waiting: 0 };
-        self.known.lock().unwrap().insert(content, status);
+        Arc::make_mut(&mut self.known.lock().unwrap()).insert(content, status);
         Ok(PreparedAdapter {
             content,
             pages_needed: 2,
@@ -240,12 +240,12 @@ impl Backend for Engine {
         Box::pin(async move { if known { Ok(()) } else { Err(PinRefused::Unknown(content.short())) } })
     }
     fn forget_adapter(&self, content: ContentId, mode: ForgetMode) {
-        self.known.lock().unwrap().remove(&content);
+        Arc::make_mut(&mut self.known.lock().unwrap()).remove(&content);
         self.forgotten.lock().unwrap().push((content, mode));
     }
     fn prefetch_adapter(&self, _: ContentId) {}
     fn status(&self) -> Arc<EngineStatus> {
-        Arc::new(EngineStatus { contents: Arc::new(self.known.lock().unwrap().clone()), ..EngineStatus::default() })
+        Arc::new(EngineStatus { contents: self.known.lock().unwrap().clone(), ..EngineStatus::default() })
     }
     fn begin_drain(&self) {}
 }
