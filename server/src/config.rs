@@ -214,6 +214,9 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     if !(1..=128).contains(&engine.max_n) {
         return range("max-n", "1..128", engine.max_n.to_string());
     }
+    if !(1..=16).contains(&engine.max_stop_sequences) {
+        return range("max-stop-sequences", "1..16", engine.max_stop_sequences.to_string());
+    }
     if args.sources.adapter_loads == 0 {
         return range("adapter-loads", "at least 1", "0".into());
     }
