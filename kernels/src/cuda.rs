@@ -8,6 +8,7 @@ pub use crate::attention::cuda::{
 pub use crate::embedding::cuda::{EmbeddingBuffers, EmbeddingKernel};
 pub use crate::gather_rows::cuda::{GatherBuffers, GatherRowsKernel};
 pub use crate::lora_expand::cuda::ExpandAddKernel;
+pub use crate::lora_gain_shift::cuda::GainShiftKernel;
 pub use crate::lora_shrink::cuda::ShrinkKernel;
 pub use crate::norm::cuda::{RmsNormBuffers, RmsNormKernel};
 pub use crate::norm::cuda_lora::AddRmsNormLoraKernel;
@@ -36,6 +37,7 @@ pub const CHECKS: &[OpCheck] = &[
     OpCheck { name: "silu_mul_lora", run: crate::activation::check_lora::check },
     OpCheck { name: "lora_shrink", run: crate::lora_shrink::check::check },
     OpCheck { name: "lora_expand", run: crate::lora_expand::check::check },
+    OpCheck { name: "lora_gain_shift", run: crate::lora_gain_shift::check::check },
     OpCheck { name: "gather_rows", run: crate::gather_rows::check::check },
     OpCheck { name: "sampler", run: crate::sampler::check::check },
     OpCheck { name: "unpack", run: crate::unpack::check::check },
@@ -51,6 +53,7 @@ const PROGRAMS: &[fn(&ModelShape) -> Vec<Program>] = &[
     |shape| vec![SiluMulKernel::program(shape.elem)],
     |shape| lora(shape, ShrinkKernel::program),
     |shape| lora(shape, ExpandAddKernel::program),
+    |shape| vec![GainShiftKernel::program(shape.elem)],
     |shape| vec![RopeCacheLoraKernel::program(shape.elem, shape.hidden, shape.head_shape())],
     |shape| vec![SiluMulLoraKernel::program(shape.elem, shape.hidden)],
     |shape| {

@@ -3,12 +3,17 @@
 mod support;
 
 use loramux_kernels::Dtype;
+use loramux_models::adapter::{self, AdapterLimits};
 use loramux_models::{LoadFormat, LoadOptions, RopeScaling, load, text_files};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::path::Path;
 use support::gguf::{Entry, Gguf, Meta, convert};
 use support::runner::Runner;
-use support::{Random, Stored, Tensors, changed, tiny_config, tiny_weights, write, write_model};
+use support::{
+    Random, Stored, Tensor, Tensors, adapter_config, adapter_weights, changed, tiny_config, tiny_weights, write,
+    write_adapter, write_model,
+};
 use tokenizers::Tokenizer;
 
 const SEED: u64 = 0x660F_0001;
@@ -55,6 +60,35 @@ fn check(name: &str, config: &Value, gguf: &Gguf, seen: &Tensors, dtype: Dtype) 
     let (found, want) = (from_gguf.whole(&tokens, &[]), from_directory.whole(&tokens, &[]));
     assert!(want.iter().flatten().any(|logit| logit.abs() > 0.5), "{name}: logits too small to show anything");
     assert_eq!(found, want, "{name}, seed {SEED:#x}");
+    write_dora(&dir.path().join("dora"), config, seen);
+    let mut with_adapter = |runner: &mut Runner| {
+        let adapter = adapter::read(&dir.path().join("dora"), runner.decoder.spec(), &AdapterLimits::default());
+        let slot = runner.publish(&adapter.unwrap_or_else(|error| panic!("{name}: {error}")));
+        runner.whole(&tokens, &[slot])
+    };
+    let (found, changed) = (with_adapter(&mut from_gguf), with_adapter(&mut from_directory));
+    assert_ne!(changed, want, "{name}: the adapter does nothing");
+    assert_eq!(found, changed, "{name}: an adapter that reads the base's rows, seed {SEED:#x}");
+}
+
+/// An adapter whose magnitudes and head are resolved against the base's rows, which a GGUF file has in blocks and, of q and
+/// k, in another order.
+fn write_dora(dir: &Path, config: &Value, base: &Tensors) {
+    let targets = ["q_proj", "k_proj", "down_proj"];
+    let mut tensors = adapter_weights(config, &targets, SEED, |_, _| 3);
+    let pairs: Vec<(String, usize)> = tensors
+        .iter()
+        .filter_map(|(name, b)| Some((name.strip_suffix(".lora_B.weight")?.to_owned(), b.shape[0])))
+        .collect();
+    for (module, d_out) in pairs {
+        let values = (0..d_out).map(|o| 1.0 + o as f32 / d_out as f32).collect();
+        tensors.insert(format!("{module}.lora_magnitude_vector"), Tensor { shape: vec![d_out], values });
+    }
+    let mut head = base.get("lm_head.weight").unwrap_or(&base["model.embed_tokens.weight"]).clone();
+    head.values.iter_mut().for_each(|value| *value *= 1.25);
+    tensors.insert("base_model.model.lm_head.weight".to_owned(), head);
+    let config = changed(adapter_config(3, &targets), json!({"use_dora": true, "modules_to_save": ["lm_head"]}));
+    write_adapter(dir, &config, &tensors, Stored::F32);
 }
 
 #[test]

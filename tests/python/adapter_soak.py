@@ -189,7 +189,7 @@ class Soak:
     async def sample(self):
         while time.monotonic() < self.ends:
             self.record.resident.append((time.monotonic(), self.resident_bytes()))
-            self.record.files.append(self.server.open_files())
+            self.record.files.append(sum(self.server.open_files().values()))
             await asyncio.sleep(0.5)
 
     async def run(self) -> dict:

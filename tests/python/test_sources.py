@@ -183,7 +183,7 @@ def test_http_headers_of_the_operator_go_to_their_host_only(faults):
     with SourcedServer(
         faults,
         "--adapter-http-header",
-        f"{host.removeprefix('http://')}=Authorization:Bearer {HTTP_SECRET}",
+        f"{host}=Authorization:Bearer {HTTP_SECRET}",
         "--adapter",
         f"web={host}/private-web/m117",
     ) as server:
@@ -289,11 +289,11 @@ def test_ten_thousand_first_requests_make_one_download(faults):
         "--max-concurrent-requests",
         limit,
         "--adapter-load-timeout",
-        "120",
+        "2400",
         "--adapter",
         f"first-s3={reference(faults, 's3', 'acme/m126')}",
     ) as server:
-        faults.rules({"do": "delay", "seconds": 2.0, "method": "GET", "path": "m127|/repos/"})
+        faults.rules({"do": "delay", "seconds": 0.5, "method": "GET", "path": "m127|/repos/"})
         mark = faults.mark()
 
         async def all_at_once():
@@ -315,7 +315,7 @@ def test_ten_thousand_first_requests_make_one_download(faults):
 
 
 def test_a_caller_that_leaves_does_not_stop_the_others(server, faults):
-    faults.rules({"do": "delay", "seconds": 1.0, "method": "GET", "path": "m128"})
+    faults.rules({"do": "delay", "seconds": 0.4, "method": "GET", "path": "m128"})
     mark = faults.mark()
 
     async def leave_and_stay():

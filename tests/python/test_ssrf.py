@@ -16,6 +16,7 @@ from faults.client import FaultServer
 from faults.corpus import HOSTS, urls
 from faults.listening import Canary, Watch
 from faults.serving import ADMIN, SourcedServer, load_ms, write_named
+from loramux_server import wait_until
 import marker
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,17 @@ def assert_refused(results):
         good = answer.status == 200 and not (door == "validate" and answer.json().get("ok") is False)
         assert not good, f"{door} {text!r}: {answer}"
         assert answer.status < 500 or answer.status == 503, f"{door} {text!r}: {answer}"
+
+
+def test_the_listener_sees_who_comes(faults):
+    """What the other tests rely on: where the operator lets it, this server does connect, and that is noticed."""
+    canary = Canary()
+    with SourcedServer(faults, "--adapter-http-hosts", f"http://127.0.0.1:{canary.port}") as server:
+        watch = watched(server, faults)
+        assert asyncio.run(complete(server.address, f"http://127.0.0.1:{canary.port}/x/m1", adapter_load_timeout_ms=load_ms(2))).status == 503
+        wait_until(lambda: canary.connects, "a connection")
+        watch.stop()
+    canary.close()
 
 
 def test_no_url_of_the_corpus_reaches_anything(server, faults, canary):

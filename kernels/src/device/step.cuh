@@ -29,7 +29,7 @@ struct KvSlot {
 struct BlockDesc {
     u32 a_unit, b_unit;  // NOT_TARGETED: this slice is left alone
     float scale;         // alpha / r of this module
-    u32 reserved;
+    u32 vectors;         // unit + 1 of gains and shifts [2][d_out] f32; 0: none
 };
 
 /// Rows that use one rank block of one adapter: what shrink walks. At most LORA_TILE_ROWS rows.

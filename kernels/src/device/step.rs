@@ -42,13 +42,13 @@ pub struct BlockDesc {
     pub b_unit: u32,
     /// alpha / r of the module.
     pub scale: f32,
-    /// Zero.
-    pub reserved: u32,
+    /// Gains and shifts of the slice, `[2][d_out]` f32: their unit plus one; 0 if there are none. In the first rank block only.
+    pub vectors: u32,
 }
 
 impl BlockDesc {
     /// The slice is left alone.
-    pub const ABSENT: Self = Self { a_unit: NOT_TARGETED, b_unit: NOT_TARGETED, scale: 0.0, reserved: 0 };
+    pub const ABSENT: Self = Self { a_unit: NOT_TARGETED, b_unit: NOT_TARGETED, scale: 0.0, vectors: 0 };
 }
 
 /// Rows that use one rank block of one adapter.

@@ -227,7 +227,16 @@ impl AdapterImage {
         let mut descs = vec![vec![BlockDesc::ABSENT; self.layers * SLICES]; self.rank_blocks];
         for entry in self.entries.iter().filter(|entry| entry.slice.is_in_layer()) {
             descs[entry.rank_block][entry.layer * SLICES + entry.slice as usize] =
-                BlockDesc { a_unit: to_unit(entry.a)?, b_unit: to_unit(entry.b)?, scale: entry.scale, reserved: 0 };
+                BlockDesc { a_unit: to_unit(entry.a)?, b_unit: to_unit(entry.b)?, scale: entry.scale, vectors: 0 };
+        }
+        for table in &self.tables {
+            if let TableOf::Vectors { layer, slice, .. } = table.of
+                && slice.is_in_layer()
+                && let Some(row) = descs.first_mut()
+            {
+                // An adapter's first rank block has them, even where it leaves the matrix itself alone.
+                row[layer * SLICES + slice as usize].vectors = to_unit(table.offset)? + 1;
+            }
         }
         Ok(descs)
     }

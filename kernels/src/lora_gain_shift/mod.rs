@@ -9,7 +9,9 @@
 //! `y: [rows, width]` f32, of which only the site's columns of rows whose adapters have vectors are touched; gains and
 //! shifts are f32, `[2][d_out]` a matrix.
 
+pub(crate) mod check;
 mod cpu;
+pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
 

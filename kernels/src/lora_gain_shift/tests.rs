@@ -137,3 +137,8 @@ fn the_heads_vectors_come_in_tiles() {
         assert_eq!(y, 2.0 + values[o].mul_add(2.0, values[width + o]), "output {o}");
     }
 }
+
+#[test]
+fn the_kernel_agrees_on_the_emulator() {
+    crate::device::testing::on_every_schedule(check::check);
+}

@@ -68,11 +68,11 @@ impl<'a> Site<'a> {
         }
         // Other layers' and sites' descriptors lie around the site's own and point at NaN.
         let (desc_stride, desc_first) = (shape.cols.len() + 4, 3);
-        let nan = BlockDesc { a_unit: 0, b_unit: 0, scale: f32::NAN, reserved: 0 };
+        let nan = BlockDesc { a_unit: 0, b_unit: 0, scale: f32::NAN, vectors: 1 };
         let mut descs = vec![nan; rows.len() * desc_stride];
         let mut arena = vec![0xffff; UNIT];
         let mut blocks = Vec::new();
-        for &(rank, targets) in ADAPTERS {
+        for (adapter, &(rank, targets)) in ADAPTERS.iter().enumerate() {
             let own: Vec<u32> = rows.drain(..rank.div_ceil(RANK_BLOCK)).collect();
             for (i, &block_row) in own.iter().enumerate() {
                 let ranks = (rank - i * RANK_BLOCK).min(RANK_BLOCK);
@@ -85,11 +85,17 @@ impl<'a> Site<'a> {
                         b.chunks_mut(RANK_BLOCK).for_each(|row| row[ranks..].fill(0));
                         let a_unit = push(&mut arena, a, RANK_BLOCK * shape.d_in);
                         let b_unit = push(&mut arena, b, d_out * RANK_BLOCK);
-                        BlockDesc { a_unit, b_unit, scale: 0.25 + 0.5 * random.uniform().abs(), reserved: 0 }
+                        BlockDesc { a_unit, b_unit, scale: 0.25 + 0.5 * random.uniform().abs(), vectors: 0 }
                     } else {
                         BlockDesc::ABSENT
                     };
-                    descs[block_row as usize * desc_stride + desc_first + slice] = desc;
+                    // Every other adapter has gains and shifts, and one of them on a matrix that it leaves alone.
+                    let has_vectors = i == 0 && adapter % 2 == 0 && (slice != 1 || adapter == 2);
+                    let vectors = match has_vectors {
+                        true => 1 + push_vectors(&mut arena, &mut random, d_out),
+                        false => 0,
+                    };
+                    descs[block_row as usize * desc_stride + desc_first + slice] = BlockDesc { vectors, ..desc };
                 }
             }
             blocks.push(own);
@@ -103,6 +109,15 @@ impl<'a> Site<'a> {
     pub(crate) fn desc(&self, item: &LoraItem, slice: usize) -> Option<BlockDesc> {
         let desc = self.descs[item.block_row as usize * self.desc_stride + self.desc_first + slice];
         (desc.a_unit != NOT_TARGETED).then_some(desc)
+    }
+
+    /// Gains and shifts, `[2][d_out]`, of an item's adapter if its first rank block is this one and it has any.
+    pub(crate) fn vectors(&self, item: &LoraItem, slice: usize) -> Option<Vec<f32>> {
+        let desc = self.descs[item.block_row as usize * self.desc_stride + self.desc_first + slice];
+        let unit = desc.vectors.checked_sub(1)? as usize;
+        let halves = &self.arena[unit * UNIT..][..4 * self.shape.cols[slice].1];
+        let value = |half: &[u16; 2]| f32::from_bits(u32::from(half[0]) | u32::from(half[1]) << 16);
+        Some(halves.as_chunks::<2>().0.iter().map(value).collect())
     }
 
     /// `A[rank][k]` of a block.
@@ -136,6 +151,14 @@ impl<'a> Site<'a> {
         }
         Batch::new(self, first_row, tiles, items)
     }
+}
+
+/// Adds gains and shifts of `d_out` outputs, then a unit of NaN; returns their unit.
+fn push_vectors(arena: &mut Vec<u16>, random: &mut Random, d_out: usize) -> u32 {
+    let values = (0..2 * d_out).map(|_| random.uniform().to_bits());
+    let halves: Vec<u16> = values.flat_map(|bits| [bits as u16, (bits >> 16) as u16]).collect();
+    let elements = halves.len().next_multiple_of(UNIT);
+    push(arena, halves, elements)
 }
 
 /// Adds a block that is filled up with zeros (whole units, as its extents are multiples of 16), then a unit of NaN.

@@ -3,7 +3,8 @@
 //!
 //! DoRA (arXiv:2402.09353; PEFT `tuners/lora/dora.py`) computes `g (W x + s B A x) + b` with `g = m / |W + s B A|`, the norm
 //! over the inputs of each output. Beside the base's `y0 = W x + b0` that is a gain of `g - 1` on `y0`, a pair with `g B`, and
-//! a shift of `b - b0 - (g - 1) b0`. A bias on B adds `s` times itself to the shift, a trained bias its difference from `b0`.
+//! a shift of `b - b0 - (g - 1) b0`; the last term only where `y0` has its bias already, which the CPU's product has and a
+//! device's not. A bias on B adds `s` times itself to the shift, a trained bias its difference from `b0`.
 
 use super::error::{AdapterError, WEIGHTS_FILE};
 use super::{LoraModule, OutputVectors, WholeMatrix};
@@ -18,6 +19,13 @@ const TILE_ELEMENTS: usize = 1 << 20;
 /// Largest difference between the base's embedding or head and the copy in an adapter's file, as root mean squares. A copy is
 /// of the unquantised weights, whatever this server loaded.
 const COPY_DIFFERENCE_MAX: f64 = 0.125;
+
+/// Where a device adds the base's own bias: to the product, which gains then scale with it, or after them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BiasPlace {
+    InProduct,
+    Later,
+}
 
 /// One set of vectors, ready to be packed.
 pub(super) struct Vectors {
@@ -63,7 +71,12 @@ impl<'a> Base<'a> {
 }
 
 /// Folds every module's magnitude and biases.
-pub(super) fn fold(modules: &[LoraModule], outputs: &[OutputVectors], base: &mut Base) -> Result<Folded, AdapterError> {
+pub(super) fn fold(
+    modules: &[LoraModule],
+    outputs: &[OutputVectors],
+    place: BiasPlace,
+    base: &mut Base,
+) -> Result<Folded, AdapterError> {
     let mut folded = Folded::default();
     for own in outputs {
         let index = modules.iter().position(|module| (module.layer, module.slice) == (own.layer, own.slice));
@@ -79,14 +92,20 @@ pub(super) fn fold(modules: &[LoraModule], outputs: &[OutputVectors], base: &mut
             gain = factors.iter().map(|factor| factor - 1.0).collect();
             folded.b.push((index, b));
         }
-        let shift = shift(own, module.map_or(0.0, |module| module.scale), &gain, base)?;
+        let shift = shift(own, module.map_or(0.0, |module| module.scale), &gain, place, base)?;
         folded.vectors.push(Vectors { layer: own.layer, slice: own.slice, gain, shift });
     }
     Ok(folded)
 }
 
 /// What biases add to each output.
-fn shift(own: &OutputVectors, scale: f32, gain: &[f32], base: &mut Base) -> Result<Vec<f32>, AdapterError> {
+fn shift(
+    own: &OutputVectors,
+    scale: f32,
+    gain: &[f32],
+    place: BiasPlace,
+    base: &mut Base,
+) -> Result<Vec<f32>, AdapterError> {
     let mut shift = vec![0.0; gain.len()];
     let kind = match own.slice {
         Slice::Q => Some(TensorKind::QueryBias),
@@ -95,12 +114,13 @@ fn shift(own: &OutputVectors, scale: f32, gain: &[f32], base: &mut Base) -> Resu
         _ => None,
     };
     // A base bias matters where it is replaced, or stands inside what a magnitude scales.
-    let matters = own.bias.is_some() || own.magnitude.is_some();
+    let matters = own.bias.is_some() || (own.magnitude.is_some() && place == BiasPlace::InProduct);
     if let Some(kind) = kind.filter(|_| matters && own.base_has_bias) {
         let before = base.rows("bias", (own.layer, kind), 0..gain.len())?;
         for (o, (shift, before)) in shift.iter_mut().zip(&before).enumerate() {
             let after = own.bias.as_ref().map_or(*before, |bias| bias[o]);
-            *shift = after - before - gain[o] * before;
+            let scaled = if place == BiasPlace::InProduct { gain[o] * before } else { 0.0 };
+            *shift = after - before - scaled;
         }
     }
     if let Some(bias) = &own.lora_bias {

@@ -1,7 +1,7 @@
 //! From a validated adapter to the bytes of pages.
 
 use super::error::AdapterError;
-use super::fold::{Base, check_copy, fold, write_whole};
+use super::fold::{Base, BiasPlace, check_copy, fold, write_whole};
 use super::{LoraModule, PeftAdapter};
 use crate::weights::BaseFiles;
 use half::f16;
@@ -53,7 +53,8 @@ impl PeftAdapter {
         for copy in &self.base_copies {
             check_copy(copy, extents, &mut base)?;
         }
-        let folded = fold(&self.modules, &self.outputs, &mut base)?;
+        let place = if matches!(layout, ImageLayout::Cpu(_)) { BiasPlace::InProduct } else { BiasPlace::Later };
+        let folded = fold(&self.modules, &self.outputs, place, &mut base)?;
         let mut lora: Vec<LoraPart> = self.modules.iter().map(part).collect();
         for (index, b) in &folded.b {
             lora[*index].b = b;

@@ -119,7 +119,9 @@ impl Reader<'_> {
             self.missing.extend(absent);
             return Ok(());
         }
-        if let (true, Some((_, a)), Some((_, b))) = (site.is_target, found.remove(&Role::A), found.remove(&Role::B)) {
+        if site.is_target
+            && let (Some((_, a)), Some((_, b))) = (found.remove(&Role::A), found.remove(&Role::B))
+        {
             let module = self.pair(site, &a, &b)?;
             self.out.modules.push(module);
         }
@@ -142,7 +144,9 @@ impl Reader<'_> {
         if outputs.magnitude.is_some() || outputs.lora_bias.is_some() || outputs.bias.is_some() {
             self.out.outputs.push(outputs);
         }
-        if let (true, Some((name, info))) = (self.config.saves(slice), found.remove(&Role::Weight)) {
+        if self.config.saves(slice)
+            && let Some((name, info)) = found.remove(&Role::Weight)
+        {
             let matrix = self.whole(site, &name, &info)?;
             self.out.whole.push(matrix);
         }

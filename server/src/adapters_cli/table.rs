@@ -88,7 +88,7 @@ pub(super) fn report(report: &Value) -> String {
         ("tensors", format!("{} matched", report["tensors_matched"])),
         ("unmatched", strings("tensors_unmatched")),
         ("size", HumanBytes(report["bytes"].as_u64().unwrap_or(0)).to_string()),
-        ("pages", report["pages_needed"].to_string()),
+        ("pages", report["pages_needed"].as_u64().filter(|pages| *pages > 0).map_or(String::new(), |n| n.to_string())),
     ];
     for (name, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {
         let _ = writeln!(page, "  {name:<10} {value}");

@@ -1,6 +1,6 @@
 //! `loramux adapters validate REF`: fetches an adapter into a folder that is removed again, and checks it against a model.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -50,31 +50,30 @@ pub(super) fn main(args: &ValidateArgs, json: bool) -> anyhow::Result<ExitCode> 
         }
         Err(Fetch::Broken(error)) => return Err(error),
     };
-    let check = match adapter::read(&files.dir, &spec, &limits) {
-        Ok(read) => AdapterCheck {
-            content: Some(ContentId(read.content_id)),
-            base_model: read.base_model,
-            base_matches: true,
-            ranks: (saturating(read.rank_min), saturating(read.rank_max)),
-            tensors_matched: saturating(2 * read.modules.len()),
-            modules: read.module_names,
-            weight_bytes: weight_bytes(&files.dir),
-            ..AdapterCheck::default()
-        },
-        Err(error) => {
-            let weight_bytes = weight_bytes(&files.dir);
-            AdapterCheck { weight_bytes, ..no(error.code(), error.to_string()) }
-        }
+    let found = adapter::check(&files.dir, &spec, &limits);
+    let (ranks, modules) = found.adapter.map_or_else(Default::default, |read| {
+        ((saturating(read.rank_min), saturating(read.rank_max)), read.module_names)
+    });
+    let refusal = |refusal: adapter::Refusal| Refusal { code: refusal.code.to_owned(), message: refusal.message };
+    let check = AdapterCheck {
+        content: found.content_id.map(ContentId),
+        base_model: found.base_model,
+        base_matches: found.base_matches,
+        ranks,
+        modules,
+        tensors_matched: saturating(found.tensors_matched),
+        tensors_unmatched: found.tensors_unmatched,
+        weight_bytes: found.weight_bytes,
+        features: found.features.into_iter().map(str::to_owned).collect(),
+        refusals: found.refusals.into_iter().map(refusal).collect(),
+        warnings: found.warnings,
+        ..AdapterCheck::default()
     };
     show(Some(&files.revision), &check, json)
 }
 
 fn saturating(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
-}
-
-fn weight_bytes(dir: &Path) -> u64 {
-    std::fs::metadata(dir.join("adapter_model.safetensors")).map_or(0, |data| data.len())
 }
 
 fn demo_model() -> anyhow::Result<PathBuf> {

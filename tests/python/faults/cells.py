@@ -1,7 +1,7 @@
 """Fault cells: what is broken, in which reply, at which source, for an adapter in which state; and what must come of it.
 
 Outcomes: `ok` served with its marker; `retry` 503, a Retry-After, and the next try is planned; `absent` 404 `model_not_found`;
-`refused` 422. Where two are listed, the standard allows both (a reply may be read as either).
+`refused` 422; `forbidden` 403, a redirect to a host that the operator did not list. Where two are listed, the standard allows both (a reply may be read as either).
 """
 
 from dataclasses import dataclass, field
@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 SOURCES = ("hub", "s3", "gcs", "http")
 PHASES = ("head", "config", "weights")
 STATES = ("request", "registered", "in place")
-RETRY, ABSENT, REFUSED, OK = "retry", "absent", "refused", "ok"
+RETRY, ABSENT, REFUSED, FORBIDDEN, OK = "retry", "absent", "refused", "forbidden", "ok"
 ANY_FAILURE = {RETRY, ABSENT, REFUSED}
 CODES = {
     RETRY: {"adapter_load_failed", "adapter_loading", "adapter_auth_unavailable"},
     ABSENT: {"model_not_found"},
     REFUSED: {"adapter_invalid", "adapter_unsupported", "adapter_too_large"},
+    FORBIDDEN: {"source_forbidden"},
 }
 
 
@@ -70,15 +71,15 @@ MODES = [
     _mode("gzip bomb", "gzip", bomb=256 << 20, every={RETRY, REFUSED}, only=BODY),
     _mode("endless", "endless", every={RETRY, REFUSED}, only=BODY),
     _mode("redirect loop", "redirect_loop", every=ANY_FAILURE),
-    _mode("redirect to metadata", "redirect", to="http://169.254.169.254{path}", every=ANY_FAILURE),
-    _mode("redirect to a closed host", "redirect", to="https://elsewhere.invalid{path}", every=ANY_FAILURE),
+    _mode("redirect to metadata", "redirect", to="http://169.254.169.254{path}", every=ANY_FAILURE | {FORBIDDEN}),
+    _mode("redirect to a closed host", "redirect", to="https://elsewhere.invalid{path}", every=ANY_FAILURE | {FORBIDDEN}),
     _mode("redirect without a place", "redirect", to="", every=ANY_FAILURE),
     *[_mode(f"status {status}", "status", status=status, every={ABSENT}) for status in (401, 403, 404, 410)],
     _mode("status 400", "status", status=400, every={ABSENT, REFUSED}),
     *[_mode(f"status {status}", "status", status=status) for status in (408, 425, 500, 502, 503, 504)],
     _mode("status 429", "status", status=429, headers={"Retry-After": "1"}),
     _mode("status 429 with a rate limit", "status", status=429, headers={"RateLimit": '"api";r=0;t=1'}),
-    _mode("status 503 for a year", "status", status=503, headers={"Retry-After": "31536000"}),
+    _mode("status 503 with a long pause", "status", status=503, headers={"Retry-After": "40"}),
     _mode("status 206 unasked", "status", status=206, headers={"Content-Range": "bytes 0-9/10"}, every={RETRY, REFUSED}, only=BODY),
     _mode("flip in the first bytes", "flip", at=8, only=BODY, every={RETRY}),
     _mode("flip near the end", "flip", at=0.98, only=("weights",), sources=("hub", "s3", "gcs")),

@@ -6,6 +6,7 @@ the first that matches acts.
 """
 
 import asyncio
+import functools
 import gzip
 import random
 import re
@@ -224,18 +225,23 @@ async def _flip(x: Exchange, at: float = 0.5, bit: int = 0):
     await x.honest()
 
 
+@functools.cache
+def _bomb(zeros: int) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join(packer.compress(b"\0" * (1 << 20)) for _ in range(zeros >> 20)) + packer.flush()
+
+
 async def _gzip(x: Exchange, bomb: int = 0):
     """Content-Encoding gzip nobody asked for; `bomb`: that many bytes of zeros behind it."""
     if bomb:
-        packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-        x.reply.body = b"".join(packer.compress(b"\0" * (1 << 20)) for _ in range(bomb >> 20)) + packer.flush()
+        x.reply.body = _bomb(bomb)
     else:
         x.reply.body = gzip.compress(x.reply.body)
     x.reply.headers["Content-Encoding"] = "gzip"
     await x.honest()
 
 
-async def _endless(x: Exchange, bytes_max: int = 1 << 28):
+async def _endless(x: Exchange, bytes_max: int = 1 << 25):
     """A body without end (or until `bytes_max`, so that a broken reader does not fill the disk of whoever tests it)."""
     await x.send(x.reply.head_bytes(**{"Transfer-Encoding": "chunked"}), body=False)
     piece = b"10000\r\n" + b"\0" * 65536 + b"\r\n"

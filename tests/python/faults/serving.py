@@ -111,8 +111,15 @@ class SourcedServer(Server):
         timeout = f"{LOAD_TIMEOUT_S / (time_scale or 1):g}"
         super().__init__(*flags(faults, "--adapter-load-timeout", timeout, *more, networks=networks), data_dir=str(self.data), env=variables, **settings)
 
-    def open_files(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+    def open_files(self) -> dict[str, int]:
+        """Descriptors by kind: sockets (connections that are kept for the next request among them) and all others."""
+        kinds = {"sockets": 0, "others": 0}
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+            try:
+                kinds["sockets" if os.readlink(entry).startswith("socket:") else "others"] += 1
+            except OSError:
+                pass  # it was closed while we looked
+        return kinds
 
     def resident_bytes(self) -> int:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
@@ -126,7 +133,7 @@ class SourcedServer(Server):
         return [
             str(path.relative_to(self.data))
             for path in self.data.rglob("*")
-            if path.is_file() and ("tmp" in path.parts or path.suffix in (".tmp", ".partial", ".incomplete"))
+            if path.is_file() and ("tmp" in path.relative_to(self.data).parts or path.suffix in (".tmp", ".partial", ".incomplete"))
         ]
 
     def close(self):

@@ -121,6 +121,14 @@ impl Fetcher {
         freed
     }
 
+    /// True if the stored files of `identity` are still what was downloaded; to be asked when the shard cannot read them, or
+    /// reads another content than [`Store::expected_content`]. Damaged files are gone afterwards: the next fetch downloads them
+    /// again.
+    pub async fn verify(&self, identity: &str) -> bool {
+        let (store, identity) = (Arc::clone(&self.inner.store), identity.to_owned());
+        tokio::task::spawn_blocking(move || store.verify(&identity)).await.unwrap_or(false)
+    }
+
     /// Forgets a shared failure of `identity`, so that the next fetch asks the source.
     pub fn forgive(&self, identity: &str) {
         self.inner.flights.forgive(identity);

@@ -18,7 +18,8 @@ fn store(is_right: fn(&str) -> bool) -> impl Fn(&Parts) -> Response<Body> + Send
     move |parts| {
         let authorization =
             parts.headers.get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let path = parts.uri.path();
+        // GCS takes a key as one segment, everything but letters and digits encoded.
+        let path = parts.uri.path().replace("%2F", "/").replace("%5F", "_").replace("%2E", ".");
         if path.starts_with("/closed/") && !is_right(authorization)
             || !path.starts_with("/open/") && !path.starts_with("/closed/")
         {

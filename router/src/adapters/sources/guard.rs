@@ -142,13 +142,20 @@ pub fn parse_url(text: &str) -> Result<Url, &'static str> {
             "a host is written as a lower-case name, an IPv4 address of four decimal numbers or a short `[IPv6]` address",
         );
     }
-    if spelled.split(':').next().is_some_and(|host| host.ends_with('.')) {
-        return Err("a host's name has no dot at its end");
+    if let Some(Host::Domain(name)) = url.host()
+        && !is_plain_name(name)
+    {
+        return Err("a host's name has letters, digits, `-`, `_` and single dots between them");
     }
     if url.path() != if path.is_empty() { "/" } else { path } {
         return Err("a URL's path is written without characters that need an encoding");
     }
     Ok(url)
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
+    name.split('.').all(|label| !label.is_empty() && label.bytes().all(is_plain))
 }
 
 /// A path whose parts mean themselves to every server: no dots, no empty parts, nothing that decodes to a separator.

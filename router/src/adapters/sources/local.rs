@@ -11,7 +11,8 @@ use crate::adapters::types::{AdapterRef, ByteStream, Credential, FileName, Origi
 /// See [`LocalSettings`].
 pub(super) struct Local {
     roots: Vec<PathBuf>,
-    named: Vec<PathBuf>,
+    /// What the operator named, and what its links may not leave.
+    named: Vec<(PathBuf, PathBuf)>,
 }
 
 /// One file as it was when it was looked at.
@@ -23,7 +24,8 @@ struct Found {
 
 impl Local {
     pub(super) fn new(settings: &LocalSettings) -> Self {
-        Self { roots: settings.roots.clone(), named: settings.named.clone() }
+        let with_border = |dir: &PathBuf| (dir.clone(), border(dir).unwrap_or(dir).to_owned());
+        Self { roots: settings.roots.clone(), named: settings.named.iter().map(with_border).collect() }
     }
 
     pub(super) fn is_off(&self) -> bool {
@@ -54,9 +56,16 @@ impl Local {
 
     fn root_of(&self, path: &Path, credential: &Credential) -> Result<PathBuf, SourceError> {
         let named = if matches!(credential, Credential::Server) { self.named.as_slice() } else { &[] };
-        let mut roots = self.roots.iter().chain(named);
-        roots.find(|root| path.starts_with(root)).cloned().ok_or(SourceError::Absent)
+        let named = named.iter().find(|(dir, _)| path.starts_with(dir)).map(|(_, border)| border);
+        named.or_else(|| self.roots.iter().find(|root| path.starts_with(root))).cloned().ok_or(SourceError::Absent)
     }
+}
+
+/// The repository's directory of a hub cache, if `dir` is one of its snapshots: whose files are links to blobs beside it.
+fn border(dir: &Path) -> Option<&Path> {
+    let is = |dir: &&Path, test: fn(&str) -> bool| dir.file_name().and_then(|name| name.to_str()).is_some_and(test);
+    let snapshots = dir.ancestors().find(|dir| is(dir, |name| name == "snapshots"))?;
+    snapshots.parent().filter(|repo| is(repo, |name| name.starts_with("models--")))
 }
 
 /// Opens `path` below `root` again, if it still is what `file` says.

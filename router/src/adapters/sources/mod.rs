@@ -8,6 +8,8 @@ mod beneath;
 mod bucket_client;
 mod bucket_keys;
 mod buckets;
+#[cfg(test)]
+mod canary_tests;
 pub mod guard;
 mod http;
 mod hub;

@@ -259,7 +259,7 @@ impl Drop for Download {
         if !self.gone {
             // The reservation's bytes stay counted until the files are unlinked.
             state.accounts.add(self.tenant.id, reserved);
-            state.trash.push(Trash { path: self.dir.clone(), bytes: reserved, tenant: self.tenant.id });
+            state.trash.insert(self.dir.clone(), Trash { bytes: reserved, tenant: self.tenant.id });
         }
         drop(state);
         super::in_background(&self.shared, |shared| shared.sweep());

@@ -20,6 +20,7 @@ mod state;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::fs::File;
 use std::io;

@@ -16,7 +16,7 @@ use super::state::{Content, Partial, State, Trash};
 use crate::adapters::types::FileName;
 
 /// A process that just ended, or a child of it that has not started its own program yet, may have the lock a moment longer.
-const LOCK_WAIT: Duration = Duration::from_millis(500);
+const LOCK_WAIT: Duration = Duration::from_millis(200);
 
 /// See [`super::Store::open`].
 pub(super) fn open(data_dir: &Path, quota_bytes: u64, disk: Disk) -> io::Result<Arc<Shared>> {
@@ -87,7 +87,7 @@ impl Scan<'_> {
                 }
                 None => {
                     tracing::warn!(path = %path.display(), "adapter store: removes a record that cannot be read");
-                    state.trash.push(Trash { path, bytes: 0, tenant: 0 });
+                    state.trash.insert(path, Trash::default());
                 }
             }
         }
@@ -107,7 +107,9 @@ impl Scan<'_> {
                         state.accounts.add(content.tenant, content.bytes);
                         state.contents.insert(id, content);
                     }
-                    _ => state.trash.push(Trash { path, bytes: 0, tenant: 0 }),
+                    _ => {
+                        state.trash.insert(path, Trash::default());
+                    }
                 }
             }
         }
@@ -128,7 +130,9 @@ impl Scan<'_> {
                     state.trash_partial(&record.identity);
                     state.partials.insert(record.identity.into(), partial);
                 }
-                _ => state.trash.push(Trash { path: dir, bytes: 0, tenant: 0 }),
+                _ => {
+                    state.trash.insert(dir, Trash::default());
+                }
             }
         }
         Ok(next)

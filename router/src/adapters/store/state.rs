@@ -43,9 +43,8 @@ pub(super) struct Partial {
 }
 
 /// Something to unlink.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Trash {
-    pub(super) path: PathBuf,
     pub(super) bytes: u64,
     pub(super) tenant: u64,
 }
@@ -68,7 +67,8 @@ pub(super) struct State {
     pub(super) contents: HashMap<FilesId, Content>,
     pub(super) partials: HashMap<Arc<str>, Partial>,
     pub(super) pinned: HashSet<Arc<str>>,
-    pub(super) trash: Vec<Trash>,
+    /// To be unlinked, by path.
+    pub(super) trash: HashMap<PathBuf, Trash>,
     /// Records of the index to unlink.
     pub(super) forgotten: Vec<Arc<str>>,
     pub(super) accounts: Accounts,
@@ -84,7 +84,7 @@ impl State {
             contents: HashMap::new(),
             partials: HashMap::new(),
             pinned: HashSet::new(),
-            trash: Vec::new(),
+            trash: HashMap::new(),
             forgotten: Vec::new(),
             accounts: Accounts::default(),
             clock: 0,
@@ -165,14 +165,13 @@ impl State {
     /// A content's directory is at `path` now, waiting to be unlinked.
     pub(super) fn trash_content(&mut self, files_id: &FilesId, path: PathBuf) {
         if let Some(Content { bytes, tenant, .. }) = self.contents.remove(files_id) {
-            self.trash.push(Trash { path, bytes, tenant });
+            self.trash.insert(path, Trash { bytes, tenant });
         }
     }
 
     /// `path` is unlinked.
     pub(super) fn untrash(&mut self, path: &Path) {
-        while let Some(at) = self.trash.iter().position(|trash| trash.path == path) {
-            let Trash { bytes, tenant, .. } = self.trash.swap_remove(at);
+        if let Some(Trash { bytes, tenant }) = self.trash.remove(path) {
             self.accounts.remove(tenant, bytes);
         }
     }
@@ -227,7 +226,7 @@ impl State {
     /// What gives way to free `bytes` among the things of the tenants that `whose` takes. `Err` with the bytes that could be
     /// freed when these are too few. What already waits to be unlinked counts, and is no victim again.
     fn give_way(&self, bytes: u64, whose: impl Fn(u64) -> bool) -> Result<Vec<Victim>, u64> {
-        let trash = self.trash.iter().filter(|trash| whose(trash.tenant)).map(|trash| trash.bytes);
+        let trash = self.trash.values().filter(|trash| whose(trash.tenant)).map(|trash| trash.bytes);
         let dead = self.contents.values().filter(|content| !content.live && content.guard.strong_count() == 0);
         let dead = dead.filter(|content| whose(content.tenant)).map(|content| content.bytes);
         let mut free: u64 = trash.chain(dead).sum();
@@ -267,7 +266,7 @@ impl State {
     /// Moves an idle partial to the trash. Its bytes.
     pub(super) fn trash_partial(&mut self, identity: &str) -> u64 {
         self.partials.remove(identity).map_or(0, |Partial { dir, bytes, tenant, .. }| {
-            self.trash.push(Trash { path: dir, bytes, tenant });
+            self.trash.insert(dir, Trash { bytes, tenant });
             bytes
         })
     }
@@ -277,7 +276,7 @@ impl State {
     pub(super) fn recount(&self) -> u64 {
         let contents = self.contents.values().map(|content| content.bytes);
         let partials = self.partials.values().map(|partial| partial.bytes);
-        contents.chain(partials).chain(self.trash.iter().map(|trash| trash.bytes)).sum()
+        contents.chain(partials).chain(self.trash.values().map(|trash| trash.bytes)).sum()
     }
 }
 

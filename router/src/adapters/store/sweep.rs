@@ -10,7 +10,7 @@ impl Shared {
     pub(super) fn sweep(&self) {
         let _sweeping = lock(&self.sweeping);
         self.move_dead_out();
-        let trash: Vec<_> = self.state().trash.iter().map(|trash| trash.path.clone()).collect();
+        let trash: Vec<_> = self.state().trash.keys().cloned().collect();
         for path in trash {
             match self.disk.remove_tree(&path) {
                 Ok(()) => self.state().untrash(&path),

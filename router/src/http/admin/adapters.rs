@@ -80,7 +80,7 @@ impl Which {
     }
 }
 
-fn checked_namespace(text: String) -> Result<String, ApiError> {
+pub(super) fn checked_namespace(text: String) -> Result<String, ApiError> {
     if is_namespace(&text) {
         return Ok(text);
     }

@@ -7,7 +7,7 @@ use axum::http::Request;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::adapters::{Which, refused, unknown};
+use super::adapters::{Which, checked_namespace, refused, unknown};
 use crate::adapters::{AliasAsk, AliasView, StickyBy, Weighted};
 use crate::http::App;
 use crate::http::body::json_object;
@@ -100,7 +100,7 @@ pub(super) async fn delete(
         text.parse::<u64>().map_err(|_| ApiError::invalid("expected_version", "an integer of at least 0", text))
     };
     let expected = query.expected_version.as_ref().map(number).transpose()?;
-    let namespace = query.namespace.unwrap_or_default();
+    let namespace = checked_namespace(query.namespace.unwrap_or_default())?;
     let gone = app.registry.delete_alias(&namespace, &name, expected).await;
     gone.map(Json).map_err(|failure| refused(&name, &failure))
 }

@@ -277,7 +277,7 @@ impl LoraLists {
         for _ in 0..copies * block_rows {
             for (_, outputs) in &site.cols {
                 let (a_unit, b_unit) = ((at / 256) as u32, ((at + unit(site.d_in)) / 256) as u32);
-                descs.push(BlockDesc { a_unit, b_unit, scale: 0.01, reserved: 0 });
+                descs.push(BlockDesc { a_unit, b_unit, scale: 0.01, vectors: 0 });
                 at += unit(site.d_in) + unit(*outputs);
             }
         }

@@ -26,6 +26,8 @@ struct Slot {
     generation: Option<u64>,
     /// Rows of the descriptor table, one for each rank block.
     block_rows: Vec<u32>,
+    /// Whether a descriptor names gains and shifts.
+    has_vectors: bool,
 }
 
 /// Slots and the rows of the descriptor table that are free.
@@ -47,11 +49,16 @@ impl SlotTable {
         Ok(&held.block_rows)
     }
 
+    /// Whether what `slot` holds has gains and shifts.
+    pub(super) fn has_vectors(&self, slot: u32) -> bool {
+        self.slots.get(slot as usize).is_some_and(|held| held.has_vectors)
+    }
+
     /// Takes rows for an adapter of `blocks` rank blocks. The slot's old content is gone from here on.
     pub(super) fn replace(&mut self, slot: u32, generation: u64, blocks: usize) -> Result<&[u32], ShardFault> {
         let missing = || ShardFault::Malformed(format!("upload into slot {slot}, which is not there"));
         let held = self.slots.get_mut(slot as usize).ok_or_else(missing)?;
-        held.generation = None;
+        (held.generation, held.has_vectors) = (None, false);
         self.free_rows.append(&mut held.block_rows);
         if self.free_rows.len() < blocks {
             return Err(ShardFault::Malformed(format!("no room for the {blocks} rank blocks of slot {slot}")));
@@ -199,7 +206,10 @@ impl DeviceAdapters {
 
     /// Gives the slot its rows of the table and copies them.
     fn stage(&mut self, stream: Stream, upload: &Upload, descs: &[Vec<BlockDesc>]) -> Result<(), ShardFault> {
-        let rows = self.table.replace(upload.slot, upload.generation, descs.len())?;
+        self.table.replace(upload.slot, upload.generation, descs.len())?;
+        let Some(held) = self.table.slots.get_mut(upload.slot as usize) else { return Ok(()) };
+        held.has_vectors = descs.iter().flatten().any(|desc| desc.vectors != 0);
+        let rows = &held.block_rows;
         let row_bytes = self.row_descs * size_of::<BlockDesc>();
         for (&row, descs) in rows.iter().zip(descs) {
             let at = self.staging_next * self.row_descs;

@@ -1,5 +1,6 @@
 //! Captured decode steps: one graph for each bucket of rows, with and without adapters. How many adapters there are, and
-//! which, is data that the kernels read: there is no graph dimension for it.
+//! which, is data that the kernels read: there is no graph dimension for it. Adapters with gains and shifts (DoRA, biases) have
+//! one launch more for each site, which would cost all others time; their steps are launched one by one.
 
 use loramux_kernels::device::{DeviceError, Graph};
 
@@ -42,7 +43,7 @@ impl Graphs {
 }
 
 fn record(engine: &Engine, bundles: &Bundles, bucket: usize, passes: &[LoraPass]) -> Result<Graph, DeviceError> {
-    let shape = Shape { rows: bucket, bucket, tiles: 0, passes, prefill_tiles: 0 };
+    let shape = Shape { rows: bucket, bucket, tiles: 0, passes, vectors: false, prefill_tiles: 0 };
     let mut ops = StepOps::new(engine, bundles, shape);
     engine.device.begin_capture(engine.stream)?;
     let launched = ops.forward().and_then(|()| ops.sample(0, bucket, false));

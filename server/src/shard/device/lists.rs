@@ -51,6 +51,8 @@ pub(super) struct Lists {
     pub(super) items: Vec<LoraItem>,
     pub(super) passes: Vec<LoraPass>,
     pub(super) logit_rows: Vec<LogitRow>,
+    /// Whether an adapter of the step has gains and shifts.
+    pub(super) vectors: bool,
     /// Every chunk is one position whose next token is drawn: the step that graphs are captured for.
     pub(super) decode_only: bool,
 }
@@ -106,8 +108,10 @@ impl Lists {
             items,
             passes,
             logit_rows,
+            vectors,
             decode_only: _,
         } = self;
+        *vectors = false;
         tokens.clear();
         positions.clear();
         kv_slots.clear();
@@ -194,6 +198,7 @@ impl Lists {
                 rows += next.len as usize;
             }
             let per_tile = items_of(&chunk.adapters, slots)?;
+            self.vectors |= chunk.adapters.iter().any(|adapter| slots.has_vectors(adapter.slot));
             if per_tile.len() > items_max {
                 return Err(ShardFault::Malformed(format!(
                     "a row has {} rank blocks, the limit is {items_max}",

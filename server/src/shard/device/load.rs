@@ -224,7 +224,7 @@ fn landings(device: &SharedDevice, limits: &EngineLimits) -> Result<Vec<Landing>
 type Pool = Option<HostBuffer<u8>>;
 
 /// What adapters can have on the CPU and not on a device, by the names of `PeftAdapter::features`.
-const LACKED_FEATURES: [&str; 6] = ["dora", "lora_bias", "bias", "embed_tokens", "lm_head", "modules_to_save"];
+const LACKED_FEATURES: [&str; 3] = ["embed_tokens", "lm_head", "modules_to_save"];
 
 /// The host slab over page-locked memory; without it where the system refuses so much. What does not fit is kept in ordinary
 /// memory, from where copies are slower.

@@ -1,6 +1,6 @@
 //! The LoRA kernels of one site.
 
-use loramux_kernels::cuda::{ExpandAddKernel, ShrinkKernel};
+use loramux_kernels::cuda::{ExpandAddKernel, GainShiftKernel, ShrinkKernel};
 use loramux_kernels::device::lora::SiteShape;
 use loramux_kernels::device::{Device, DeviceError, Elem};
 use loramux_models::{DecoderSpec, Site};
@@ -8,11 +8,12 @@ use loramux_models::{DecoderSpec, Site};
 use super::engine::{EngineLimits, site_cols};
 use super::lists::{DECODE_TILE_ROWS, PREFILL_TILE_ROWS};
 
-/// Shrink and expand of one site, for tiles of decodes and of prompts.
+/// Shrink and expand of one site, for tiles of decodes and of prompts, and what DoRA and biases change before them.
 #[derive(Debug)]
 pub(super) struct SiteKernels {
     pub(super) shrink: [ShrinkKernel; 2],
     pub(super) expand: [ExpandAddKernel; 2],
+    pub(super) gain_shift: GainShiftKernel,
     /// Matrices of the site.
     pub(super) slices: u32,
     /// First of them in a layer's descriptors.
@@ -44,6 +45,7 @@ impl SiteKernels {
                 ExpandAddKernel::load(device, elem, decode, tiles_max[0])?,
                 ExpandAddKernel::load(device, elem, prefill, tiles_max[1])?,
             ],
+            gain_shift: GainShiftKernel::load(device, elem, prefill, tiles_max[1])?,
             slices: cols.len() as u32,
             first_slice: match site {
                 Site::Qkv => 0,

@@ -180,7 +180,7 @@ impl DeviceExecutor {
         self.samples.fill(&self.lists.logit_rows, &self.sequences, self.engine.spec.vocab, group_rows)?;
         let with_adapters = !self.lists.items.is_empty();
         let one_pass = self.lists.passes.len() == 1 && self.lists.rows() <= group_rows;
-        let graph = match self.lists.decode_only && one_pass {
+        let graph = match self.lists.decode_only && one_pass && !self.lists.vectors {
             true => self.graphs.find(self.lists.rows(), with_adapters),
             false => None,
         };
@@ -259,6 +259,7 @@ impl DeviceExecutor {
             bucket: self.engine.plans.bucket(rows),
             tiles: usize::from(!self.lists.decode_only),
             passes,
+            vectors: self.lists.vectors,
             prefill_tiles: self.lists.prefill_tiles.len(),
         };
         let mut ops = StepOps::new(&self.engine, &self.bundles, shape);
@@ -283,7 +284,7 @@ impl DeviceExecutor {
         packing.push(List::LogitRows, &[0u32])?;
         packing.send(self.engine.stream)?;
         let bucket = self.engine.plans.bucket(1);
-        let shape = Shape { rows: 1, bucket, tiles, passes: &PASS, prefill_tiles: tiles };
+        let shape = Shape { rows: 1, bucket, tiles, passes: &PASS, vectors: true, prefill_tiles: tiles };
         let mut ops = StepOps::new(&self.engine, &self.bundles, shape);
         ops.forward()?;
         ops.sample(0, 1, true)?;

@@ -26,6 +26,8 @@ pub(super) struct Shape<'a> {
     pub(super) tiles: usize,
     /// The LoRA work; none for steps without adapters.
     pub(super) passes: &'a [LoraPass],
+    /// Whether an adapter of the step has gains and shifts.
+    pub(super) vectors: bool,
     /// Tiles of chunks of several rows.
     pub(super) prefill_tiles: usize,
 }
@@ -160,6 +162,10 @@ impl<'a> StepOps<'a> {
         unsafe { device.gemm(*stream, plan, y, x, weight)? };
         for pass in 0..passes.len() {
             let work = self.work(layer, site, pass);
+            if self.shape.vectors {
+                // SAFETY: the same; y is the product's, which is before this on the stream.
+                unsafe { kernels.gain_shift.launch(device, *stream, &work, y, kernels.width)? };
+            }
             if pass == 0 {
                 device.wait(*stream, *join)?;
                 if tiles == 0 && passes.len() == 1 && self.engine.fusions.has(site) {

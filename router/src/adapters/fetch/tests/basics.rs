@@ -96,21 +96,23 @@ async fn a_source_without_ranges_is_asked_from_the_start() {
 
 #[tokio::test]
 async fn wrong_bytes_are_asked_for_once_more_and_then_refused() {
-    let with_hash = [Act::Flip(0), Act::Flip(BYTES - 1), Act::Longer].map(|act| (act, Promise::Sha256));
-    for (act, promise) in with_hash.into_iter().chain([(Act::Longer, Promise::Etag), (Act::Longer, Promise::Nothing)]) {
+    let with_hash = [Act::Flip(0), Act::Flip(BYTES - 1), Act::Longer].map(|act| (act, Promise::Sha256, BYTES));
+    // The byte too many comes in a chunk of its own, or in the last one.
+    let without = [(Act::Longer, Promise::Etag, BYTES), (Act::Longer, Promise::Nothing, BYTES + 1)];
+    for (act, promise, bytes) in with_hash.into_iter().chain(without) {
         let world = World::new();
-        let resolved = world.source.add("a", BYTES, promise);
+        let resolved = world.source.add("a", bytes, promise);
         world.source.act(&resolved, FileName::Weights, [act.clone()]);
-        assert_is(&world.fetch(&resolved).await.unwrap(), "a", BYTES);
+        assert_is(&world.fetch(&resolved).await.unwrap(), "a", bytes);
 
-        let resolved = world.source.add("b", BYTES, promise);
+        let resolved = world.source.add("b", bytes, promise);
         world.source.act(&resolved, FileName::Weights, [act.clone(), act.clone()]);
         let error = expect_error(&world, &resolved).await;
         assert!(matches!(error, FetchError::Corrupt { .. }) && error.retryable(), "{error}");
         world.source.act(&resolved, FileName::Weights, [act.clone(), act.clone()]);
         let error = expect_error(&world, &resolved).await;
         assert_eq!((error.code(), error.retryable()), ("adapter_invalid", false), "nobody should try a third time");
-        assert_is(&world.fetch(&resolved).await.unwrap(), "b", BYTES);
+        assert_is(&world.fetch(&resolved).await.unwrap(), "b", bytes);
     }
 }
 
@@ -154,4 +156,26 @@ async fn a_source_that_asks_for_patience_is_not_asked_again_at_once() {
     let error = expect_error(&world, &resolved).await;
     assert_eq!(error.retry_after(), pause);
     assert_eq!(world.source.offsets(FileName::Config).len(), 1);
+}
+
+#[tokio::test]
+async fn a_flipped_bit_on_disk_is_found_and_downloaded_again() {
+    for (file, at) in
+        [("adapter_config.json", 3), ("adapter_model.safetensors", 0), ("adapter_model.safetensors", BYTES - 1)]
+    {
+        let world = World::new();
+        let resolved = world.source.add("a", BYTES, Promise::Etag);
+        let stored = world.fetch(&resolved).await.unwrap();
+        assert!(world.fetcher.verify(&resolved.identity).await);
+        let path = stored.dir().join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert!(!world.fetcher.verify(&resolved.identity).await);
+        drop(stored);
+        assert!(world.store.get(&resolved.identity).is_none());
+        world.assert_clean();
+        assert_is(&world.fetch(&resolved).await.unwrap(), "a", BYTES);
+        assert!(world.fetcher.verify(&resolved.identity).await);
+    }
 }
