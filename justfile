@@ -49,6 +49,11 @@ blackbox *args:
 sim seeds="20000":
     LORAMUX_SIM_SEEDS=0..{{seeds}} cargo test --release -p loramux-router sim_long -- --nocapture
 
+# Ten thousand adapters under Zipf traffic while their sources fail; writes a report: `just soak 10 soak.json`
+soak minutes="10" report="adapter_soak.json":
+    cargo build --release
+    {{python}} tests/python/adapter_soak.py --minutes {{minutes}} --json {{report}}
+
 # GB/s and GFLOP/s of each op
 bench-ops:
     cargo run --release -p loramux-kernels --example bench_ops

@@ -16,7 +16,7 @@ from loramux_server import wait_until
 OLD = 40_000  # the marker of what in-place loads replace
 FIRST = 41_000
 WAIT_S = 1.5
-AT_ONCE = 24
+AT_ONCE = 16
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ class Trial:
         self.reference = reference(faults, cell.source, f"cells/m{cell.number}")
         self.name = f"cell-{cell.number}"
         self.problems = []
+        self.seen = OK
 
     async def put(self, ref: str) -> Answer:
         return await ask(self.server.address, "PUT", f"/admin/v1/adapters/{self.name}?wait={load_ms(WAIT_S)}ms", {"ref": ref}, ADMIN)
@@ -70,6 +71,7 @@ class Trial:
         else:
             answer = await self.put(self.reference)
         seen = RETRY if answer.status == 202 else outcome_of(answer)
+        self.seen = seen
         if seen not in expected:
             self.problems.append(f"{seen}, not {' or '.join(sorted(expected))}: {answer}")
         if seen == OK and self.cell.state == "request" and marker_of(answer) != marker.marker(self.cell.number):
@@ -90,10 +92,10 @@ class Trial:
             self.problems.append(f"state {state}, error {error}")
 
     async def recover(self):
-        """After the fault is gone: the next good request is served."""
-        deadline = time.monotonic() + 8
+        """After the fault is gone: the next good request is served. What was refused for good is kept so until somebody loads it again."""
+        deadline, by_request = time.monotonic() + 12, self.cell.state == "request" and self.seen not in (REFUSED, FORBIDDEN)
         while True:
-            if self.cell.state == "request":
+            if by_request:
                 answer = await complete(self.server.address, self.reference)
             else:
                 answer = await self.put(self.reference)

@@ -181,11 +181,7 @@ def test_http_headers_of_the_operator_go_to_their_host_only(faults):
     faults.token(HTTP_SECRET, ["private-web/*"])
     host = f"http://127.0.0.1:{faults.ports['http']}"
     with SourcedServer(
-        faults,
-        "--adapter-http-header",
-        f"{host}=Authorization:Bearer {HTTP_SECRET}",
-        "--adapter",
-        f"web={host}/private-web/m117",
+        faults, "--adapter-http-header", f"{host}=Authorization:Bearer {HTTP_SECRET}", "--adapter", f"web={host}/private-web/m117"
     ) as server:
         assert marker_of(served(server, "web")) == marker.marker(117)
         mark = faults.mark()

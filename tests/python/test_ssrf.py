@@ -19,6 +19,7 @@ from faults.serving import ADMIN, SourcedServer, load_ms, write_named
 from loramux_server import wait_until
 import marker
 
+
 @pytest.fixture(scope="module")
 def faults():
     with FaultServer() as server:
@@ -94,7 +95,9 @@ def test_the_listener_sees_who_comes(faults):
     canary = Canary()
     with SourcedServer(faults, "--adapter-http-hosts", f"http://127.0.0.1:{canary.port}") as server:
         watch = watched(server, faults)
-        assert asyncio.run(complete(server.address, f"http://127.0.0.1:{canary.port}/x/m1", adapter_load_timeout_ms=load_ms(2))).status == 503
+        assert (
+            asyncio.run(complete(server.address, f"http://127.0.0.1:{canary.port}/x/m1", adapter_load_timeout_ms=load_ms(2))).status == 503
+        )
         wait_until(lambda: canary.connects, "a connection")
         watch.stop()
     canary.close()
@@ -161,7 +164,9 @@ def test_redirects_lead_nowhere_they_should_not(server, faults, canary):
             )
             models.append(f"{faults.url('http')}/r{name}/m{n + i}" if dialect == "http" else f"hf://r{name}/m{n + i}")
         faults.rules(*rules)
-        answers = asyncio.run(gather([complete(server.address, model, adapter_load_timeout_ms=load_ms(1.5)) for model in models], at_once=24))
+        answers = asyncio.run(
+            gather([complete(server.address, model, adapter_load_timeout_ms=load_ms(1.5)) for model in models], at_once=24)
+        )
         for model, answer, target in zip(models, answers, targets):
             assert answer.status in (400, 403, 404, 422, 503), f"{model} -> {target}: {answer}"
         assert any(hits for hits in faults.ask("hits")), f"no redirect of {dialect} was ever followed or seen"

@@ -12,8 +12,8 @@ from loramux_server import Server
 
 REMOTE = ("hub", "s3", "gcs", "http")
 HTTP_SECRET = "operators-http-secret"
-# Sixty seconds become 3: what is kept, waited for and retried comes in time for a test. Deadlines of requests shrink with it.
-TIME_SCALE = 0.05
+# Sixty seconds become 6: what is kept, waited for and retried comes in time for a test. Deadlines of requests shrink with it.
+TIME_SCALE = 0.1
 LOAD_TIMEOUT_S = 30
 
 
