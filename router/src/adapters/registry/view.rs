@@ -154,6 +154,11 @@ impl Registry {
         contents.iter().map(shown).collect()
     }
 
+    /// True if a caller of `namespace` means a registered adapter by this name; what callers name themselves is theirs to know.
+    pub fn is_registered(&self, namespace: &str, name: &str) -> bool {
+        self.names().meant(namespace, name).is_some()
+    }
+
     /// How many adapters are in each state, attempts for callers' references included.
     pub fn states(&self) -> [(AdapterState, usize); 8] {
         let running = self.inner.contents.running();
