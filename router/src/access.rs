@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use globset::GlobSet;
 
-use crate::adapters::SourceKind;
+use crate::adapters::{AdapterRef, SourceKind};
 
 /// Whose request this is. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -50,6 +50,19 @@ impl Caller {
     /// True if the key's list of adapters has this name, or this reference as printed.
     pub fn may_use_adapter(&self, name: &str) -> bool {
         self.policy.adapters.as_ref().is_none_or(|globs| globs.is_match(name))
+    }
+
+    /// True for a key that is not the operator's own: one with a namespace, a list or a quota. The server's credentials never
+    /// answer for it.
+    pub fn is_restricted(&self) -> bool {
+        let policy = &self.policy;
+        let is_limited = policy.adapters.is_some() || policy.sources.is_some() || policy.disk_bytes_max.is_some();
+        !self.is_admin && (is_limited || !self.namespace.is_empty())
+    }
+
+    /// True if the key's list of adapters has this reference, in any of its spellings.
+    pub fn may_use_reference(&self, reference: &AdapterRef) -> bool {
+        self.may_use_adapter(&reference.to_string()) || self.may_use_adapter(&reference.locator)
     }
 
     /// True if the key may name references of this source.

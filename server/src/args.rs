@@ -99,7 +99,7 @@ pub(crate) struct ServeArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Base model: a directory, a .gguf file, org/model[@revision], org/repo/file.gguf, or s3://, gs://. Default: the built-in demo model
+    /// Base model: a directory, a .gguf file, org/model(@revision), org/repo/file.gguf, or s3://, gs://. Default: the built-in demo model
     #[arg(long, alias = "model", env = "LORAMUX_MODEL_ID", value_name = "PATH|REF")]
     pub(crate) model_id: Option<PathBuf>,
     /// Names that clients may use for the base model, comma-separated. Default: the last part of --model-id (without .gguf)
@@ -140,7 +140,7 @@ pub(crate) struct ModelArgs {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Adapters")]
 pub(crate) struct AdapterArgs {
-    /// A LoRA adapter and the name clients use for it: a folder, hf://org/repo[@revision], s3://bucket/path, gs://..,
+    /// A LoRA adapter and the name clients use for it: a folder, hf://org/repo(@revision), s3://bucket/path, gs://..,
     /// https://..; repeat for more
     #[arg(long, alias = "lora-modules", alias = "lora-paths", env = "LORAMUX_ADAPTER", value_name = "NAME=REF", num_args = 1..)]
     pub(crate) adapter: Vec<String>,
@@ -188,7 +188,7 @@ pub(crate) struct SourceArgs {
     /// Where a request's bare name is looked for when it names no source
     #[arg(long, alias = "default-adapter-source", env = "LORAMUX_ADAPTER_SOURCE", value_enum, default_value = "hub")]
     pub(crate) adapter_source: SourceChoice,
-    /// A folder below which requests may name adapters by absolute path; repeat for more. Default: <data-dir>/adapters
+    /// A folder below which requests may name adapters by absolute path; repeat for more. Default: DATA_DIR/adapters
     #[arg(long, env = "LORAMUX_ADAPTER_ROOT", value_name = "DIR", value_delimiter = ',')]
     pub(crate) adapter_root: Vec<PathBuf>,
     /// Where bare names are looked for first, such as s3://bucket/loras/ or /adapters/; read with the server's credentials
@@ -197,7 +197,7 @@ pub(crate) struct SourceArgs {
     /// What requests may name that is not registered: globs on names and references; `` (empty) = nothing
     #[arg(long, env = "LORAMUX_ALLOW_ADAPTERS", value_name = "GLOBS", default_value = "*", value_delimiter = ',')]
     pub(crate) allow_adapters: Vec<String>,
-    /// Hosts that adapters may come from by HTTP(S): host, host:port, *.domain; plain HTTP as http://host[:port]
+    /// Hosts that adapters may come from by HTTP(S): host, host:port, *.domain; plain HTTP as http://host(:port)
     #[arg(long, env = "LORAMUX_ADAPTER_HTTP_HOSTS", value_name = "HOSTS", value_delimiter = ',')]
     pub(crate) adapter_http_hosts: Vec<String>,
     /// A header for one of these hosts, such as example.com=Authorization:Bearer..; repeat for more

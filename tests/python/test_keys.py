@@ -1,6 +1,7 @@
 """Keys: who may call what, how often, and that nothing repeats a key or a token."""
 
 import hashlib
+import shutil
 import signal
 import socket
 
@@ -151,3 +152,21 @@ def test_trusted_programs_of_this_machine_need_no_key_for_two_routes_and_the_lis
         port = plain.address.rsplit(":", 1)[1]
         answer = httpx.get(f"http://{own}:{port}/v1/models", trust_env=False)
         assert answer.status_code == 401, "this machine's outer address is not loopback"
+
+
+def test_a_key_with_a_list_loads_nothing_that_it_may_not_use(tmp_path):
+    """A name from the list is no way to what the operator named, nor to what the list lacks."""
+    root, secret = tmp_path / "root", tmp_path / "secret"
+    for folder in (root / "open", secret):
+        shutil.copytree(DEMO / "sql", folder)
+    (tmp_path / "keys.toml").write_text(entry("guest", "guest-key", adapters=f'["guest-*", "{root}/*"]') + entry("own", "own-key"))
+    flags = ["--keys-file", str(tmp_path / "keys.toml"), "--allow-runtime-adapters", "--adapter", f"secret={secret}", "--adapter-root", str(root)]
+    with Server(*flags, data_dir=str(tmp_path / "data")) as server:
+        def load(key: str, name: str, path) -> httpx.Response:
+            return server.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)}, headers=bearer(key))
+        assert load("guest-key", "guest-x", secret).status_code == 404
+        assert load("guest-key", "guest-x", "hf://acme/private").status_code == 404
+        assert load("guest-key", "other", root / "open").status_code == 403
+        assert load("guest-key", "guest-x", root / "open").status_code == 200
+        assert complete(server, "guest-key", model="guest-x").status_code == 200
+        assert load("own-key", "mine", secret).status_code == 200, "a plain key is the operator's"

@@ -24,7 +24,7 @@ pub struct LoraPart<'a> {
 }
 
 /// Two numbers for each output of a matrix: the adapter adds `gain * y + shift` to what the base computes (see
-/// [`crate::lora_gain_shift`]).
+/// [`crate::lora_gain_shift()`]).
 #[derive(Clone, Copy, Debug)]
 pub struct VectorPart<'a> {
     /// The decoder layer; 0 for the embedding and the head.

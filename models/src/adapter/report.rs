@@ -55,7 +55,7 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
-/// Looks at the adapter in `dir` as [`read`] does, and goes on after a fault where that makes sense.
+/// Looks at the adapter in `dir` as [`read()`](super::read()) does, and goes on after a fault where that makes sense.
 pub fn check(dir: &Path, spec: &DecoderSpec, limits: &AdapterLimits) -> Report {
     let mut report = Report::default();
     if !dir.is_dir() {

@@ -121,10 +121,15 @@ impl App {
         if !who.caller.may_use_source(reference.source) {
             return Err(absent());
         }
+        // A name from the key's list must not be a way to what is on neither its list nor the server's.
+        let restricted = who.caller.is_restricted();
+        if restricted && !(who.caller.may_use_reference(&reference) && self.registry.may_be_named(&reference)) {
+            return Err(absent());
+        }
         let ask = LoadAsk {
             namespace: who.caller.namespace.to_string(),
             in_place,
-            pinned,
+            pinned: pinned.filter(|_| !restricted),
             credential: super::admin::load_credential(&who.caller, &who.token),
             ..LoadAsk::new(name.as_str(), reference, Wait::Until(self.config.adapter_load_timeout))
         };

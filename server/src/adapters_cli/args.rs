@@ -131,7 +131,7 @@ pub(crate) enum AdaptersCommand {
 pub(crate) struct LoadArgs {
     /// The name that requests use
     pub(crate) name: String,
-    /// hf://org/repo[@revision], s3://bucket/path, gs://.., https://.. or a folder of the server
+    /// hf://org/repo(@revision), s3://bucket/path, gs://.., https://.. or a folder of the server
     #[arg(value_name = "REF")]
     pub(crate) reference: String,
     /// Branch, tag or commit of a hub reference
@@ -178,7 +178,7 @@ pub(crate) struct AliasArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct ValidateArgs {
-    /// hf://org/repo[@revision], s3://bucket/path, gs://.., https://.. or a folder
+    /// hf://org/repo(@revision), s3://bucket/path, gs://.., https://.. or a folder
     #[arg(value_name = "REF")]
     pub(crate) reference: String,
     /// Branch, tag or commit of a hub reference

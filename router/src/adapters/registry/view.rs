@@ -154,6 +154,12 @@ impl Registry {
         contents.iter().map(shown).collect()
     }
 
+    /// True if `--allow-adapters` has this reference, in any of its spellings.
+    pub fn may_be_named(&self, reference: &AdapterRef) -> bool {
+        let allowed = self.inner.settings.allowed.as_ref();
+        allowed.is_none_or(|globs| globs.is_match(reference.to_string()) || globs.is_match(&reference.locator))
+    }
+
     /// True if a caller of `namespace` means a registered adapter by this name; what callers name themselves is theirs to know.
     pub fn is_registered(&self, namespace: &str, name: &str) -> bool {
         self.names().meant(namespace, name).is_some()

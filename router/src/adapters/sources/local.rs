@@ -39,8 +39,9 @@ impl Local {
     ) -> Result<Resolved, SourceError> {
         let path = PathBuf::from(&reference.locator);
         let root = self.root_of(&path, credential)?;
+        let is_named = !self.roots.contains(&root);
         let reference = reference.clone();
-        blocking(move || resolve_below(&root, &path, reference)).await
+        blocking(move || resolve_below(&root, &path, reference, is_named)).await
     }
 
     pub(super) async fn open(
@@ -96,7 +97,8 @@ pub(super) async fn blocking<T: Send + 'static>(
     }
 }
 
-fn resolve_below(root: &Path, path: &Path, reference: AdapterRef) -> Result<Resolved, SourceError> {
+/// `is_named`: the operator named this very directory, so it is read where it lies.
+fn resolve_below(root: &Path, path: &Path, reference: AdapterRef, is_named: bool) -> Result<Resolved, SourceError> {
     let below = path.strip_prefix(root).map_err(|_| SourceError::Absent)?;
     let (dir, config) = match look(root, below, FileName::Config)? {
         Some(config) => (below.to_path_buf(), config),
@@ -111,9 +113,11 @@ fn resolve_below(root: &Path, path: &Path, reference: AdapterRef) -> Result<Reso
     };
     let newest_ns = config.print.modified_ns.max(weights.print.modified_ns);
     let names = FileName::ALL.map(FileName::as_str);
-    let origin = match beneath::plain_directory(root, &dir, &names)? {
+    // Whoever reads a directory by its path follows its links, also one that took a folder's place meanwhile. What others may
+    // write below a root is therefore copied from the files that were checked and are open.
+    let plain = if is_named { beneath::plain_directory(root, &dir, &names)? } else { None };
+    let origin = match plain {
         Some(real) => Origin::Directory(real),
-        // Whoever reads a directory by its path would have to follow its links; so the bytes are copied from what is open.
         None => Origin::Remote([&config, &weights].map(Found::to_file).into()),
     };
     Ok(Resolved {

@@ -29,7 +29,7 @@ const READ_BYTES: usize = 1 << 20;
 impl Sources {
     /// Downloads every file of `listing` that `dir` does not hold; `done` counts the bytes that are there.
     ///
-    /// A file has its name only once it is complete and its hash is right. Other names get [`PARTIAL`] behind.
+    /// A file has its name only once it is complete and its hash is right. Until then `.part` stands behind it.
     ///
     /// # Errors
     /// [`SourceError`]; what is there stays for the next attempt.

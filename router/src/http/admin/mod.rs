@@ -56,11 +56,11 @@ fn credential(token: &UpstreamToken) -> Credential {
     token.0.clone().map_or(Credential::Server, Credential::Token)
 }
 
-/// The same for a caller of the main port: a tenant, whose key has a namespace of its own, gets nobody's credential in
-/// place of the server's.
+/// The same for a caller of the main port: a key with a namespace, a list or a quota gets nobody's credential in place of
+/// the server's.
 pub(crate) fn load_credential(caller: &Caller, token: &UpstreamToken) -> Credential {
     match credential(token) {
-        Credential::Server if !caller.is_admin && !caller.namespace.is_empty() => Credential::Anonymous,
+        Credential::Server if caller.is_restricted() => Credential::Anonymous,
         credential => credential,
     }
 }
