@@ -129,12 +129,9 @@ class SourcedServer(Server):
         return self.http.request(method, f"/admin/v1{path}", headers=ADMIN, **more)
 
     def temporary_files(self) -> list[str]:
-        """What a finished or given up download must not leave."""
-        return [
-            str(path.relative_to(self.data))
-            for path in self.data.rglob("*")
-            if path.is_file() and ("tmp" in path.relative_to(self.data).parts or path.suffix in (".tmp", ".partial", ".incomplete"))
-        ]
+        """What a finished or given up download must not leave. A part that is kept to be resumed has a note beside it."""
+        folder = self.data / "store" / "tmp"
+        return [str(path.relative_to(self.data)) for path in folder.rglob("*") if path.is_file() and not (path.parent / "partial.json").exists()]
 
     def close(self):
         super().close()
