@@ -305,7 +305,6 @@ def test_a_hub_token_goes_to_the_hub_alone(faults):
     assert [row for row in rows if row["dialect"] != "hub" and "hf_" in str(row["headers"])] == []
 
 
-@pytest.mark.xfail(strict=True, reason="labels of metrics hold references that callers named")
 def test_metrics_do_not_name_what_callers_named(faults):
     """/metrics asks for no key: the names of private adapters are their callers' business."""
     grant(faults)
