@@ -61,7 +61,7 @@ fn check(name: &str, config: &Value, gguf: &Gguf, seen: &Tensors, dtype: Dtype) 
     assert!(want.iter().flatten().any(|logit| logit.abs() > 0.5), "{name}: logits too small to show anything");
     assert_eq!(found, want, "{name}, seed {SEED:#x}");
     write_dora(&dir.path().join("dora"), config, seen);
-    let mut with_adapter = |runner: &mut Runner| {
+    let with_adapter = |runner: &mut Runner| {
         let adapter = adapter::read(&dir.path().join("dora"), runner.decoder.spec(), &AdapterLimits::default());
         let slot = runner.publish(&adapter.unwrap_or_else(|error| panic!("{name}: {error}")));
         runner.whole(&tokens, &[slot])

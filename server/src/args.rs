@@ -300,6 +300,9 @@ pub(crate) struct EngineArgs {
     /// Choices one request may ask for (`n`, `best_of`)
     #[arg(long, alias = "max-best-of", env = "LORAMUX_MAX_N", default_value_t = 8)]
     pub(crate) max_n: u32,
+    /// Stop sequences of one request to LoRAX's routes, 1..16
+    #[arg(long, env = "LORAMUX_MAX_STOP_SEQUENCES", default_value_t = 4)]
+    pub(crate) max_stop_sequences: u32,
     /// Sequences one request may make in all
     #[arg(long, env = "LORAMUX_MAX_SEQUENCES_PER_REQUEST", default_value_t = 256)]
     pub(crate) max_sequences_per_request: u32,

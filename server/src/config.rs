@@ -17,7 +17,7 @@ pub(crate) use keys::read_keys;
 
 use crate::args::{Fusion, LogFormat, ServeArgs, ShardMode, SourceArgs};
 use crate::demo;
-use crate::shard::{CudaPaths, ShardOptions, is_gguf, host_adapter_bytes_auto};
+use crate::shard::{CudaPaths, ShardOptions, host_adapter_bytes_auto, is_gguf};
 
 /// A mistake of the operator: what was found, what is accepted, what to change.
 #[derive(Debug, thiserror::Error)]
@@ -213,6 +213,9 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     }
     if !(1..=128).contains(&engine.max_n) {
         return range("max-n", "1..128", engine.max_n.to_string());
+    }
+    if !(1..=16).contains(&engine.max_stop_sequences) {
+        return range("max-stop-sequences", "1..16", engine.max_stop_sequences.to_string());
     }
     if args.sources.adapter_loads == 0 {
         return range("adapter-loads", "at least 1", "0".into());

@@ -179,6 +179,8 @@ fn router_config(config: &Config) -> RouterConfig {
             body_bytes: usize::try_from(args.network.max_body_bytes).unwrap_or(usize::MAX),
             connections_max: args.network.max_connections,
             n_max: args.engine.max_n,
+            native_stops_max: args.engine.max_stop_sequences as usize,
+            requests_max: args.engine.max_queued_requests,
             sequences_max: args.engine.max_sequences_per_request as usize,
             composed_max: args.adapters.max_composed_adapters as usize,
             ..HttpLimits::default()

@@ -88,7 +88,9 @@ def bucket(tmp_path_factory):
 
 def flags(faults, root: Path) -> list[str]:
     hosts = f"127.0.0.1:{faults.ports['cdn']}"
-    return ["--allow-runtime-adapters", "--admin-listen", "off", "--hub-hosts", hosts, "--adapter-root", str(root)]
+    # The hub's downloads come from a host of this machine.
+    downloads = ["--hub-hosts", hosts, "--adapter-http-networks", "127.0.0.0/8"]
+    return ["--allow-runtime-adapters", "--admin-listen", "off", *downloads, "--adapter-root", str(root)]
 
 
 @pytest.fixture(scope="module")

@@ -313,7 +313,7 @@ def test_help_and_version():
     assert version.stdout.strip() == f"loramux {expected}"
 
 
-@pytest.mark.parametrize("flags, word", [(["--prot", "1"], "--port"), (["--port", "70000"], "--port"), (["--adapter", "x"], "NAME=PATH"),
+@pytest.mark.parametrize("flags, word", [(["--prot", "1"], "--port"), (["--port", "70000"], "--port"), (["--adapter", "x"], "NAME=REF"),
                                          (["--adapter-dir", "/no/such"], "/no/such"), (["--max-num-seqs", "0"], "max-num-seqs"),
                                          (["--dtype", "int3"], "--dtype"), (["--arena-bytes", "4 parsecs"], "KiB"),
                                          (["--host", "256.1.1.1"], "256.1.1.1"), (["--device", "tpu"], "tpu")])
@@ -355,9 +355,11 @@ def test_without_the_key_every_route_but_health_and_metrics_is_401(start_server)
               ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/version"), ("GET", "/load"), ("POST", "/v1/embeddings"),
               ("GET", "/v1/nothing"), ("GET", "/health/../v1/models"), ("GET", "//v1/models"), ("PUT", "/v1/completions")]
     with httpx.Client(base_url=server.base, trust_env=False) as stranger:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer a-key2"}, {"authorization": "Bearer a-ke"},
-                        {"authorization": "Basic YS1rZXk="}, {"authorization": "Bearer"}, {"host": "localhost"}):
-            for method, path in routes:
+        wrong = [{"authorization": "Bearer wrong"}, {"authorization": "Bearer a-key2"}, {"authorization": "Bearer a-ke"},
+                 {"authorization": "Basic YS1rZXk="}, {"authorization": "Bearer"}]
+        for nth, headers in enumerate([{}, {"host": "localhost"}, *wrong]):
+            # An address may send 30 wrong keys a minute; a request without any is no guess.
+            for method, path in routes if nth < 2 else routes[nth % 3::3]:
                 answer = stranger.request(method, path, headers=headers, json={} if method != "GET" else None)
                 assert answer.status_code == 401, (method, path, headers, answer.status_code)
                 error = check_error(answer.json())

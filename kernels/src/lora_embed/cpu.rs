@@ -53,8 +53,8 @@ impl Kernel for AddRows<'_> {
         // The first item of an adapter stands for all: its rows are added once.
         for item in work.items.iter().filter(|item| item.rank_block == 0) {
             let first = item.first_row as usize;
-            for row in first..first + item.rows as usize {
-                let found = table.embed_row(item, tokens[row] as usize).ok().flatten();
+            for (row, &token) in tokens.iter().enumerate().skip(first).take(item.rows as usize) {
+                let found = table.embed_row(item, token as usize).ok().flatten();
                 let Some((dtype, unit, place, width)) = found.filter(|&(.., width)| width == hidden) else { break };
                 let bytes = width * dtype.bytes();
                 let delta = &arena.at_unit(unit, (place + 1) * bytes)[place * bytes..];

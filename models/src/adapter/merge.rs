@@ -300,7 +300,7 @@ fn to_safetensors(tensors: &Merged, element: Element) -> Vec<u8> {
         header.insert(name.clone(), json!({"dtype": element.name(), "shape": shape, "data_offsets": [start, end]}));
     }
     let mut header = Value::Object(header).to_string();
-    while header.len() % 8 != 0 {
+    while !header.len().is_multiple_of(8) {
         header.push(' '); // data is aligned for whoever maps the file
     }
     let mut file = Vec::with_capacity(8 + header.len() + end);

@@ -21,7 +21,7 @@ const NO_KEPT: Duration = Duration::from_secs(5);
 const UNREACHED_KEPT: Duration = Duration::from_secs(1);
 /// Answers that are kept.
 const ANSWERS_MAX: usize = 16_384;
-/// Questions under way.
+/// Questions under way to one kind of source.
 const QUESTIONS_MAX: usize = 4096;
 
 /// What is said of a source that has not answered yet; the question goes on.
@@ -47,7 +47,8 @@ struct Shared {
 #[derive(Default)]
 struct Answers {
     by_question: HashMap<(Mac, AdapterRef), Known>,
-    asking: usize,
+    /// By kind: a source that does not answer holds up nobody else's questions.
+    asking: HashMap<SourceKind, usize>,
 }
 
 type Answer = Result<Arc<Resolved>, SourceError>;
@@ -136,14 +137,14 @@ impl Authoriser {
             }
             // `has_changed` is an error when the asker died without a word.
             Some(Known::Asking(asked)) if asked.has_changed().is_ok() => return Err(asked.clone()),
-            Some(Known::Asking(_)) => answers.asking = answers.asking.saturating_sub(1),
+            Some(Known::Asking(_)) => answers.answered(reference.source),
             _ => {}
         }
-        if answers.asking >= QUESTIONS_MAX {
+        if answers.asking.get(&reference.source).is_some_and(|asking| *asking >= QUESTIONS_MAX) {
             return Ok(Err(SourceError::retryable("service unavailable: too many adapters are looked up; try again")));
         }
         answers.make_room(now);
-        answers.asking += 1;
+        *answers.asking.entry(reference.source).or_default() += 1;
         let (report, asked) = watch::channel(None);
         answers.by_question.insert(question.clone(), Known::Asking(asked.clone()));
         let (authoriser, credential) = (self.clone(), credential.clone());
@@ -166,7 +167,7 @@ impl Authoriser {
         };
         {
             let mut answers = self.answers();
-            answers.asking = answers.asking.saturating_sub(1);
+            answers.answered(of.1.source);
             answers.by_question.insert(of, Known::Answer(answer.clone(), asked_at + kept));
         }
         report.send_replace(Some(answer));
@@ -178,6 +179,12 @@ impl Authoriser {
 }
 
 impl Answers {
+    fn answered(&mut self, source: SourceKind) {
+        if let Some(asking) = self.asking.get_mut(&source) {
+            *asking = asking.saturating_sub(1);
+        }
+    }
+
     fn make_room(&mut self, now: Duration) {
         if self.by_question.len() < ANSWERS_MAX {
             return;

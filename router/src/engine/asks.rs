@@ -39,7 +39,8 @@ impl Ask {
     pub(super) fn fail(self, failure: AdapterFailure) {
         // Whoever does not listen any more left.
         match self {
-            Self::Prepare { reply, .. } => drop(reply.map(|reply| reply.send(Err(failure)))),
+            Self::Prepare { reply: Some(reply), .. } => drop(reply.send(Err(failure))),
+            Self::Prepare { reply: None, .. } => {}
             Self::Check { reply, .. } => drop(reply.send(Err(failure))),
             Self::Merge { reply, .. } => drop(reply.send(Err(failure))),
         }

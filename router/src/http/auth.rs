@@ -232,7 +232,10 @@ impl Visit<'_> {
 /// 400 without the value: too long, or not visible ASCII.
 pub(crate) fn upstream_token(param: &str, token: &str) -> Result<Option<SecretString>, ApiError> {
     let token = token.trim();
-    if token.len() > TOKEN_BYTES_MAX || !token.bytes().all(|b| b.is_ascii_graphic()) {
+    // Credentials of object stores are a JSON object, which may be laid out for people.
+    let is_json = token.starts_with('{');
+    let fits = |byte: u8| byte.is_ascii_graphic() || (is_json && byte.is_ascii_whitespace());
+    if token.len() > TOKEN_BYTES_MAX || !token.bytes().all(fits) {
         let message = format!("`{param}` must be at most {TOKEN_BYTES_MAX} visible ASCII characters");
         return Err(ApiError::at(Cause::InvalidValue, param, message));
     }

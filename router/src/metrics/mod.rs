@@ -18,6 +18,8 @@ pub use render::Snapshot;
 
 use crate::http::Meter;
 
+/// The label of all that have none.
+pub(crate) const OTHER: &str = "other";
 /// Adapters that get a label of their own; the rest share `other`.
 const ADAPTER_LABELS_MAX: usize = 64;
 /// Bytes of these labels together: each stands on several lines, and a composition's label names all its parts.
@@ -166,7 +168,10 @@ impl Metrics {
     fn adapter_index(&self, name: &str) -> usize {
         let mut adapters = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
         if adapters.counts.is_empty() {
-            adapters.counts.push(AdapterCount { label: "other".into(), ..AdapterCount::default() });
+            adapters.counts.push(AdapterCount { label: OTHER.into(), ..AdapterCount::default() });
+        }
+        if name == OTHER {
+            return 0;
         }
         if let Some(&index) = adapters.labels.get(name) {
             return index;

@@ -166,3 +166,73 @@ fn local(
     let named = adapters.iter().filter(|(_, reference)| reference.source == SourceKind::Local);
     Ok(LocalSettings { roots, named: named.map(|(_, reference)| PathBuf::from(&reference.locator)).collect() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Cli;
+    use clap::Parser;
+    use std::collections::HashMap;
+
+    fn read(typed: &[&str], variables: &[(&str, &str)]) -> Result<SourceSettings, ConfigError> {
+        let cli = Cli::try_parse_from([&["loramux"], typed].concat()).expect("parses");
+        settings(&cli.serve.sources, &env(variables), &[], &[], Path::new("/nonexistent"))
+    }
+
+    fn env(variables: &[(&str, &str)]) -> Env {
+        let pair = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        Env(variables.iter().map(pair).collect::<HashMap<_, _>>())
+    }
+
+    #[test]
+    fn variables_of_other_programs_say_where_and_with_what() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("token"), "from-file\n").unwrap();
+        let home = dir.path().to_str().unwrap();
+        let token = |variables: &[(&str, &str)]| {
+            let token = read(&[], variables).unwrap().hub.token;
+            token.map(|token| token.expose_secret().to_owned())
+        };
+        assert_eq!(token(&[]), None);
+        assert_eq!(token(&[("HF_HOME", home)]).as_deref(), Some("from-file"));
+        assert_eq!(token(&[("HF_HOME", home), ("HUGGING_FACE_HUB_TOKEN", "b")]).as_deref(), Some("b"));
+        assert_eq!(token(&[("HF_TOKEN", "a"), ("HUGGING_FACE_HUB_TOKEN", "b")]).as_deref(), Some("a"));
+        let hub = read(&["--hub-hosts", "cdn.example"], &[("HF_ENDPOINT", "http://h:1/"), ("HF_HUB_OFFLINE", "YES")]);
+        let hub = hub.unwrap().hub;
+        assert_eq!((hub.endpoint.as_str(), hub.is_offline), ("http://h:1", true));
+        assert!(hub.hosts.contains(&"cdn.example".to_owned()) && hub.hosts.len() == 3);
+
+        let keys = [("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "hunter2")];
+        let s3 = read(&[], &[&keys[..], &[("R2_ACCOUNT_ID", "acc"), ("AWS_REGION", "auto")]].concat()).unwrap().s3;
+        assert_eq!(s3.endpoint.as_deref(), Some("https://acc.r2.cloudflarestorage.com"));
+        assert!(matches!(&s3.credentials, S3Credentials::Static { key_id, .. } if key_id == "id"));
+        assert!(!format!("{s3:?}").contains("hunter2"));
+        let s3 = read(&[], &[("S3_ENDPOINT_URL", "http://s"), ("R2_ACCOUNT_ID", "acc"), keys[0]]).unwrap().s3;
+        assert_eq!(s3.endpoint.as_deref(), Some("http://s"));
+        assert!(matches!(s3.credentials, S3Credentials::None), "half a pair is none");
+        let role = [("AWS_WEB_IDENTITY_TOKEN_FILE", "/t"), ("AWS_ROLE_ARN", "arn")];
+        assert!(matches!(read(&[], &role).unwrap().s3.credentials, S3Credentials::WebIdentity { .. }));
+        let machine = read(&["--instance-credentials"], &[]).unwrap();
+        assert!(matches!(machine.s3.credentials, S3Credentials::Instance));
+        assert!(matches!(machine.gcs.credentials, GcsCredentials::Instance));
+        assert!(read(&[], &[("GOOGLE_APPLICATION_CREDENTIALS", "/nonexistent")]).is_err());
+        let defaults = defaults(&env(&[("PREDIBASE_MODEL_BUCKET", "b"), ("PREDIBASE_MODEL_FOLDER", "f")]));
+        assert_eq!((defaults.bucket.as_deref(), defaults.folder.as_deref()), (Some("b"), Some("f")));
+        let roots = read(&[], &[("VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES", home)]).unwrap().local.roots;
+        assert_eq!(roots, [dir.path().canonicalize().unwrap()]);
+    }
+
+    #[test]
+    fn headers_and_networks_are_read_and_mistakes_do_not_repeat_secrets() {
+        let http = read(&["--adapter-http-header", "h.example=Authorization: Bearer hunter2"], &[]).unwrap().http;
+        let header = &http.headers[0];
+        assert_eq!((header.host.as_str(), header.name.as_str()), ("h.example", "Authorization"));
+        assert_eq!(header.value.expose_secret(), "Bearer hunter2");
+        for bad in ["hunter2", "h=hunter2", "=a:hunter2", "h=:hunter2", "h=hunter2:"] {
+            let error = read(&["--adapter-http-header", bad], &[]).unwrap_err().to_string();
+            assert!(!error.contains("hunter2") && error.contains("--adapter-http-header"), "{error}");
+        }
+        assert_eq!(read(&["--adapter-http-networks", "127.0.0.0/8,10.1.0.0/16"], &[]).unwrap().networks.len(), 2);
+        assert!(read(&["--adapter-http-networks", "10.1.0.0/33"], &[]).is_err());
+    }
+}

@@ -69,3 +69,64 @@ impl Slab {
 fn wire(refusal: Refusal) -> AdapterError {
     AdapterError { code: refusal.code.to_owned(), message: refusal.message }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use loramux_kernels::ArenaDtype;
+    use loramux_models::{BaseFiles, DecoderSpec, LoadFormat, LoadOptions};
+
+    fn demo(path: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo").join(path)
+    }
+
+    fn slab() -> Slab {
+        let config = std::fs::read_to_string(demo("base/config.json")).expect("the demo's config");
+        let spec = DecoderSpec::from_config(&config).expect("it is served");
+        let options = LoadOptions { dtype: None, format: LoadFormat::Auto, seed: 0 };
+        Slab::new(spec, ArenaDtype::F16, 1 << 20, BaseFiles::new(&demo("base"), &options, [0; 32]))
+    }
+
+    fn ask(dir: &Path) -> PrepareAdapter {
+        PrepareAdapter { request_id: 3, dir: dir.display().to_string(), rank_max: 0, check_only: false }
+    }
+
+    fn report(prepared: Prepared) -> AdapterReport {
+        match prepared.outcome {
+            Some(prepared::Outcome::Report(report)) => report,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_check_says_what_loading_would_and_keeps_nothing() {
+        let (slab, dir) = (slab(), demo("adapters/sql"));
+        let checked = report(slab.check(&ask(&dir)));
+        assert!(slab.get(&checked.content_id).is_none(), "it was kept");
+        let findings = checked.findings.clone().expect("a check has findings");
+        assert!(findings.refusals.is_empty() && findings.base_matches && findings.tensors_matched > 0, "{findings:?}");
+        let loaded = report(slab.prepare(&ask(&dir)));
+        let (findings, weight_bytes) = (checked.findings.clone(), checked.weight_bytes);
+        assert_eq!(AdapterReport { findings, weight_bytes, ..loaded }, checked);
+        let absent = report(slab.check(&ask(&demo("adapters/absent")))).findings.expect("findings");
+        assert_eq!(absent.refusals[0].code, "model_not_found");
+    }
+
+    #[test]
+    fn what_was_merged_loads() {
+        let (slab, out) = (slab(), tempfile::tempdir().expect("a folder"));
+        let ask_merge = |weights: Vec<f32>| MergeAdapters {
+            request_id: 4,
+            dirs: ["sql", "haiku"].map(|name| demo("adapters").join(name).display().to_string()).to_vec(),
+            weights,
+            strategy: merge_adapters::Strategy::DareTies.into(),
+            density: Some(0.5),
+            out_dir: out.path().join("merged").display().to_string(),
+            ..MergeAdapters::default()
+        };
+        assert_eq!(slab.merge(&ask_merge(vec![1.0])).error.expect("one weight for two").code, "adapter_invalid");
+        assert_eq!(slab.merge(&ask_merge(vec![1.0, 0.5])), Merged { request_id: 4, error: None });
+        let loaded = report(slab.prepare(&ask(&out.path().join("merged"))));
+        assert!(loaded.pages_needed > 0 && slab.get(&loaded.content_id).is_some());
+    }
+}

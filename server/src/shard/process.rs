@@ -26,11 +26,34 @@ pub(crate) struct ProcessLauncher {
     pub(crate) write_timeout: Duration,
 }
 
+/// Variables of the server that the shard has no business with: it reads files of strangers.
+const SECRETS: [&str; 15] = [
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_API_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_SERVICE_ACCOUNT",
+    "PREDIBASE_API_TOKEN",
+    "LORAMUX_ADAPTER_HTTP_HEADER",
+    "LORAMUX_ADMIN_KEY",
+    "LORAMUX_API_KEY",
+    "VLLM_API_KEY",
+];
+
 impl ShardLauncher for ProcessLauncher {
     fn launch(&mut self, reports: Reports) -> Result<Box<dyn Shard>, String> {
         let options = serde_json::to_string(&self.options).map_err(|e| e.to_string())?;
         let (ours, theirs) = UnixStream::pair().map_err(|e| format!("cannot make a socket pair: {e}"))?;
-        let child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        SECRETS.iter().for_each(|name| {
+            command.env_remove(name);
+        });
+        let child = command
             .args(["shard", "--options", &options])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())

@@ -429,6 +429,11 @@ impl Contents {
         table.by_identity.values().filter_map(state).collect()
     }
 
+    /// A source that did not say where the bytes are.
+    pub(super) fn count_failure(&self, source: SourceKind, code: &str) {
+        *self.table().failures.entry((source, code.to_owned())).or_default() += 1;
+    }
+
     /// Failed attempts by source and code.
     pub(super) fn times(&self) -> &LoadTimes {
         &self.shared.times

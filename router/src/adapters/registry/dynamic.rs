@@ -41,6 +41,9 @@ impl Registry {
                     // Whoever does not wait is told to come back, whatever the source will say.
                     let goes_on = ask.wait == Wait::Fail && message == UNANSWERED;
                     let code = if goes_on { "adapter_loading" } else { "adapter_auth_unavailable" };
+                    if !goes_on {
+                        self.inner.contents.count_failure(reference.source, code);
+                    }
                     return Err(AdapterFailure {
                         retry_after: Some(retry_after.unwrap_or(Duration::from_secs(1))),
                         state: goes_on.then_some(AdapterState::Resolving.name()),

@@ -74,7 +74,7 @@ impl Registry {
         }
         let key: Key = (Arc::from(ask.namespace.as_str()), Arc::from(ask.name.as_str()));
         let mut names = self.names();
-        let known = names.get(&key.0, &key.1).filter(|entry| entry.made != Made::ByFolder);
+        let known = names.get(&key.0, &key.1).filter(|entry| entry.made != Made::Folder);
         check_conditions(&ask, known)?;
         if let Some(known) = known {
             if let Some(next) = known.next.as_ref().filter(|next| next.reference == ask.reference) {
@@ -219,10 +219,17 @@ impl Registry {
             reference.revision.clone_from(&job.commit);
         }
         let resolved = {
-            let _permit = self.inner.lookups.acquire().await;
+            let _permit = match self.inner.lookups.get(reference.source as usize) {
+                Some(lookups) => lookups.acquire().await.ok(),
+                None => None,
+            };
             self.inner.authoriser.ask_anew(&reference, &job.credential).await
         };
-        let resolved = resolved.map_err(|error| source_failure(&error, &job.key.1))?;
+        let resolved = resolved.map_err(|error| {
+            let failed = source_failure(&error, &job.key.1);
+            self.inner.contents.count_failure(reference.source, &failed.code);
+            failed
+        })?;
         let mut wanted = self.wanted_of(resolved, &job.credential, 0.into());
         wanted.is_explicit = is_explicit;
         let usable = self.inner.contents.usable(&wanted, &job.stage, Until::AttemptEnds).await?;
@@ -243,6 +250,7 @@ impl Registry {
             let switch = |entry: &mut Entry| {
                 entry.reference = job.reference.clone();
                 entry.credential = job.credential.clone();
+                entry.own_credential = matches!(job.credential, Credential::Token(_));
                 entry.scale = job.scale.unwrap_or(entry.scale);
                 entry.pin = job.pin.unwrap_or(entry.pin);
                 entry.generation += 1;

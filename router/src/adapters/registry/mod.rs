@@ -68,14 +68,14 @@ struct Inner {
     durable: Option<Durable>,
     /// One writer at a time, so that the file ends with what the table ended with.
     writing: tokio::sync::Mutex<()>,
-    /// Registered adapters whose sources are asked at the same time.
-    lookups: tokio::sync::Semaphore,
+    /// Registered adapters whose sources are asked at the same time, by kind: a slow one holds up its own.
+    lookups: [tokio::sync::Semaphore; SourceKind::Merge as usize + 1],
     was_ready: AtomicBool,
     /// Merges are written here.
     merged: PathBuf,
 }
 
-/// Sources of registered adapters that are asked at the same time.
+/// See [`Inner::lookups`].
 const LOOKUPS_MAX: usize = 32;
 
 impl Registry {
@@ -151,7 +151,7 @@ impl Registry {
             names: Mutex::default(),
             durable,
             writing: tokio::sync::Mutex::default(),
-            lookups: tokio::sync::Semaphore::new(LOOKUPS_MAX),
+            lookups: std::array::from_fn(|_| tokio::sync::Semaphore::new(LOOKUPS_MAX)),
             was_ready: AtomicBool::new(false),
             merged,
             settings,

@@ -24,11 +24,11 @@ pub(super) type Key = (Arc<str>, Arc<str>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Made {
     /// `--adapter`.
-    ByFlag,
+    Flag,
     /// A load of the admin API or of a runtime route.
-    ByLoad,
+    Load,
     /// A sub-directory of `--adapter-dir` that was asked for.
-    ByFolder,
+    Folder,
 }
 
 /// One name.
@@ -40,6 +40,8 @@ pub(super) struct Entry {
     pub(super) scale: f32,
     pub(super) pin: Option<PinLevel>,
     pub(super) credential: Credential,
+    /// It was loaded with a credential of its own; after a restart that is known, but not the credential.
+    pub(super) own_credential: bool,
     /// Unix seconds.
     pub(super) created: u64,
     pub(super) generation: u64,
@@ -95,11 +97,12 @@ impl Entry {
     pub(super) fn new(id: u64, reference: AdapterRef, created: u64) -> Self {
         Self {
             id,
-            made: Made::ByLoad,
+            made: Made::Load,
             reference,
             scale: 1.0,
             pin: None,
             credential: Credential::Server,
+            own_credential: false,
             created,
             generation: 0,
             current: None,
@@ -117,6 +120,11 @@ impl Entry {
             (None, Some(next), None) => next.stage.state(),
             (None, None, None) => AdapterState::Registered,
         }
+    }
+
+    /// What it was loaded with was lost with the last run.
+    pub(super) fn lacks_credential(&self) -> bool {
+        self.own_credential && !matches!(self.credential, Credential::Token(_))
     }
 
     pub(super) fn content(&self) -> Option<ContentId> {

@@ -160,12 +160,13 @@ impl Registry {
                 // Of the last run: where its bytes are is not known any more. It needs its files, or a look at its source.
                 (From::Source(resolved), next) if is_bare(resolved) && !self.has_files(&version.wanted) => match next {
                     Some(next) => Plan::Wait(next.step.clone(), Arc::clone(&next.stage)),
+                    None if entry.lacks_credential() => Plan::Fail(restore::credential_lost()),
                     None => Plan::Load,
                 },
                 _ => Plan::Use(version.clone()),
             },
             (None, Some(next)) => Plan::Wait(next.step.clone(), Arc::clone(&next.stage)),
-            (None, None) if entry.made != Made::ByLoad && entry.follows_files() => Plan::Follow,
+            (None, None) if entry.made != Made::Load && entry.follows_files() => Plan::Follow,
             (None, None) => match &entry.error {
                 Some(noted) if !is_retryable(&noted.failure.code) => {
                     Plan::Fail(AdapterFailure { state: Some(AdapterState::Failed.name()), ..noted.failure.clone() })
@@ -255,8 +256,8 @@ impl Registry {
             return Ok(None);
         };
         let resolved = match made {
-            Made::ByFlag => directory::named(reference.locator.clone().into()).await,
-            Made::ByFolder => {
+            Made::Flag => directory::named(reference.locator.clone().into()).await,
+            Made::Folder => {
                 let resolved = directory::folder(self.inner.settings.dirs.clone(), found.key.1.to_string()).await;
                 if resolved.is_none() {
                     self.take_away(&found.key, found.id);
@@ -264,7 +265,7 @@ impl Registry {
                 }
                 resolved
             }
-            Made::ByLoad => {
+            Made::Load => {
                 let at = if let Until::At(at) = until { Some(at) } else { None };
                 let asked = self.inner.authoriser.ask(&reference, &credential, at).await;
                 Some(asked.map_err(|error| source_failure(&error, &found.key.1))?)
@@ -355,7 +356,7 @@ impl Registry {
             let now = self.inner.clock.unix_seconds();
             let id = names.new_id();
             let entry = Entry {
-                made: Made::ByFolder,
+                made: Made::Folder,
                 current: Some(version.clone()),
                 loaded_ms: Some(usable.loaded_ms),
                 last_used: now,

@@ -20,7 +20,7 @@ impl Registry {
         for (name, reference) in &self.inner.settings.registered {
             let key: Key = (Arc::from(""), Arc::from(name.as_str()));
             let id = names.new_id();
-            names.insert(&key, Entry { made: Made::ByFlag, ..Entry::new(id, reference.clone(), now) });
+            names.insert(&key, Entry { made: Made::Flag, ..Entry::new(id, reference.clone(), now) });
             if reference.source != SourceKind::Local {
                 names.awaited.insert(key);
             }
@@ -35,7 +35,7 @@ impl Registry {
             if flag.as_ref().map_or(record.by_flag, |reference| *reference != record.reference) {
                 continue; // the command line says otherwise now
             }
-            let made = if flag.is_some() { Made::ByFlag } else { Made::ByLoad };
+            let made = if flag.is_some() { Made::Flag } else { Made::Load };
             let current = record.version.as_ref().and_then(|version| self.version_of(&record.reference, version));
             if let Some(current) = &current {
                 self.inner.contents.adopt_unloaded(&current.wanted.identity, current.wanted.source);
@@ -45,10 +45,7 @@ impl Registry {
             }
             let id = names.new_id();
             let error = (record.own_credential && current.is_none()).then(|| names::Noted {
-                failure: failure(
-                    "adapter_invalid",
-                    "it was loaded with a credential of its own, which is not kept; load it again with one".into(),
-                ),
+                failure: credential_lost(),
                 reference: record.reference.clone(),
                 at: self.inner.clock.now(),
                 next_try: None,
@@ -57,6 +54,7 @@ impl Registry {
                 made,
                 scale: record.scale,
                 pin: record.pin,
+                own_credential: record.own_credential,
                 generation: record.generation,
                 current,
                 error,
@@ -162,9 +160,9 @@ impl Registry {
 /// `None`: nothing that is worth keeping.
 fn record_of(entry: &Entry) -> Option<Record> {
     let is_kept = match entry.made {
-        Made::ByLoad => true,
-        Made::ByFlag => entry.reference.source != SourceKind::Local,
-        Made::ByFolder => false,
+        Made::Load => true,
+        Made::Flag => entry.reference.source != SourceKind::Local,
+        Made::Folder => false,
     };
     let version = entry.current.as_ref().and_then(|version| match &version.wanted.from {
         From::Source(resolved) => Some(VersionRecord {
@@ -176,14 +174,21 @@ fn record_of(entry: &Entry) -> Option<Record> {
     });
     is_kept.then(|| Record {
         reference: entry.reference.clone(),
-        by_flag: entry.made == Made::ByFlag,
+        by_flag: entry.made == Made::Flag,
         scale: entry.scale,
         pin: entry.pin,
         created: entry.created,
         generation: entry.generation,
-        own_credential: matches!(entry.credential, Credential::Token(_)),
+        own_credential: entry.own_credential,
         version,
     })
+}
+
+/// Of an adapter whose bytes are not here any more either.
+pub(super) fn credential_lost() -> AdapterFailure {
+    let message =
+        "it was loaded with a credential of its own, which is not kept over a restart; load it again with one";
+    failure("adapter_invalid", message.into())
 }
 
 fn written(outcome: Result<Result<(), String>, tokio::task::JoinError>) -> Result<(), AdapterFailure> {

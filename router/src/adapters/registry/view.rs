@@ -96,7 +96,7 @@ impl Registry {
             last_used: (entry.last_used > 0).then_some(entry.last_used),
             loaded_ms: entry.loaded_ms,
             error,
-            own_credential: matches!(entry.credential, Credential::Token(_)),
+            own_credential: entry.own_credential,
         }
     }
 
@@ -152,6 +152,11 @@ impl Registry {
         let names = self.names();
         let shown = |id: &ContentId| names.name_of(id).map_or_else(|| id.short(), ToString::to_string);
         contents.iter().map(shown).collect()
+    }
+
+    /// True if a caller of `namespace` means a registered adapter by this name; what callers name themselves is theirs to know.
+    pub fn is_registered(&self, namespace: &str, name: &str) -> bool {
+        self.names().meant(namespace, name).is_some()
     }
 
     /// How many adapters are in each state, attempts for callers' references included.

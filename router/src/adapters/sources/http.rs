@@ -88,7 +88,7 @@ impl Http {
         if offset > 0 && file.etag.is_none() {
             return Err(changed());
         }
-        let mut ask = self.ask(Method::GET, &base, file.name.as_str(), credential)?.from_offset(offset);
+        let mut ask = self.ask(Method::GET, &base, file.name.as_str(), credential)?.starting_at(offset);
         if let Some(etag) = &file.etag {
             ask.headers.insert(IF_MATCH, HeaderValue::try_from(etag).map_err(|_| changed())?);
         }

@@ -168,7 +168,7 @@ impl Hub {
         (offset, bytes): (u64, u64),
         credential: &Credential,
     ) -> Result<ByteStream, SourceError> {
-        let ask = self.ask(Method::GET, repo, commit, file, credential)?.from_offset(offset);
+        let ask = self.ask(Method::GET, repo, commit, file, credential)?.starting_at(offset);
         let reply = self.net.send(ask, &HubRoute { hub: self, is_for_bytes: true }).await?;
         reply.into_stream(offset, bytes, self.net.pace())
     }

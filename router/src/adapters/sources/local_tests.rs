@@ -132,7 +132,8 @@ async fn links_below_the_root_pass_and_all_others_are_absent() {
 #[tokio::test]
 async fn special_files_are_no_adapters_and_are_not_waited_for() {
     let (dir, local) = world();
-    let make: [(&str, fn(&Path)); 5] = [
+    type Make = fn(&Path);
+    let make: [(&str, Make); 5] = [
         ("fifo", |path| {
             rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap()
         }),

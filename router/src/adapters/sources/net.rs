@@ -66,7 +66,7 @@ impl Ask {
     }
 
     /// Bytes from `offset` on.
-    pub(super) fn from_offset(mut self, offset: u64) -> Self {
+    pub(super) fn starting_at(mut self, offset: u64) -> Self {
         if let (true, Ok(value)) = (offset > 0, HeaderValue::try_from(format!("bytes={offset}-"))) {
             self.headers.insert(reqwest::header::RANGE, value);
         }

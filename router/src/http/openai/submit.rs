@@ -10,11 +10,12 @@ use super::run::Run;
 use super::sequence::{SequenceText, TextRules};
 use super::validate::{Bounds, Params, fit};
 use crate::access::Caller;
+use crate::adapters::ResolvedAdapter;
 use crate::engine::GenerateRequest;
 use crate::http::App;
 use crate::http::auth::Metered;
 use crate::http::error::ApiError;
-use crate::metrics::RequestStart;
+use crate::metrics::{OTHER, RequestStart};
 
 /// A prompt ready to run.
 pub(crate) struct EncodedPrompt {
@@ -87,6 +88,12 @@ fn check_something_may_come(sampling: &Sampling, end_tokens: &[u32]) -> Result<(
 }
 
 impl App {
+    /// `/metrics` needs no key: it names what operators registered, and nothing that a caller named.
+    fn metrics_label(&self, variant: &Variant, caller: &Caller) -> String {
+        let is_known = |adapter: &ResolvedAdapter| self.registry.is_registered(&caller.namespace, &adapter.name);
+        if variant.adapters.iter().all(is_known) { variant.names() } else { OTHER.to_owned() }
+    }
+
     /// Hands prompts x variants to the engine, prompt-major. An error drops (and so cancels) what was handed over.
     ///
     /// # Errors
@@ -128,7 +135,7 @@ impl App {
                     max_tokens: prompt.max_tokens,
                     prompt_tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
                     meter: asker.metered.as_ref().map(|metered| Arc::clone(&metered.0)),
-                    adapter: (!variant.adapters.is_empty()).then(|| variant.names()),
+                    adapter: (!variant.adapters.is_empty()).then(|| self.metrics_label(variant, &asker.caller)),
                 };
                 let events = self.engine.submit(GenerateRequest {
                     prompt: Arc::clone(&tokens),

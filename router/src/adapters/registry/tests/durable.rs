@@ -87,7 +87,12 @@ async fn a_credential_is_never_written_and_is_needed_again() {
     let world = restart(world, settings(dir.path())).await;
     let file = std::fs::read(dir.path().join("registry.redb")).unwrap();
     assert!(!file.windows(canary.len()).any(|window| window == canary.as_bytes()));
+    assert!(world.registry.get("", "sql").unwrap().own_credential);
     world.resolve("sql").await.unwrap(); // its bytes are here
+    world.engine.set_tier(Tier::Disk);
+    let file = world.upstream.here.lock().unwrap().pop_first().unwrap();
+    assert!(world.resolve("sql").await.unwrap_err().message.contains("credential"));
+    world.upstream.here.lock().unwrap().insert(file);
     world.upstream.here.lock().unwrap().clear();
     let world = restart(world, settings(dir.path())).await;
     let failed = world.resolve("sql").await.unwrap_err();

@@ -214,3 +214,27 @@ async fn a_dry_run_leaves_nothing_behind() {
     let gone = world.registry.validate(&AdapterRef::parse("acme/no").unwrap(), Credential::Server).await;
     assert_eq!(gone.unwrap_err().code, "model_not_found");
 }
+
+#[tokio::test]
+async fn a_source_that_never_answers_holds_up_nobody_else() {
+    let world = World::new();
+    world.upstream.public("acme/sql", 1);
+    *world.upstream.tarpit.lock().unwrap() = Some(SourceKind::S3);
+    let fail = |name: String| {
+        let registry = world.registry.clone();
+        async move { registry.resolve(&Caller::default(), &Ask::plain(&name, Wait::Fail)).await }
+    };
+    for i in 0..100 {
+        let ask = LoadAsk { wait: Wait::Fail, ..world.ask(&format!("s{i}"), &format!("s3://bucket/b{i}")) };
+        assert_eq!(code(&world.registry.load(ask).await), "adapter_loading");
+    }
+    let mut under_way = 0;
+    for i in 0..5000 {
+        under_way += usize::from(code(&fail(format!("s3://bucket/a{i}")).await) == "adapter_loading");
+    }
+    assert!((4000..=4096).contains(&under_way), "{under_way} questions");
+    world.settle().await;
+    world.resolve("acme/sql").await.unwrap();
+    world.load("sql", "acme/sql").await.unwrap();
+    assert_eq!(world.registry.get("", "s0").unwrap().state, AdapterState::Resolving);
+}

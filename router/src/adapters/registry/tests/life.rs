@@ -241,3 +241,43 @@ async fn a_request_that_waited_through_an_unload_is_not_served() {
     world.settle().await;
     assert!(world.registry.get("", "sql").is_none());
 }
+
+#[tokio::test]
+async fn a_request_that_waited_for_evicted_bytes_through_an_unload_is_not_served() {
+    let world = World::new();
+    world.upstream.public("acme/sql", 1);
+    world.load("sql", "acme/sql").await.unwrap();
+    world.upstream.here.lock().unwrap().clear();
+    world.engine.set_tier(Tier::Disk);
+    world.upstream.slow.store(50, Ordering::SeqCst);
+    let waiting = tokio::spawn({
+        let registry = world.registry.clone();
+        async move { registry.resolve(&Caller::default(), &Ask::plain("sql", LONG)).await }
+    });
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(world.upstream.fetches(), 2, "its bytes are on their way");
+    world.unload("sql").await.unwrap();
+    assert_eq!(code(&waiting.await.unwrap()), "model_not_found");
+}
+
+#[test]
+fn a_content_that_was_forgotten_after_a_load_asked_for_it_is_asked_for_again() {
+    let engine = Arc::<Engine>::default();
+    let holds = holds::Holds::new(engine.clone());
+    let content = ContentId([7; 32]);
+    let asked_at = holds.moment();
+    let first = holds.take(content, asked_at).unwrap();
+    let second = holds.take(content, asked_at).unwrap();
+    drop(first);
+    assert!(engine.forgotten.lock().unwrap().is_empty(), "somebody holds it");
+    drop(second);
+    assert_eq!(*engine.forgotten.lock().unwrap(), [(content, ForgetMode::Drain)]);
+    assert!(holds.take(content, asked_at).is_none(), "the engine said so before it was told to forget");
+    let again = holds.take(content, holds.moment()).unwrap();
+    holds.forget_now(content);
+    holds.forget_now(content);
+    drop(again);
+    assert_eq!(engine.forgotten.lock().unwrap().len(), 2);
+}

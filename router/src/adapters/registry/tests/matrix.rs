@@ -92,7 +92,7 @@ async fn run(cell: Cell) -> (Result<ResolvedAdapter, AdapterFailure>, bool, Worl
     let is_public_first = cell.filled == Filled::WhileItWasPublic;
     world.upstream.put(locator, if is_public_first { open } else { closed.clone() });
     let mut is_known_to_caller = false;
-    if cell.tier.is_some() {
+    if let Some(tier) = cell.tier {
         match (cell.filled, token) {
             (Filled::ByTheSameCaller, Some(token)) => {
                 is_known_to_caller = world.resolve_with(&name, token).await.is_ok();
@@ -103,7 +103,7 @@ async fn run(cell: Cell) -> (Result<ResolvedAdapter, AdapterFailure>, bool, Worl
             // As anybody, who is the caller when that has no token.
             (Filled::WhileItWasPublic, _) => is_known_to_caller = world.resolve(&name).await.is_ok() && token.is_none(),
         }
-        world.engine.set_tier(cell.tier.unwrap());
+        world.engine.set_tier(tier);
     }
     let tokens = ["right".to_owned(), "other".to_owned()];
     world.upstream.put(locator, Repo { tokens: tokens.into(), ..closed });

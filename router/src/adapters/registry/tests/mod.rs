@@ -49,6 +49,8 @@ pub(super) struct Upstream {
     pub(super) fetches: AtomicUsize,
     pub(super) here: Mutex<BTreeSet<String>>,
     pub(super) slow: AtomicUsize,
+    /// Never answers.
+    pub(super) tarpit: Mutex<Option<SourceKind>>,
 }
 
 pub(super) fn label(credential: &Credential) -> String {
@@ -92,6 +94,10 @@ impl Source for Upstream {
         self.asked.lock().unwrap().push((reference.to_string(), label(credential)));
         Box::pin(async move {
             self.dawdle().await;
+            let is_tarpit = *self.tarpit.lock().unwrap() == Some(reference.source);
+            if is_tarpit {
+                std::future::pending::<()>().await;
+            }
             if let Some(error) = self.down.lock().unwrap().clone() {
                 return Err(error);
             }
@@ -190,7 +196,7 @@ impl Engine {
         Arc::make_mut(&mut self.known.lock().unwrap()).values_mut().for_each(|content| content.tier = tier);
     }
 
-    fn prepared(&self, dir: &PathBuf) -> Result<PreparedAdapter, AdapterFailure> {
+    fn prepared(&self, dir: &std::path::Path) -> Result<PreparedAdapter, AdapterFailure> {
         self.prepares.fetch_add(1, Ordering::SeqCst);
         if let Some((_, failure)) =
             self.bad.lock().unwrap().clone().filter(|(end, _)| dir.to_string_lossy().ends_with(end))
