@@ -29,6 +29,7 @@ from loramux_server import children
 
 IMAGE_BYTES = 68 * 1024  # a marker adapter in the host slab
 FIRST = 50_000
+ARENA = "256MiB"  # touched as it is used: until then resident memory grows with it
 FAULTS = [
     {"do": "reset"},
     {"do": "drop", "at": 0.5},
@@ -258,6 +259,8 @@ def soak(settings: Settings) -> dict:
         flags = [
             "--adapter-root",
             str(root),
+            "--arena-bytes",
+            ARENA,
             "--max-loras",
             str(settings.device_adapters),
             "--host-adapter-memory",

@@ -14,7 +14,6 @@ REMOTE = ("hub", "s3", "gcs", "http")
 HTTP_SECRET = "operators-http-secret"
 # Sixty seconds become 6: what is kept, waited for and retried comes in time for a test. Deadlines of requests shrink with it.
 TIME_SCALE = 0.1
-LOAD_TIMEOUT_S = 30
 
 
 def environment(faults: FaultServer, folder: Path, time_scale: float | None = None) -> dict[str, str]:
@@ -101,6 +100,7 @@ class SourcedServer(Server):
         data_dir: str | None = None,
         time_scale: float | None = TIME_SCALE,
         env: dict | None = None,
+        load_timeout_s: float = 30,
         networks: str | None = "127.0.0.0/8",
         **settings,
     ):
@@ -108,7 +108,7 @@ class SourcedServer(Server):
         where = Path(self.folder.name)
         self.data = Path(data_dir or where / "data")
         variables = {**environment(faults, where, time_scale), **(env or {})}
-        timeout = f"{LOAD_TIMEOUT_S / (time_scale or 1):g}"
+        timeout = f"{load_timeout_s / (time_scale or 1):g}"
         super().__init__(*flags(faults, "--adapter-load-timeout", timeout, *more, networks=networks), data_dir=str(self.data), env=variables, **settings)
 
     def open_files(self) -> dict[str, int]:
@@ -129,12 +129,9 @@ class SourcedServer(Server):
         return self.http.request(method, f"/admin/v1{path}", headers=ADMIN, **more)
 
     def temporary_files(self) -> list[str]:
-        """What a finished or given up download must not leave."""
-        return [
-            str(path.relative_to(self.data))
-            for path in self.data.rglob("*")
-            if path.is_file() and ("tmp" in path.relative_to(self.data).parts or path.suffix in (".tmp", ".partial", ".incomplete"))
-        ]
+        """What a finished or given up download must not leave. A part that is kept to be resumed has a note beside it."""
+        folder = self.data / "store" / "tmp"
+        return [str(path.relative_to(self.data)) for path in folder.rglob("*") if path.is_file() and not (path.parent / "partial.json").exists()]
 
     def close(self):
         super().close()
