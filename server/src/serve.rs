@@ -169,6 +169,7 @@ fn router_config(config: &Config) -> RouterConfig {
         max_model_len: args.model.max_model_len,
         use_generation_config: config.use_generation_config,
         keys: config.keys.clone(),
+        requires_key: config.args.network.keys_file.is_some(),
         allow_runtime_adapters: config.allow_runtime_adapters,
         trust_loopback_adapters: args.sources.trust_loopback_adapters,
         allow_base_fallback: args.sources.allow_base_fallback,

@@ -183,7 +183,7 @@ impl Visit<'_> {
         if self.ring.has_admin {
             return self.admin();
         }
-        if ["origin", "sec-fetch-site"].iter().any(|name| self.headers.contains_key(*name)) {
+        if self.is_web_page() || !self.names_this_machine() {
             return Err(forbidden("requests of web pages need an admin key (--admin-key)"));
         }
         Ok((Caller { is_admin: true, ..Caller::default() }, None))
@@ -198,6 +198,7 @@ impl Visit<'_> {
             _ if trusted => Ok((Caller::default(), None)),
             Some(_) => Err(forbidden("with an admin key on this server, loading adapters needs it (--admin-key)")),
             None if self.ring.has_admin || self.ring.has_keys => self.any_key().map(admitted),
+            None if self.is_web_page() => Err(forbidden("web pages may not load adapters without a key")),
             None => Ok((Caller::default(), None)),
         }?;
         if !enabled {
@@ -207,9 +208,25 @@ impl Visit<'_> {
         Ok(caller)
     }
 
-    /// The socket's other end, never what a header says.
+    /// The socket's other end, never what a header says; but a page in a browser of this machine is not its program.
     fn is_trusted_peer(&self) -> bool {
-        self.app.config.trust_loopback_adapters && self.peer.is_some_and(|peer| peer.to_canonical().is_loopback())
+        let is_local = self.peer.is_some_and(|peer| peer.to_canonical().is_loopback());
+        self.app.config.trust_loopback_adapters && is_local && !self.is_web_page()
+    }
+
+    /// Browsers say so with every request that changes something.
+    fn is_web_page(&self) -> bool {
+        ["origin", "sec-fetch-site"].iter().any(|name| self.headers.contains_key(*name))
+    }
+
+    /// A page whose name was made to mean this machine reads what its own origin answers, and says nothing of itself but the
+    /// name. Refuses on top of the other rules; admits nobody.
+    fn names_this_machine(&self) -> bool {
+        let Some(host) = self.headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return true };
+        let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()));
+        let name = name.map_or(host, |(name, _)| name);
+        let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+        name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
     }
 
     /// The header's, or on an open server a bearer that looks like the hub's.

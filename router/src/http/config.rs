@@ -16,6 +16,8 @@ pub struct RouterConfig {
     pub adapter_dirs: Vec<PathBuf>,
     /// API keys and admin keys. Without an API key the server is open.
     pub keys: Vec<KeySpec>,
+    /// Keys were set up: without a key nobody is served, even if no key is left.
+    pub requires_key: bool,
     /// `--allow-runtime-adapters`: clients may load and unload adapters.
     pub allow_runtime_adapters: bool,
     /// `--trust-loopback-adapters`: peers of this machine may do so, and list models, without a key.
@@ -45,6 +47,7 @@ impl Default for RouterConfig {
             adapters: Vec::new(),
             adapter_dirs: Vec::new(),
             keys: Vec::new(),
+            requires_key: false,
             allow_runtime_adapters: false,
             trust_loopback_adapters: false,
             allow_base_fallback: false,

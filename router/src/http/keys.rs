@@ -252,9 +252,16 @@ impl KeyRing {
             let meter = kept.map_or_else(|| Arc::new(Meter::new(&spec.policy)), |old| Arc::clone(&old.meter));
             by_hash.insert(spec.hash, Key { hash: spec.hash, caller, meter });
         }
-        let has_keys = by_hash.values().any(|key| !key.caller.is_admin);
+        // Taking the last key away must not open the door.
+        let had_keys = before.is_some_and(|ring| ring.has_keys);
+        let has_keys = had_keys || by_hash.values().any(|key| !key.caller.is_admin);
         let has_admin = by_hash.values().any(|key| key.caller.is_admin);
         Self { by_hash, has_keys, has_admin }
+    }
+
+    /// The operator set up keys, whatever the files hold at the moment.
+    pub(crate) fn requiring(self, requires_key: bool) -> Self {
+        Self { has_keys: self.has_keys || requires_key, ..self }
     }
 
     /// The key behind the text of `Authorization: Bearer`.
@@ -335,7 +342,8 @@ mod tests {
         let raised = KeyRing::new(&[key(2)], Some(&same));
         assert!(raised.find(b"one").unwrap().meter.admit().is_ok());
         let none = KeyRing::new(&[], Some(&raised));
-        assert!(none.find(b"one").is_none() && !none.has_keys);
+        assert!(none.find(b"one").is_none() && none.has_keys, "without its last key the server is closed, not open");
+        assert!(!KeyRing::new(&[], None).has_keys && KeyRing::new(&[], None).requiring(true).has_keys);
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl App {
             config.served_names.push("base".into());
         }
         let inner = AppInner {
-            keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None))),
+            keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None).requiring(config.requires_key))),
             wrong_keys: rate::WrongKeys::default(),
             config,
             text,

@@ -274,9 +274,9 @@ impl Names {
         self.counts.get(state as usize).copied().unwrap_or(0)
     }
 
-    /// The first name of a content.
+    /// The first name of a content that everybody may know.
     pub(super) fn name_of(&self, content: &ContentId) -> Option<&Arc<str>> {
-        self.by_content.get(content)?.first().map(|(_, name)| name)
+        self.by_content.get(content)?.iter().find(|(namespace, _)| namespace.is_empty()).map(|(_, name)| name)
     }
 
     pub(super) fn is_named(&self, content: &ContentId) -> bool {

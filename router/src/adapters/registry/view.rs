@@ -160,9 +160,9 @@ impl Registry {
         allowed.is_none_or(|globs| globs.is_match(reference.to_string()) || globs.is_match(&reference.locator))
     }
 
-    /// True if a caller of `namespace` means a registered adapter by this name; what callers name themselves is theirs to know.
-    pub fn is_registered(&self, namespace: &str, name: &str) -> bool {
-        self.names().meant(namespace, name).is_some()
+    /// True for a name that every caller may know: a registered one of the shared namespace.
+    pub fn is_shared_name(&self, name: &str) -> bool {
+        self.names().get("", name).is_some()
     }
 
     /// How many adapters are in each state, attempts for callers' references included.

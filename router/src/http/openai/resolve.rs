@@ -74,11 +74,6 @@ pub(crate) struct Variant {
 }
 
 impl Variant {
-    /// For headers and metrics: the parts' names, joined by commas. Empty for the base model.
-    pub(crate) fn names(&self) -> String {
-        self.join(|adapter| without_secrets(&adapter.name))
-    }
-
     /// What `show` says of each part, joined by commas.
     pub(crate) fn join(&self, show: impl Fn(&ResolvedAdapter) -> String) -> String {
         self.adapters.iter().map(show).collect::<Vec<_>>().join(",")

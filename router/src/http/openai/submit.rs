@@ -10,7 +10,6 @@ use super::run::Run;
 use super::sequence::{SequenceText, TextRules};
 use super::validate::{Bounds, Params, fit};
 use crate::access::Caller;
-use crate::adapters::ResolvedAdapter;
 use crate::engine::GenerateRequest;
 use crate::http::App;
 use crate::http::auth::Metered;
@@ -88,10 +87,12 @@ fn check_something_may_come(sampling: &Sampling, end_tokens: &[u32]) -> Result<(
 }
 
 impl App {
-    /// `/metrics` needs no key: it names what operators registered, and nothing that a caller named.
+    /// `/metrics` needs no key: it names what is registered for all, and nothing that one caller has or named.
     fn metrics_label(&self, variant: &Variant, caller: &Caller) -> String {
-        let is_known = |adapter: &ResolvedAdapter| self.registry.is_registered(&caller.namespace, &adapter.name);
-        if variant.adapters.iter().all(is_known) { variant.names() } else { OTHER.to_owned() }
+        match &*variant.adapters {
+            [one] if caller.namespace.is_empty() && self.registry.is_shared_name(&one.name) => one.name.clone(),
+            _ => OTHER.to_owned(),
+        }
     }
 
     /// Hands prompts x variants to the engine, prompt-major. An error drops (and so cancels) what was handed over.
