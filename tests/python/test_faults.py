@@ -97,6 +97,7 @@ class Trial:
         while True:
             if by_request:
                 answer = await complete(self.server.address, self.reference)
+                by_request = answer.status not in (422, 403)  # a later try of the same load was refused for good
             else:
                 answer = await self.put(self.reference)
                 if answer.status in (202, 503):  # it sleeps until its next try, which may be minutes away
