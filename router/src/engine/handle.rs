@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -12,6 +12,9 @@ use super::run::Message;
 use super::status::EngineStatus;
 use super::types::{ContentId, Failure, GenerateEvent, GenerateRequest};
 use crate::scheduler::RequestId;
+
+/// Told, on the engine's thread, which content is missing and what was found instead. Must not wait.
+pub type MissingReport = Box<dyn Fn(ContentId, &str) + Send + Sync>;
 
 /// What handles and the engine thread share.
 pub(super) struct Shared {
@@ -23,6 +26,7 @@ pub(super) struct Shared {
     pub(super) queued_tokens_max: AtomicU64,
     pub(super) draining: AtomicBool,
     pub(super) next_id: AtomicU64,
+    pub(super) missing: OnceLock<MissingReport>,
 }
 
 /// A cheap, cloneable way to reach the engine thread.
@@ -113,6 +117,18 @@ impl EngineHandle {
     /// A request for the content is expected: brings it back into host memory, and to the device if pages are free.
     pub fn prefetch_adapter(&self, content: ContentId) {
         let _ = self.inbox.send(Message::Prefetch { content });
+    }
+
+    /// From now on `report` is told of contents that are needed and no directory holds any more. Who needs one waits, within
+    /// its deadline, until it is prepared again or [`Self::give_up_adapter`] says that it will not be. Without a report they
+    /// fail at once. Only the first call counts.
+    pub fn on_missing(&self, report: MissingReport) {
+        let _ = self.shared.missing.set(report);
+    }
+
+    /// A content that was reported missing does not come back: who needs it fails.
+    pub fn give_up_adapter(&self, content: ContentId, reason: String) {
+        let _ = self.inbox.send(Message::GiveUp { content, reason });
     }
 
     /// The latest snapshot.

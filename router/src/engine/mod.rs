@@ -23,7 +23,7 @@ pub use adapters::{
     AdapterCheck, AdapterFailure, ContentStatus, ForgetMode, MajoritySign, MergeAsk, MergeStrategy, PinLevel,
     PinRefused, PreparedAdapter, Refusal, Tier,
 };
-pub use handle::{EngineHandle, Generation};
+pub use handle::{EngineHandle, Generation, MissingReport};
 pub use run::{EngineError, EngineOptions, Spawned, Started, spawn};
 pub use shard::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
 pub use status::{EngineCounters, EngineStatus};

@@ -149,7 +149,7 @@ impl Engine {
                 self.bring_back(expected);
             } else {
                 let reason = outcome.as_ref().err().map_or("its files changed on disk", |failure| &failure.message);
-                self.content_gone(expected, reason);
+                self.missing(expected, reason);
             }
         }
         if let Some(reply) = reply {
@@ -192,6 +192,25 @@ impl Engine {
         let asks = self.contents.get_mut(&content).map(|known| std::mem::take(&mut known.pin_asks));
         for (level, reply) in asks.unwrap_or_default() {
             self.pin(content, Some(level), reply);
+        }
+    }
+
+    /// No directory holds it any more. Whoever can bring it back is told; until then it counts as being prepared.
+    fn missing(&mut self, content: ContentId, reason: &str) {
+        match self.shared.missing.get() {
+            Some(report) => {
+                self.contents.set(&content, Residency::Preparing);
+                report(content, reason);
+            }
+            None => self.content_gone(content, reason),
+        }
+    }
+
+    /// What was reported missing does not come back.
+    pub(super) fn give_up(&mut self, content: ContentId, reason: &str) {
+        // Somebody else may have prepared it since.
+        if self.contents.get(&content).is_some_and(|known| known.residency == Residency::Preparing) {
+            self.content_gone(content, reason);
         }
     }
 

@@ -39,6 +39,7 @@ pub(super) enum Message {
     Pin { content: ContentId, level: Option<PinLevel>, reply: PinReply },
     Forget { content: ContentId, mode: ForgetMode },
     Prefetch { content: ContentId },
+    GiveUp { content: ContentId, reason: String },
     Wake,
     ShutDown,
     Shard { incarnation: u64, message: Box<FromShard> },
@@ -137,6 +138,7 @@ pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::i
         queued_tokens_max: AtomicU64::new(options.queued_tokens_max.unwrap_or(u64::MAX)),
         draining: AtomicBool::new(false),
         next_id: AtomicU64::new(1),
+        missing: std::sync::OnceLock::new(),
     });
     let handle = EngineHandle { shared: Arc::clone(&shared), inbox: inbox_sender.clone() };
     let now = Instant::now();
@@ -238,6 +240,7 @@ impl Engine {
             Message::Pin { content, level, reply } => self.pin(content, level, reply),
             Message::Forget { content, mode } => self.forget(content, mode),
             Message::Prefetch { content } => self.prefetch(content),
+            Message::GiveUp { content, reason } => self.give_up(content, &reason),
             Message::Wake => {}
             Message::ShutDown => return Ok(false),
             Message::Shard { incarnation, message } if incarnation == self.link.incarnation => self.report(*message)?,

@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 
 use crate::engine::{
     AdapterCheck, AdapterFailure, ContentId, EngineHandle, EngineStatus, Failure, ForgetMode, GenerateEvent,
-    GenerateRequest, Generation, MergeAsk, PinLevel, PinRefused, PreparedAdapter,
+    GenerateRequest, Generation, MergeAsk, MissingReport, PinLevel, PinRefused, PreparedAdapter,
 };
 
 /// The engine, seen from the HTTP side. [`EngineHandle`] is the real one.
@@ -29,6 +29,10 @@ pub trait Backend: Send + Sync + 'static {
     fn forget_adapter(&self, content: ContentId, mode: ForgetMode);
     /// See [`EngineHandle::prefetch_adapter`].
     fn prefetch_adapter(&self, content: ContentId);
+    /// See [`EngineHandle::on_missing`].
+    fn on_missing(&self, _report: MissingReport) {}
+    /// See [`EngineHandle::give_up_adapter`].
+    fn give_up_adapter(&self, _content: ContentId, _reason: String) {}
     /// See [`EngineHandle::status`].
     fn status(&self) -> Arc<EngineStatus>;
     /// See [`EngineHandle::begin_drain`].
@@ -74,6 +78,14 @@ impl Backend for EngineHandle {
 
     fn prefetch_adapter(&self, content: ContentId) {
         Self::prefetch_adapter(self, content);
+    }
+
+    fn on_missing(&self, report: MissingReport) {
+        Self::on_missing(self, report);
+    }
+
+    fn give_up_adapter(&self, content: ContentId, reason: String) {
+        Self::give_up_adapter(self, content, reason);
     }
 
     fn status(&self) -> Arc<EngineStatus> {

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use super::contents::Until;
-use super::names::Key;
+use super::contents::{NO_SOURCE, Until};
+use super::names::{Key, Version};
+use super::resolve::Found;
+use super::revive::PATIENCE;
 use super::*;
 use crate::adapters::{Origin, Progress};
 use crate::engine::{AdapterCheck, PinLevel};
@@ -20,28 +22,37 @@ impl Registry {
         level: Option<PinLevel>,
     ) -> Result<AdapterView, AdapterFailure> {
         let key: Key = (Arc::from(namespace), Arc::from(name));
-        let current = {
+        let (id, current) = {
             let names = self.names();
             let entry = names.get(namespace, name).ok_or_else(|| not_found(name))?;
-            entry.current.clone()
+            (entry.id, entry.current.clone())
         };
         if let Some(version) = current {
-            // The engine may not know a content of the last run yet.
-            let usable = match level {
-                Some(_) => {
-                    let loaded = self.inner.contents.usable(&version.wanted, &Arc::default(), Until::AttemptEnds).await;
-                    Some(loaded?)
-                }
-                None => None,
+            let (identity, content) = match level {
+                // The engine may not know a content of the last run yet.
+                Some(_) => self.loaded(&Found { key: key.clone(), id, tenant: 0.into() }, &version).await?,
+                None => (version.wanted.identity, version.facts.content),
             };
-            let content = usable.map_or(version.facts.content, |usable| usable.prepared.content);
-            self.pin_content(&version.wanted.identity, content, level).await?;
+            self.pin_content(&identity, content, level).await?;
         } else if level.is_some() {
             return Err(failure("precondition_failed", format!("`{name}` is not loaded; load it first")));
         }
         self.names().update(&key, |entry| entry.pin = level).ok_or_else(|| not_found(name))?;
         self.write_adapter(&key).await?;
         self.get(namespace, name).ok_or_else(|| not_found(name))
+    }
+
+    /// What an entry stands for, once the engine knows it.
+    async fn loaded(&self, found: &Found, version: &Version) -> Result<(Arc<str>, ContentId), AdapterFailure> {
+        match self.inner.contents.usable(&version.wanted, &Arc::default(), Until::AttemptEnds).await {
+            Ok(usable) => Ok((Arc::clone(&version.wanted.identity), usable.prepared.content)),
+            Err(failed) if failed.state == Some(NO_SOURCE) => {
+                let until = Until::At(self.inner.clock.now().saturating_add(PATIENCE));
+                let served = self.serve_by(found, until).await?.ok_or_else(|| not_found(&found.key.1))?;
+                Ok((Arc::clone(&served.wanted.identity), served.prepared.content))
+            }
+            Err(failed) => Err(failed),
+        }
     }
 
     pub(super) async fn pin_content(

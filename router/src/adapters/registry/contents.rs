@@ -16,7 +16,7 @@ use crate::adapters::life::{Clock, EXPLICIT_EVERY, Retry, is_retryable};
 use crate::adapters::{Credential, Origin, Resolved, SourceKind, Tenant};
 use crate::engine::{AdapterFailure, ContentId, MergeAsk, PreparedAdapter, Tier};
 use crate::http::Backend;
-use crate::metrics::{LoadPhase, LoadTimes};
+use crate::metrics::LoadTimes;
 
 /// How long "not there" and other failures of a moment answer for the next requests.
 const FAILURE_KEPT: Duration = Duration::from_secs(5);
@@ -44,6 +44,16 @@ pub(super) struct Wanted {
 impl std::fmt::Debug for Wanted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Wanted").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+impl Wanted {
+    /// Of the last run: it says which bytes, but not where its source has them.
+    pub(super) fn is_bare(&self) -> bool {
+        match &self.from {
+            From::Source(resolved) => matches!(&resolved.origin, Origin::Remote(files) if files.is_empty()),
+            From::Merge(_) => false,
+        }
     }
 }
 
@@ -84,16 +94,16 @@ pub(super) type Outcome = Result<Usable, AdapterFailure>;
 /// See the module. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Contents {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
-struct Shared {
-    engine: Arc<dyn Backend>,
-    files: Option<Arc<dyn Files>>,
-    clock: Arc<dyn Clock>,
-    holds: Arc<Holds>,
-    prepares: Semaphore,
-    times: LoadTimes,
+pub(super) struct Shared {
+    pub(super) engine: Arc<dyn Backend>,
+    pub(super) files: Option<Arc<dyn Files>>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) holds: Arc<Holds>,
+    pub(super) prepares: Semaphore,
+    pub(super) times: LoadTimes,
     table: Mutex<Table>,
 }
 
@@ -139,6 +149,8 @@ impl Contents {
                 Look::Running { outcome, stage, is_shared } => match self.wait(outcome, &stage, until).await {
                     // The answer to another credential: ask with this one.
                     Err(failure) if is_shared && failure.code == "model_not_found" => {}
+                    // It was the attempt of somebody who knows no source.
+                    Err(failure) if failure.state == Some(NO_SOURCE) && !wanted.is_bare() => {}
                     Err(failure) if is_retryable(&failure.code) && failure.state == Some(RETRY) => {}
                     outcome => return outcome,
                 },
@@ -230,78 +242,14 @@ impl Contents {
         report.send_replace(Some(outcome));
     }
 
-    async fn load(
-        &self,
-        wanted: &Wanted,
-        stage: &Stage,
-    ) -> Result<(Arc<PreparedAdapter>, Arc<Lease>, FilesHere), AdapterFailure> {
-        let shared = &self.shared;
-        let began = shared.clock.now();
-        let files = self.fetch(wanted, stage).await?;
-        let fetched = shared.clock.now();
-        shared.times.observe(wanted.source, LoadPhase::Fetch, fetched.saturating_sub(began));
-        stage.set(AdapterState::Preparing);
-        let _permit = shared.prepares.acquire().await;
-        for _ in 0..3 {
-            let asked_at = shared.holds.moment();
-            let prepared = shared.engine.prepare_adapter(files.dir.clone()).await?;
-            if let Some(hold) = shared.holds.take(prepared.content, asked_at) {
-                if let (From::Source(_), Some(files)) = (&wanted.from, &shared.files) {
-                    files.note_content(&wanted.identity, prepared.content);
-                }
-                let took = shared.clock.now().saturating_sub(fetched);
-                shared.times.observe(wanted.source, LoadPhase::Prepare, took);
-                return Ok((Arc::new(prepared), Arc::new(Lease(hold)), files));
-            }
-        }
-        Err(failure("adapter_load_failed", "service unavailable: its content was forgotten while it was loaded".into()))
-    }
-
-    async fn fetch(&self, wanted: &Wanted, stage: &Stage) -> Result<FilesHere, AdapterFailure> {
-        match &wanted.from {
-            From::Source(resolved) => {
-                if let Origin::Directory(dir) = &resolved.origin {
-                    return Ok(FilesHere { dir: dir.clone(), guard: None });
-                }
-                let files = self.shared.files.as_ref().ok_or_else(|| {
-                    failure("adapter_load_failed", "this server keeps no downloads (--data-dir)".into())
-                })?;
-                if let Some(here) = files.here(&wanted.identity) {
-                    return Ok(here);
-                }
-                let fetched = files.fetch(resolved, &wanted.credential, wanted.tenant, stage.progress()).await;
-                fetched.map_err(|error| AdapterFailure {
-                    retry_after: error.retry_after(),
-                    ..AdapterFailure::new(error.code(), error.to_string())
-                })
-            }
-            From::Merge(merge) => {
-                let dir = merge.ask.out_dir.clone();
-                if !tokio::fs::try_exists(&dir).await.unwrap_or(false) {
-                    debug_assert!(!merge.parts.is_empty(), "what it is made of stays until here");
-                    let part = dir.with_extension("part");
-                    let _ = tokio::fs::remove_dir_all(&part).await; // of an attempt that failed
-                    let cannot = |error: std::io::Error| {
-                        failure(
-                            "adapter_load_failed",
-                            format!("service unavailable: the merge cannot be written: {error}"),
-                        )
-                    };
-                    tokio::fs::create_dir_all(&part).await.map_err(cannot)?;
-                    self.shared.engine.merge_adapters(MergeAsk { out_dir: part.clone(), ..merge.ask.clone() }).await?;
-                    tokio::fs::rename(&part, &dir).await.map_err(cannot)?;
-                }
-                Ok(FilesHere { dir, guard: None })
-            }
-        }
-    }
-
     /// Writes down how an attempt ended, and what those who wait are told.
     fn note(&self, wanted: &Wanted, outcome: Outcome) -> Outcome {
         let (clock, now) = (&*self.shared.clock, self.shared.clock.now());
         let mut guard = self.table();
         let table = &mut *guard;
-        if let Err(failure) = &outcome {
+        if let Err(failure) = &outcome
+            && failure.state != Some(NO_SOURCE)
+        {
             *table.failures.entry((wanted.source, failure.code.clone())).or_default() += 1;
         }
         // Forgotten while it was loaded: those who waited may use it, nobody else knows it.
@@ -313,6 +261,11 @@ impl Contents {
                 content.attempt = Attempt::None;
                 content.retry = Retry::default();
                 Ok(usable)
+            }
+            // The next one may know where to fetch it from.
+            Err(failure) if failure.state == Some(NO_SOURCE) => {
+                content.attempt = Attempt::None;
+                Err(failure)
             }
             Err(mut failure) => {
                 let kept = match failure.code.as_str() {
@@ -446,6 +399,34 @@ impl Contents {
         all
     }
 
+    /// A request runs under it. Should its files be missing one day, this says how to get them again, as long as the request
+    /// lives: a caller's token is not kept longer.
+    pub(super) fn note_user(&self, content: ContentId, wanted: &Arc<Wanted>) {
+        let mut guard = self.table();
+        let table = &mut *guard;
+        if table.users.len() > 64 + 2 * table.by_identity.len() {
+            table.users.retain(|_, users| users.iter().any(|user| user.strong_count() > 0));
+        }
+        let users = table.users.entry(content).or_default();
+        if users.len() == users.capacity() {
+            users.retain(|user| user.strong_count() > 0); // before it grows: it stays as long as the requests are many
+        }
+        users.push(Arc::downgrade(wanted));
+    }
+
+    /// The requests that run under a content, one for each identity, and what kept it until now. Whoever asks for it from
+    /// now on has it prepared again.
+    pub(super) fn doubt(&self, content: ContentId) -> (Vec<Arc<Wanted>>, Vec<Arc<Lease>>) {
+        let mut guard = self.table();
+        let table = &mut *guard;
+        let is_it = |ready: &mut Ready| ready.prepared.content == content;
+        let known = table.by_identity.values_mut().filter_map(|known| known.ready.take_if(is_it));
+        let leases = known.map(|ready| ready.hold).collect();
+        let users = table.users.get(&content).into_iter().flatten().filter_map(std::sync::Weak::upgrade);
+        let users: std::collections::BTreeMap<_, _> = users.map(|user| (Arc::clone(&user.identity), user)).collect();
+        (users.into_values().collect(), leases)
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.shared.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -453,6 +434,8 @@ impl Contents {
 
 /// Marks a failure after which there will be another try.
 const RETRY: &str = "retrying";
+/// Marks the failure of a [`Wanted`] that is bare, and whose files are not here any more.
+pub(super) const NO_SOURCE: &str = "registered";
 
 fn still_loading(state: AdapterState) -> AdapterFailure {
     AdapterFailure {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use secrecy::SecretString;
 
 use super::contents::Until;
-use super::resolve::{revision_of, served};
+use super::resolve::revision_of;
 use super::*;
 use crate::adapters::authorise::UNANSWERED;
 use crate::adapters::{Tenant, is_valid_name};
@@ -56,7 +56,7 @@ impl Registry {
                 // Also when it went between two answers of its source.
                 if failed.code == "model_not_found" { not_found(ask.name) } else { failed }
             })?;
-            return Ok(served(ask.name, &revision_of(&wanted), &wanted, 1.0, usable));
+            return Ok(self.served(ask.name, &revision_of(&wanted), &wanted, 1.0, usable));
         }
         Err(not_found(ask.name))
     }
@@ -98,15 +98,17 @@ impl Registry {
         references.into_iter().map(place).collect()
     }
 
-    /// The caller's own token whenever there is one: the server's never answers where that was refused. Directories know
-    /// no tokens; what the operator named by `--adapter` is the server's alone, and not found by its path.
+    /// What lies below a prefix of the operator is for every key of this server, whatever token comes along. Elsewhere the
+    /// caller's own token whenever there is one: the server's never answers where that was refused. Directories know no
+    /// tokens; what the operator named by `--adapter` is the server's alone, and not found by its path.
     fn credential_for(&self, reference: &AdapterRef, token: Option<&SecretString>) -> Credential {
         let printed = format!("{reference}/");
         let is_operators = self.inner.prefixes.iter().any(|prefix| is_below(&printed, prefix));
         let is_shared = self.inner.settings.share_hub_token && reference.source == SourceKind::Hub;
         match token {
+            _ if is_operators => Credential::Server,
             Some(token) if reference.source != SourceKind::Local => Credential::Token(token.clone()),
-            _ if is_operators || is_shared => Credential::Server,
+            _ if is_shared => Credential::Server,
             _ => Credential::Anonymous,
         }
     }

@@ -77,7 +77,11 @@ impl Registry {
         let known = names.get(&key.0, &key.1).filter(|entry| entry.made != Made::Folder);
         check_conditions(&ask, known)?;
         if let Some(known) = known {
+            let is_young = |noted: &&Noted| self.inner.clock.now() < noted.at + EXPLICIT_EVERY;
             if let Some(next) = known.next.as_ref().filter(|next| next.reference == ask.reference) {
+                if known.error.as_ref().filter(is_young).is_none() {
+                    next.wake();
+                }
                 return Ok((key, known.id, next.step.clone(), Arc::clone(&next.stage)));
             }
             if !ask.in_place && (known.current.is_some() || known.next.is_some() || known.error.is_none()) {
@@ -86,7 +90,6 @@ impl Registry {
                     format!("the name `{}` is taken by {found}; load it in place, or unload it first", ask.name);
                 return Err(failure("adapter_exists", message));
             }
-            let is_young = |noted: &&Noted| self.inner.clock.now() < noted.at + EXPLICIT_EVERY;
             if let Some(noted) = known.error.as_ref().filter(is_young).filter(|noted| noted.reference == ask.reference)
             {
                 let left = (noted.at + EXPLICIT_EVERY).saturating_sub(self.inner.clock.now());
@@ -168,8 +171,17 @@ impl Registry {
 
     fn drive(&self, names: &mut Names, job: Job, report: watch::Sender<Step>, step: watch::Receiver<Step>) {
         let (registry, driven) = (self.clone(), job.clone());
+        let report = Arc::new(report);
+        let wakes = Arc::downgrade(&report);
         let driver = tokio::spawn(async move { registry.run(driven, report).await }).abort_handle();
-        let next = Next { id: job.load, reference: job.reference, stage: job.stage, step, driver: Some(driver) };
+        let next = Next {
+            id: job.load,
+            reference: job.reference,
+            stage: job.stage,
+            step,
+            report: wakes,
+            driver: Some(driver),
+        };
         let before = names.update(&job.key, |entry| {
             entry.error = None;
             entry.next.replace(next)
@@ -180,7 +192,7 @@ impl Registry {
     }
 
     /// Tries until it works, cannot work, or the name goes.
-    async fn run(self, job: Job, report: watch::Sender<Step>) {
+    async fn run(self, job: Job, report: Arc<watch::Sender<Step>>) {
         let mut retry = Retry::default();
         let mut is_explicit = job.is_explicit;
         loop {
@@ -192,7 +204,6 @@ impl Registry {
                 }
                 Err(failed) => failed,
             };
-            is_explicit = false;
             let clock = &self.inner.clock;
             let pause = retry.after_failure(&**clock, failed.retry_after);
             let is_over = !is_retryable(&failed.code) || (retry.is_open() && !job.keep);
@@ -205,8 +216,13 @@ impl Registry {
                 report.send_replace(Step::Done(Err(failed)));
                 return;
             }
+            let mut woken = report.subscribe();
             report.send_replace(Step::Waiting(failed, next_try));
-            clock.sleep(pause).await;
+            is_explicit = tokio::select! {
+                biased;
+                _ = woken.wait_for(|step| matches!(step, Step::Trying)) => true,
+                () = clock.sleep(pause) => false,
+            };
             report.send_replace(Step::Trying);
         }
     }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use super::contents::{From, Merge, Usable, Wanted};
-use super::resolve::served;
 use super::*;
 use crate::adapters::Tenant;
 use crate::engine::{MajoritySign, MergeAsk, MergeStrategy};
@@ -57,7 +56,7 @@ impl Registry {
             needs_files: false,
         };
         let usable = self.inner.contents.usable(&wanted, &Arc::default(), until).await?;
-        Ok(served(&name, &Arc::from(""), &wanted, 1.0, usable))
+        Ok(self.served(&name, &Arc::from(""), &wanted, 1.0, usable))
     }
 
     /// The same part with its directory, which a part that serves from memory may have lost.
@@ -66,7 +65,7 @@ impl Registry {
         part: &ResolvedAdapter,
         until: super::contents::Until,
     ) -> Result<Usable, AdapterFailure> {
-        let wanted = Wanted { needs_files: true, ..part.wanted.clone() };
+        let wanted = Wanted { needs_files: true, ..Wanted::clone(&part.wanted) };
         let usable = self.inner.contents.usable(&wanted, &Arc::default(), until).await?;
         if usable.files.is_none() || usable.prepared.content != part.prepared.content {
             let message = format!("service unavailable: the files of `{}` changed meanwhile; try again", part.name);

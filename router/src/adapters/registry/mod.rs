@@ -13,6 +13,7 @@
 
 mod admin;
 mod alias;
+mod bring;
 mod contents;
 mod directory;
 mod dynamic;
@@ -22,6 +23,7 @@ mod merge;
 mod names;
 mod resolve;
 mod restore;
+mod revive;
 mod settings;
 mod stage;
 mod table;
@@ -71,6 +73,7 @@ struct Inner {
     /// Registered adapters whose sources are asked at the same time, by kind: a slow one holds up its own.
     lookups: [tokio::sync::Semaphore; SourceKind::Merge as usize + 1],
     was_ready: AtomicBool,
+    revivals: revive::Revivals,
     /// Merges are written here.
     merged: PathBuf,
 }
@@ -153,11 +156,13 @@ impl Registry {
             writing: tokio::sync::Mutex::default(),
             lookups: std::array::from_fn(|_| tokio::sync::Semaphore::new(LOOKUPS_MAX)),
             was_ready: AtomicBool::new(false),
+            revivals: revive::Revivals::default(),
             merged,
             settings,
         };
         let registry = Self { inner: Arc::new(inner) };
         registry.register_flags();
+        registry.listen();
         registry
     }
 

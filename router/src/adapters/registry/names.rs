@@ -1,7 +1,7 @@
 //! The table of names: what each stands for, and the indexes that keep lookups and counts cheap with 10,000 of them.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -67,8 +67,24 @@ pub(super) struct Next {
     pub(super) reference: AdapterRef,
     pub(super) stage: Arc<Stage>,
     pub(super) step: watch::Receiver<Step>,
+    /// The driver's; see [`Self::wake`].
+    pub(super) report: Weak<watch::Sender<Step>>,
     /// Ends the load when the name goes.
     pub(super) driver: Option<AbortHandle>,
+}
+
+impl Next {
+    /// Ends a pause between two tries. Who looks at `step` from now on waits for what the next one brings.
+    pub(super) fn wake(&self) {
+        let Some(report) = self.report.upgrade() else { return };
+        report.send_if_modified(|step| {
+            let is_paused = matches!(step, Step::Waiting(..));
+            if is_paused {
+                *step = Step::Trying;
+            }
+            is_paused
+        });
+    }
 }
 
 /// How a load goes.
@@ -277,6 +293,10 @@ impl Names {
     /// The first name of a content that everybody may know.
     pub(super) fn name_of(&self, content: &ContentId) -> Option<&Arc<str>> {
         self.by_content.get(content)?.iter().find(|(namespace, _)| namespace.is_empty()).map(|(_, name)| name)
+    }
+
+    pub(super) fn key_of(&self, content: &ContentId) -> Option<&Key> {
+        self.by_content.get(content)?.first()
     }
 
     pub(super) fn is_named(&self, content: &ContentId) -> bool {

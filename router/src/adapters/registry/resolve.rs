@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::contents::{From, Until, Usable, Wanted};
+use super::contents::{From, NO_SOURCE, Until, Usable, Wanted};
 use super::names::{Entry, Key, Made, Names, Noted, Step, Version};
 use super::stage::Stage;
 use super::types::Hold;
 use super::*;
+use crate::adapters::Tenant;
 use crate::adapters::life::is_retryable;
-use crate::adapters::{Origin, Tenant};
 
 /// How often a request looks again because the name got other content while it waited.
-const ROUNDS_MAX: usize = 16;
+pub(super) const ROUNDS_MAX: usize = 16;
 
 /// An entry that a request found.
 pub(super) struct Found {
@@ -135,8 +135,12 @@ impl Registry {
             Plan::Fail(failure) => Err(failure),
             Plan::Follow => self.follow(found, until).await,
             Plan::Use(version) => {
-                let usable = self.inner.contents.usable(&version.wanted, &Arc::default(), until).await?;
-                Ok(self.confirm(found, &version, usable))
+                match self.inner.contents.usable(&version.wanted, &Arc::default(), until).await {
+                    Ok(usable) => Ok(self.confirm(found, &version, usable)),
+                    // Its files went between two looks: its source is asked.
+                    Err(failed) if failed.state == Some(NO_SOURCE) => Ok(None),
+                    Err(failed) => Err(failed),
+                }
             }
             Plan::Wait(step, stage) => {
                 self.wait_for_step(step, &stage, until).await?;
@@ -158,7 +162,7 @@ impl Registry {
             (Some(version), next) => match (&version.wanted.from, next) {
                 _ if entry.follows_files() => Plan::Follow,
                 // Of the last run: where its bytes are is not known any more. It needs its files, or a look at its source.
-                (From::Source(resolved), next) if is_bare(resolved) && !self.has_files(&version.wanted) => match next {
+                (_, next) if version.wanted.is_bare() && !self.has_files(&version.wanted) => match next {
                     Some(next) => Plan::Wait(next.step.clone(), Arc::clone(&next.stage)),
                     None if entry.lacks_credential() => Plan::Fail(restore::credential_lost()),
                     None => Plan::Load,
@@ -243,7 +247,8 @@ impl Registry {
         }
         names.awaited.remove(&found.key);
         let scale = names.used(&found.key, self.inner.clock.unix_seconds(), usable.loaded_ms)?;
-        Some(served(&found.key.1, &version.revision, &version.wanted, scale, usable))
+        drop(names);
+        Some(self.served(&found.key.1, &version.revision, &version.wanted, scale, usable))
     }
 
     /// A directory that the operator or an admin named: its files are looked at now.
@@ -366,13 +371,37 @@ impl Registry {
             self.inner.contents.adopt(&version.wanted, &usable);
             names.insert(&key, entry);
         }
-        Ok(Folder::Served(served(&key.1, &version.revision, &version.wanted, 1.0, usable).into()))
+        Ok(Folder::Served(self.served(&key.1, &version.revision, &version.wanted, 1.0, usable).into()))
     }
 
     pub(super) fn may_be_folder(&self, names: &Names, name: &str) -> bool {
         !self.inner.settings.dirs.is_empty()
             && crate::adapters::name::is_valid_segment(name)
             && !names.hidden.contains(name)
+    }
+
+    /// What a request gets.
+    pub(super) fn served(
+        &self,
+        name: &str,
+        revision: &Arc<str>,
+        wanted: &Wanted,
+        scale: f32,
+        usable: Usable,
+    ) -> ResolvedAdapter {
+        let mut kept: Vec<Arc<dyn std::any::Any + Send + Sync>> = vec![usable.hold];
+        kept.extend(usable.files.and_then(|files| files.guard));
+        let wanted = Arc::new(wanted.clone());
+        self.inner.contents.note_user(usable.prepared.content, &wanted);
+        ResolvedAdapter {
+            name: name.to_owned(),
+            prepared: usable.prepared,
+            source: wanted.source,
+            revision: Arc::clone(revision),
+            scale,
+            wanted,
+            hold: Hold::of(kept),
+        }
     }
 
     /// How to get what `resolved` is.
@@ -390,29 +419,9 @@ impl Registry {
     }
 }
 
-/// A version of the last run knows its identity, not where the bytes are.
-fn is_bare(resolved: &Resolved) -> bool {
-    matches!(&resolved.origin, Origin::Remote(files) if files.is_empty())
-}
-
 pub(super) fn revision_of(wanted: &Wanted) -> Arc<str> {
     match &wanted.from {
         From::Source(resolved) => Arc::from(resolved.revision.as_str()),
         From::Merge(_) => Arc::from(""),
-    }
-}
-
-/// What a request gets.
-pub(super) fn served(name: &str, revision: &Arc<str>, wanted: &Wanted, scale: f32, usable: Usable) -> ResolvedAdapter {
-    let mut kept: Vec<Arc<dyn std::any::Any + Send + Sync>> = vec![usable.hold];
-    kept.extend(usable.files.and_then(|files| files.guard));
-    ResolvedAdapter {
-        name: name.to_owned(),
-        prepared: usable.prepared,
-        source: wanted.source,
-        revision: Arc::clone(revision),
-        scale,
-        wanted: wanted.clone(),
-        hold: Hold::of(kept),
     }
 }

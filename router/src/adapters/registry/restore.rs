@@ -87,6 +87,7 @@ impl Registry {
 
     /// Starts to load what the command line names and what is pinned. Needs a tokio runtime.
     pub fn preload(&self) {
+        self.inner.revivals.run_here();
         let keys: Vec<(Key, u64)> = {
             let names = self.names();
             let flags =

@@ -87,6 +87,10 @@ pub trait Files: Send + Sync + 'static {
     fn forget<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, u64>;
     /// The shard read this content from them.
     fn note_content(&self, identity: &str, content: ContentId);
+    /// What the shard read from them before, also in an earlier run.
+    fn expected_content(&self, identity: &str) -> Option<ContentId>;
+    /// False if they are not what was downloaded. Then they are gone: the next fetch downloads them again. Reads them.
+    fn verify<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, bool>;
     /// The disk keeps them, whatever else it drops.
     fn set_pinned(&self, identity: &str, is_pinned: bool);
 }
@@ -118,6 +122,14 @@ impl Files for Downloads {
 
     fn note_content(&self, identity: &str, content: ContentId) {
         self.store.note_content(identity, content);
+    }
+
+    fn expected_content(&self, identity: &str) -> Option<ContentId> {
+        self.store.expected_content(identity)
+    }
+
+    fn verify<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, bool> {
+        Box::pin(self.fetcher.verify(identity))
     }
 
     fn set_pinned(&self, identity: &str, is_pinned: bool) {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -15,7 +15,7 @@ use super::stage::Stage;
 use crate::adapters::SourceKind;
 use crate::adapters::authorise::Mac;
 use crate::adapters::life::Retry;
-use crate::engine::{AdapterFailure, PreparedAdapter};
+use crate::engine::{AdapterFailure, ContentId, PreparedAdapter};
 
 /// Contents that no name stands for.
 pub(super) const UNNAMED_MAX: usize = 4096;
@@ -59,6 +59,8 @@ pub(super) struct Content {
 pub(super) struct Table {
     pub(super) by_identity: HashMap<Arc<str>, Content>,
     pub(super) unnamed: usize,
+    /// What requests that run, or ran lately, were given.
+    pub(super) users: HashMap<ContentId, Vec<Weak<Wanted>>>,
     pub(super) failures: HashMap<(SourceKind, String), u64>,
 }
 

@@ -60,7 +60,7 @@ pub struct ResolvedAdapter {
     #[expect(dead_code, reason = "held, never read")]
     pub(super) hold: Hold,
     /// How to load it again.
-    pub(super) wanted: Wanted,
+    pub(super) wanted: Arc<Wanted>,
 }
 
 /// Keeps something alive without saying what.

@@ -13,7 +13,7 @@ use crate::adapters::{Ask, MergeSpec, ResolvedAdapter, SourceKind, Wait};
 use crate::engine::{AdapterFailure, AdapterUse};
 use crate::http::App;
 use crate::http::auth::upstream_token;
-use crate::http::error::{ApiError, Cause, cut, without_secrets};
+use crate::http::error::{ApiError, Cause, cut};
 use crate::http::json::{Fields, type_name};
 
 const SCALE_MAX: f64 = 8.0;

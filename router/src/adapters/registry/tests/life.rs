@@ -243,6 +243,7 @@ async fn a_request_that_waited_through_an_unload_is_not_served() {
 }
 
 #[tokio::test]
+<<<<<<< HEAD
 async fn a_request_that_waited_for_evicted_bytes_through_an_unload_is_not_served() {
     let world = World::new();
     world.upstream.public("acme/sql", 1);
@@ -280,4 +281,38 @@ fn a_content_that_was_forgotten_after_a_load_asked_for_it_is_asked_for_again() {
     holds.forget_now(content);
     drop(again);
     assert_eq!(engine.forgotten.lock().unwrap().len(), 2);
+=======
+async fn an_explicit_load_ends_the_pause_of_the_one_it_joins() {
+    let world = World::new();
+    world.upstream.public("acme/sql", 1);
+    world.upstream.fetch_fails.lock().unwrap().extend((0..20).map(|_| refused()));
+    let load = |wait: u64| {
+        let ask = LoadAsk { wait: Wait::Until(Duration::from_secs(wait)), keep: true, ..world.ask("sql", "acme/sql") };
+        let registry = world.registry.clone();
+        tokio::spawn(async move { registry.load(ask).await })
+    };
+    let first = load(1);
+    for pause in [1, 3, 5, 10, 20, 40] {
+        moved(&world, pause).await;
+    }
+    assert_eq!(code(&first.await.unwrap()), "adapter_load_failed");
+    // The circuit is open.
+    let tried = world.upstream.fetches();
+    assert_eq!(tried, 6);
+    let young = load(1);
+    world.settle().await;
+    assert_eq!((code(&young.await.unwrap()), world.upstream.fetches()), ("adapter_load_failed", tried), "too often");
+    moved(&world, 5).await;
+    let again = load(1);
+    world.settle().await;
+    assert_eq!((code(&again.await.unwrap()), world.upstream.fetches()), ("adapter_load_failed", tried + 1));
+    // Only the pause was ended: the circuit is open still.
+    moved(&world, 200).await;
+    assert_eq!(world.upstream.fetches(), tried + 1);
+    world.upstream.fetch_fails.lock().unwrap().clear();
+    let repaired = load(1);
+    world.settle().await;
+    assert_eq!(repaired.await.unwrap().unwrap().state, AdapterState::Ready);
+    assert_eq!(world.upstream.fetches(), tried + 2);
+>>>>>>> h-reg2
 }

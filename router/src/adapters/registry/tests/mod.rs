@@ -3,6 +3,7 @@
 mod directories;
 mod durable;
 mod dynamic;
+mod files;
 mod history;
 mod life;
 mod matrix;
@@ -20,8 +21,8 @@ use crate::access::KeyPolicy;
 use crate::adapters::life::testing::TestClock;
 use crate::adapters::{ByteStream, FetchError, FileName, Origin, Progress, RemoteFile, Tenant};
 use crate::engine::{
-    AdapterCheck, ContentStatus, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel, PinRefused,
-    PreparedAdapter, Tier,
+    AdapterCheck, ContentStatus, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, MissingReport, PinLevel,
+    PinRefused, PreparedAdapter, Tier,
 };
 use crate::http::Events;
 
@@ -48,6 +49,10 @@ pub(super) struct Upstream {
     pub(super) asked: Mutex<Vec<(String, String)>>,
     pub(super) fetches: AtomicUsize,
     pub(super) here: Mutex<BTreeSet<String>>,
+    /// Of these, the ones with a bit that flipped.
+    pub(super) damaged: Mutex<BTreeSet<String>>,
+    pub(super) noted: Mutex<HashMap<String, ContentId>>,
+    pub(super) verified: AtomicUsize,
     pub(super) slow: AtomicUsize,
     /// Never answers.
     pub(super) tarpit: Mutex<Option<SourceKind>>,
@@ -150,19 +155,38 @@ impl Files for Upstream {
             }
             assert!(!matches!(&resolved.origin, Origin::Remote(files) if files.is_empty()), "nothing to fetch");
             self.here.lock().unwrap().insert(resolved.identity.clone());
-            Ok(here(&resolved.identity))
+            Ok(Files::here(self, &resolved.identity).unwrap())
         })
     }
 
     fn here(&self, identity: &str) -> Option<FilesHere> {
-        self.here.lock().unwrap().contains(identity).then(|| here(identity))
+        let mut files = self.here.lock().unwrap().contains(identity).then(|| here(identity))?;
+        if self.damaged.lock().unwrap().contains(identity) {
+            files.dir.push("damaged");
+        }
+        Some(files)
     }
 
     fn forget<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, u64> {
         Box::pin(async move { u64::from(self.here.lock().unwrap().remove(identity)) })
     }
 
-    fn note_content(&self, _: &str, _: ContentId) {}
+    fn note_content(&self, identity: &str, content: ContentId) {
+        self.noted.lock().unwrap().insert(identity.into(), content);
+    }
+
+    fn expected_content(&self, identity: &str) -> Option<ContentId> {
+        self.noted.lock().unwrap().get(identity).copied()
+    }
+
+    fn verify<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, bool> {
+        self.verified.fetch_add(1, Ordering::SeqCst);
+        let is_damaged = self.damaged.lock().unwrap().remove(identity);
+        if is_damaged {
+            self.here.lock().unwrap().remove(identity);
+        }
+        Box::pin(async move { !is_damaged })
+    }
 
     fn set_pinned(&self, _: &str, _: bool) {}
 }
@@ -185,6 +209,8 @@ pub(super) struct Engine {
     /// What preparing a directory that ends so fails with.
     pub(super) bad: Mutex<Option<(String, AdapterFailure)>>,
     pub(super) pins: Mutex<Vec<(ContentId, Option<PinLevel>)>>,
+    pub(super) missing: Mutex<Option<MissingReport>>,
+    pub(super) given_up: Mutex<Vec<(ContentId, String)>>,
 }
 
 impl Engine {
@@ -194,6 +220,12 @@ impl Engine {
 
     pub(super) fn set_tier(&self, tier: Tier) {
         Arc::make_mut(&mut self.known.lock().unwrap()).values_mut().for_each(|content| content.tier = tier);
+    }
+
+    /// Its memory and its directory are gone.
+    pub(super) fn misses(&self, content: ContentId) {
+        Arc::make_mut(&mut self.known.lock().unwrap()).get_mut(&content).unwrap().tier = Tier::Disk;
+        self.missing.lock().unwrap().as_ref().unwrap()(content, "no such directory");
     }
 
     fn prepared(&self, dir: &std::path::Path) -> Result<PreparedAdapter, AdapterFailure> {
@@ -250,6 +282,12 @@ impl Backend for Engine {
         self.forgotten.lock().unwrap().push((content, mode));
     }
     fn prefetch_adapter(&self, _: ContentId) {}
+    fn on_missing(&self, report: MissingReport) {
+        *self.missing.lock().unwrap() = Some(report);
+    }
+    fn give_up_adapter(&self, content: ContentId, reason: String) {
+        self.given_up.lock().unwrap().push((content, reason));
+    }
     fn status(&self) -> Arc<EngineStatus> {
         Arc::new(EngineStatus { contents: self.known.lock().unwrap().clone(), ..EngineStatus::default() })
     }
