@@ -243,7 +243,6 @@ async fn a_request_that_waited_through_an_unload_is_not_served() {
 }
 
 #[tokio::test]
-<<<<<<< HEAD
 async fn a_request_that_waited_for_evicted_bytes_through_an_unload_is_not_served() {
     let world = World::new();
     world.upstream.public("acme/sql", 1);
@@ -281,7 +280,9 @@ fn a_content_that_was_forgotten_after_a_load_asked_for_it_is_asked_for_again() {
     holds.forget_now(content);
     drop(again);
     assert_eq!(engine.forgotten.lock().unwrap().len(), 2);
-=======
+}
+
+#[tokio::test]
 async fn an_explicit_load_ends_the_pause_of_the_one_it_joins() {
     let world = World::new();
     world.upstream.public("acme/sql", 1);
@@ -314,5 +315,4 @@ async fn an_explicit_load_ends_the_pause_of_the_one_it_joins() {
     world.settle().await;
     assert_eq!(repaired.await.unwrap().unwrap().state, AdapterState::Ready);
     assert_eq!(world.upstream.fetches(), tried + 2);
->>>>>>> h-reg2
 }
