@@ -42,23 +42,29 @@ pub(super) fn open(config: &Config) -> anyhow::Result<Opened> {
 }
 
 /// A directory belongs to one server. The next one of this machine gets a folder in it: the same one after a restart, if
-/// its port was chosen.
+/// its port was chosen, whoever starts first then.
 fn open_store(config: &Config) -> anyhow::Result<(Store, PathBuf)> {
     let quota = config.args.sources.adapter_disk_quota;
     let folders = match config.port {
         0 => (2..=SERVERS_MAX).map(|n| format!("server-{n}")).collect(),
         port => vec![format!("port-{port}")],
     };
-    let dirs =
-        std::iter::once(config.data_dir.clone()).chain(folders.iter().map(|folder| config.data_dir.join(folder)));
+    let mut dirs: Vec<PathBuf> = folders.iter().map(|folder| config.data_dir.join(folder)).collect();
+    let has_own = config.port != 0 && dirs.iter().all(|dir| dir.is_dir());
+    dirs.insert(if has_own { dirs.len() } else { 0 }, config.data_dir.clone());
     for dir in dirs {
         match Store::open(&dir, quota) {
-            Ok(store) => return Ok((store, dir)),
+            Ok(store) => {
+                if dir != config.data_dir {
+                    tracing::warn!(
+                        "adapters and registrations lie in {}; give each server its own --data-dir",
+                        dir.display()
+                    );
+                }
+                return Ok((store, dir));
+            }
             Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
-                tracing::info!(
-                    "{} belongs to another server; its adapters and registrations are not seen here",
-                    dir.display()
-                );
+                tracing::warn!("{} is in use by another server, so its registrations are not seen here", dir.display());
             }
             Err(error) => return Err(error).context("cannot open the adapter store"),
         }
