@@ -243,7 +243,7 @@ def test_bytes_changed_on_disk_are_never_served(faults, tmp_path):
     flags = ["--adapter", f"kept={reference(faults, 's3', 'acme/m123')}"]
     with SourcedServer(faults, *flags, data_dir=str(tmp_path)) as server:
         assert marker_of(served(server, "kept")) == marker.marker(123)
-    stored = [path for path in tmp_path.rglob("adapter_model.safetensors")]
+    stored = [path for path in (tmp_path / "store").rglob("adapter_model.safetensors")]
     assert len(stored) == 1, stored
     for at in (3, 200, 9000):
         content = bytearray(stored[0].read_bytes())
