@@ -209,6 +209,10 @@ impl Download {
         disk.sync_dir(&self.dir).map_err(|found| error(&found, &self.dir))?;
         let namespace = shared.namespace();
         if let Some(stored) = shared.hold(id, false) {
+            let damaged = shared.state().contents.get(id).is_some_and(|content| content.damaged);
+            if damaged {
+                self.replace(id, &target).map_err(|found| error(&found, &target))?;
+            }
             return Ok(stored); // somebody else's bytes are the same; dropping this download removes ours
         }
         if disk.create_dir(&fan).map_err(|found| error(&found, &fan))? {
@@ -221,8 +225,14 @@ impl Download {
         self.gone = true;
         let bytes = files.iter().map(|file| file.bytes).sum();
         let held = Arc::new(Held { shared: Arc::clone(&shared), files_id: *id });
-        let content =
-            Content { bytes, tenant: self.tenant.id, live: false, guard: Arc::downgrade(&held), last_used: 0 };
+        let content = Content {
+            bytes,
+            tenant: self.tenant.id,
+            live: false,
+            damaged: false,
+            guard: Arc::downgrade(&held),
+            last_used: 0,
+        };
         let mut state = shared.state();
         state.accounts.release(self.tenant.id, std::mem::take(&mut self.reserved));
         state.accounts.add(self.tenant.id, bytes);
@@ -232,6 +242,27 @@ impl Download {
         let stored = Stored { dir: target.as_path().into(), files_id: *id, bytes, _held: held };
         disk.sync_dir(&fan).map_err(|found| error(&found, &fan))?; // on an error `held` goes, and with it the directory
         Ok(stored)
+    }
+
+    /// Puts the files into the place of damaged ones. Who holds those has these from then on.
+    fn replace(&mut self, id: &FilesId, target: &Path) -> std::io::Result<()> {
+        let (shared, aside) = (Arc::clone(&self.shared), self.shared.scratch());
+        shared.disk.rename(target, &aside)?;
+        if let Err(error) = shared.disk.rename(&self.dir, target) {
+            let _ = shared.disk.rename(&aside, target); // else they are missing, which is no worse than damaged
+            return Err(error);
+        }
+        self.gone = true;
+        let mut state = shared.state();
+        state.accounts.release(self.tenant.id, std::mem::take(&mut self.reserved));
+        if let Some(content) = state.contents.get_mut(id) {
+            content.damaged = false;
+            let (bytes, payer) = (content.bytes, std::mem::replace(&mut content.tenant, self.tenant.id));
+            state.accounts.add(self.tenant.id, bytes);
+            state.trash.insert(aside, Trash { bytes, tenant: payer });
+        }
+        drop(state);
+        target.parent().map_or(Ok(()), |fan| shared.disk.sync_dir(fan))
     }
 
     /// Stops, and leaves the bytes for a later download of the same identity.

@@ -232,6 +232,9 @@ impl Store {
         let mut state = self.shared.state();
         let Some(files_id) = state.known.get(identity).map(|known| known.files_id) else { return 0 };
         let freed = state.retire(&files_id);
+        if let Some(content) = state.contents.get_mut(&files_id) {
+            content.damaged = true;
+        }
         drop(state);
         tracing::error!(identity, bytes = freed, "stored adapter does not have the bytes that were stored; removed");
         in_background(&self.shared, |shared| shared.sweep());

@@ -162,6 +162,7 @@ fn whole_content(state: &State, id: &FilesId, path: &Path) -> Option<Content> {
         bytes: first.record.bytes(),
         tenant: first.record.tenant,
         live: true,
+        damaged: false,
         guard: Weak::new(),
         last_used,
     })

@@ -29,6 +29,8 @@ pub(super) struct Content {
     pub(super) tenant: u64,
     /// False once it was evicted, forgotten or found damaged: nobody gets it any more.
     pub(super) live: bool,
+    /// Its files are not what was stored: who brings the same content anew replaces them.
+    pub(super) damaged: bool,
     pub(super) guard: Weak<Held>,
     pub(super) last_used: u64,
 }

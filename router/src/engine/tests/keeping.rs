@@ -174,3 +174,34 @@ fn a_flood_of_loads_is_answered_and_a_deadly_one_is_given_up() {
     let generation = world.handle.submit(request.clone()).unwrap();
     assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), oracle(&request));
 }
+
+#[test]
+fn requests_wait_for_a_missing_content_until_it_is_prepared_again_or_given_up() {
+    for comes_back in [true, false] {
+        let script = Script { die_at: Mutex::new(vec![8]), ..Script::default() };
+        let world = world(script, |_| {});
+        let (report, reports) = std::sync::mpsc::channel();
+        world.handle.on_missing(Box::new(move |content, reason| report.send((content, reason.to_owned())).unwrap()));
+        let content = prepare(&world, "/ab");
+        world.script.replaced.lock().unwrap().push("/ab".into());
+        let running = world.handle.submit(under(content, 20)).unwrap();
+        let (missing, reason) = reports.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!((missing, reason.as_str()), (content, "its files changed on disk"));
+        let waiting = world.handle.submit(under(content, 10)).unwrap();
+        if comes_back {
+            assert_eq!(prepare(&world, "/ba"), content, "the fake's contents are sums");
+        } else {
+            world.handle.give_up_adapter(content, "its source is gone".into());
+        }
+        for (generation, max_tokens) in [(running, 20), (waiting, 10)] {
+            match world.runtime.block_on(collect(generation)) {
+                Ok(tokens) if comes_back => assert_eq!(tokens, oracle(&under(content, max_tokens))),
+                Err(Failure::AdapterGone(_, reason)) if !comes_back => assert_eq!(reason, "its source is gone"),
+                other => panic!("comes back: {comes_back}: {other:?}"),
+            }
+        }
+        world.handle.give_up_adapter(content, "too late to matter".into());
+        assert_eq!(world.script.launches.load(Ordering::SeqCst), 2);
+        assert!(reports.try_recv().is_err(), "told once");
+    }
+}

@@ -132,6 +132,29 @@ async fn an_identity_keeps_its_bytes_even_where_the_source_promises_nothing() {
 }
 
 #[tokio::test]
+async fn damaged_files_are_replaced_although_somebody_holds_them() {
+    let world = World::new();
+    let resolved = world.source.add("a", BYTES, Promise::Sha256);
+    let held = world.fetch(&resolved).await.unwrap();
+    let path = held.dir().join(FileName::Weights.as_str());
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[9] ^= 1;
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, bytes).unwrap();
+    assert!(!world.fetcher.verify(&resolved.identity).await);
+    assert!(world.store.get(&resolved.identity).is_none(), "nobody gets them any more");
+    let again = world.fetch(&resolved).await.unwrap();
+    assert_is(&again, "a", BYTES);
+    assert_is(&held, "a", BYTES);
+    assert!(world.fetcher.verify(&resolved.identity).await);
+    let bytes = again.bytes;
+    drop((held, again));
+    world.store.sweep();
+    assert_is(&world.store.get(&resolved.identity).unwrap(), "a", BYTES);
+    assert_eq!((world.store.bytes(), world.store.status().reserved_bytes), (bytes, 0));
+}
+
+#[tokio::test]
 async fn what_is_too_large_is_never_asked_for() {
     let world = World::with(FetchLimits { weights_bytes_max: 1000, config_bytes_max: 100, ..limits() }, 1 << 30);
     let error = expect_error(&world, &world.source.add("a", 1001, Promise::Sha256)).await;
