@@ -284,6 +284,14 @@ mod tests {
     }
 
     #[test]
+    fn what_looks_like_a_path_is_never_a_repository() {
+        for text in ["./loras/sql", "../sql", "~/loras/sql", "./sql"] {
+            let error = AdapterRef::parse(text).unwrap_err().to_string();
+            assert!(error.contains("a path is absolute"), "{text}: {error}");
+        }
+    }
+
+    #[test]
     fn what_could_leave_its_place_or_carry_a_secret_is_no_reference() {
         for text in [
             "",

@@ -81,3 +81,7 @@ fn of_tls(error: &rustls::Error) -> &'static str {
         _ => "TLS: the handshake failed; does this port speak TLS?",
     }
 }
+
+#[cfg(test)]
+#[path = "cause_tests.rs"]
+mod tests;

@@ -285,3 +285,31 @@ impl App {
         load.await.unwrap_or_else(|_| Err(AdapterFailure::new("adapter_load_failed", "the load was given up")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operators_read_host_and_cause_and_callers_do_not() {
+        let why = "https://hub.corp: connection refused";
+        for cause in Cause::ALL {
+            let plain = AdapterFailure::new(cause.row().code, "service unavailable: the source cannot be reached");
+            let failure = AdapterFailure { detail: Some(why.to_owned()), ..plain };
+            assert_eq!(refused("sql", &failure).message, format!("adapter `sql`: {why}"));
+            let told = ApiError::adapter("sql", &failure);
+            assert!(!format!("{told:?}").contains("hub.corp"), "{told:?}");
+        }
+        let plain = AdapterFailure::new("adapter_load_failed", "service unavailable: it is slow");
+        assert_eq!(refused("sql", &plain).message, "adapter `sql`: it is slow");
+    }
+
+    #[test]
+    fn a_name_that_nobody_registered_is_said_to_be_unregistered_with_its_namespace() {
+        assert!(unknown("alias", "acme", "live").message.contains("no alias `live` is registered in namespace `acme`"));
+        let gone = AdapterFailure::new("model_not_found", "no adapter is called `x`");
+        let error = refused_in("adapter", "", "x", &gone);
+        assert_eq!((error.cause, error.param.as_deref()), (Cause::ModelNotFound, Some("name")));
+        assert!(error.message.starts_with("no adapter `x` is registered"), "{}", error.message);
+    }
+}
