@@ -25,7 +25,10 @@ pub(crate) async fn fetch(model: &ModelRef, config: &Config, progress: &LoadProg
              check the name; for a private or gated model set HF_TOKEN (hub) or AWS_ACCESS_KEY_ID and its kin (S3)",
             model.name()
         ),
-        error => anyhow!("--model-id {}: {error}", model.name()),
+        error => match error.detail() {
+            Some(why) => anyhow!("--model-id {}: {why}", model.name()),
+            None => anyhow!("--model-id {}: {error}", model.name()),
+        },
     };
     let listing = match sources.resolve_model(model).await.map_err(failed)? {
         ModelPlace::Here(path) => {

@@ -80,7 +80,8 @@ impl AdapterRef {
             Some(("gs" | "gcs", rest)) => object(SourceKind::Gcs, rest),
             Some(("https" | "http", _)) => http(text),
             Some(("file", path)) => local(path),
-            _ if text.starts_with('/') => local(text),
+            // What looks like a path is one, never somebody's repository.
+            _ if text.starts_with(['/', '.', '~']) => local(text),
             Some(_) => Err(RefError::Form),
             None if text.split('@').next().is_some_and(|id| id.contains('/')) => hub(text),
             None => Err(RefError::Form),
@@ -243,7 +244,7 @@ fn local(path: &str) -> Result<AdapterRef, RefError> {
         }
         _ => Err(invalid(
             SourceKind::Local,
-            "a path is absolute, without `.`, `..`, doubled slashes, backslashes and control characters",
+            "a path is absolute (`/dir/adapter`), without `.`, `..`, doubled slashes, backslashes and control characters",
         )),
     }
 }
@@ -279,6 +280,14 @@ mod tests {
         ] {
             assert_eq!(printed(text), canonical, "{text}");
             assert_eq!(printed(canonical), canonical, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_looks_like_a_path_is_never_a_repository() {
+        for text in ["./loras/sql", "../sql", "~/loras/sql", "./sql"] {
+            let error = AdapterRef::parse(text).unwrap_err().to_string();
+            assert!(error.contains("a path is absolute"), "{text}: {error}");
         }
     }
 

@@ -146,6 +146,9 @@ pub enum Credential {
 }
 
 /// Why a source did not give what was asked for. The class decides what happens next; texts never do.
+///
+/// A `detail` is the message as operators read it, with host and cause: for the admin API, the command line and logs. Callers
+/// of the main port never see it, and it holds neither a secret nor an upstream's text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
     /// Not there, or not for this credential: 401, 403, 404, 410 and their kin are one answer.
@@ -158,6 +161,8 @@ pub enum SourceError {
         code: &'static str,
         /// What was found, what is accepted, what to change. Never an upstream's text.
         message: String,
+        /// For operators.
+        detail: Option<String>,
     },
     /// May go away by itself.
     #[error("{message}")]
@@ -166,13 +171,45 @@ pub enum SourceError {
         message: String,
         /// The source said when to come back.
         retry_after: Option<Duration>,
+        /// For operators.
+        detail: Option<String>,
     },
 }
 
 impl SourceError {
+    /// A failure that stays; `code` is the API's.
+    pub fn permanent(code: &'static str, message: impl Into<String>) -> Self {
+        Self::Permanent { code, message: message.into(), detail: None }
+    }
+
     /// A failure that may go away by itself.
     pub fn retryable(message: impl Into<String>) -> Self {
-        Self::Retryable { message: message.into(), retry_after: None }
+        Self::Retryable { message: message.into(), retry_after: None, detail: None }
+    }
+
+    /// What operators read, unless something nearer to the cause has said it.
+    #[must_use]
+    pub fn with_detail(mut self, text: impl FnOnce(&str) -> String) -> Self {
+        if let Self::Permanent { message, detail, .. } | Self::Retryable { message, detail, .. } = &mut self
+            && detail.is_none()
+        {
+            *detail = Some(text(message));
+        }
+        self
+    }
+
+    /// It happened at `place`, such as `https://host`.
+    #[must_use]
+    pub fn at(self, place: &str) -> Self {
+        self.with_detail(|message| format!("{place}: {message}"))
+    }
+
+    /// What operators read; `None` = the message says all.
+    pub fn detail(&self) -> Option<&str> {
+        match self {
+            Self::Permanent { detail, .. } | Self::Retryable { detail, .. } => detail.as_deref(),
+            Self::Absent => None,
+        }
     }
 }
 
@@ -197,4 +234,9 @@ pub trait Source: Send + Sync + 'static {
         offset: u64,
         credential: &'a Credential,
     ) -> BoxFuture<'a, Result<ByteStream, SourceError>>;
+
+    /// What may be behind [`SourceError::Absent`], for the operator who named `reference`.
+    fn why_absent<'a>(&'a self, reference: &'a AdapterRef, _credential: &'a Credential) -> BoxFuture<'a, String> {
+        Box::pin(async move { format!("{reference}: not found, or not readable with this credential") })
+    }
 }

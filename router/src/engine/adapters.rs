@@ -41,12 +41,19 @@ pub struct AdapterFailure {
     pub retry_after: Option<Duration>,
     /// State of the adapter's life cycle at the failure, as the API spells it.
     pub state: Option<&'static str>,
+    /// The message as operators read it, with host and cause. Never for callers of the main port.
+    pub detail: Option<String>,
 }
 
 impl AdapterFailure {
+    /// What the admin API, the command line and logs say.
+    pub fn for_operators(&self) -> &str {
+        self.detail.as_deref().unwrap_or(&self.message)
+    }
+
     /// A failure that says nothing about when to come back.
     pub fn new(code: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { code: code.into(), message: message.into(), retry_after: None, state: None }
+        Self { code: code.into(), message: message.into(), retry_after: None, state: None, detail: None }
     }
 }
 

@@ -20,6 +20,9 @@ pub(crate) enum CallError {
     /// No answer, or none that is ours.
     #[error("{0}")]
     Unreachable(String),
+    /// What was typed cannot be meant.
+    #[error("{0}")]
+    Typed(String),
     /// The server said no.
     #[error("{message}")]
     Refused {
@@ -36,6 +39,8 @@ pub(crate) enum CallError {
 pub(crate) struct Client {
     http: reqwest::Client,
     base: Url,
+    /// As people write it: of a socket, its path.
+    typed: String,
     key: Option<SecretString>,
 }
 
@@ -52,11 +57,11 @@ impl Client {
             Some(path) => (builder.unix_socket(path), "http://localhost"),
             None => (builder, typed),
         };
-        let base = Url::parse(base).with_context(|| format!("--url {typed}: not a URL"))?;
+        let base = Url::parse(base).with_context(|| format!("--url {typed}: not a URL; write http://{typed}"))?;
         if !matches!(base.scheme(), "http" | "https") || base.cannot_be_a_base() {
-            return Err(anyhow!("--url {typed}: must be http://host:port or unix:/path"));
+            return Err(anyhow!("--url {typed}: must be http://host:port or unix:/path, such as http://{typed}"));
         }
-        Ok(Self { http: builder.build().context("cannot make an HTTP client")?, base, key })
+        Ok(Self { http: builder.build().context("cannot make an HTTP client")?, base, typed: typed.to_owned(), key })
     }
 
     /// One call. `path` are the segments behind `/admin/v1`; each may hold any character.
@@ -89,7 +94,7 @@ impl Client {
             }
             CallError::Unreachable(format!(
                 "{} does not answer: {cause}; is the server running there? (--url)",
-                self.base
+                self.typed
             ))
         };
         let answer = request.send().await.map_err(unreachable)?;
@@ -106,6 +111,12 @@ fn read(base: &Url, status: StatusCode, text: &str) -> Result<Value, CallError> 
         Some(value) => {
             let field = |name: &str| value["error"][name].as_str().unwrap_or_default().to_owned();
             let (code, message) = (field("code"), field("message"));
+            if code == "route_not_found" || message.starts_with("no route") {
+                return Err(CallError::Unreachable(format!(
+                    "{base} has no admin API: that is on the admin listener ({DEFAULT_URL} unless --admin-listen says \
+                     otherwise), and on the main port where the server has an --admin-key"
+                )));
+            }
             if code.is_empty() {
                 return Err(CallError::Unreachable(format!(
                     "{base} answered {status}: no server of this kind (--url)"

@@ -42,6 +42,9 @@ pub(crate) fn main(args: AdaptersArgs) -> anyhow::Result<ExitCode> {
                 tracing::debug!(code, "refused");
                 return Ok(ExitCode::from(REFUSED));
             }
+            if matches!(error, CallError::Typed(_)) {
+                return Ok(ExitCode::from(REFUSED));
+            }
             return Ok(ExitCode::from(UNREACHABLE));
         }
     };
@@ -73,7 +76,8 @@ async fn run(client: &Client, command: &AdaptersCommand) -> Result<Shown, CallEr
             let mut query = of(namespace);
             query.extend(now.then_some(("mode", "now")));
             query.extend(purge.then_some(("purge", "true")));
-            one(client, Method::DELETE, &["adapters", name], &query, None).await
+            let value = client.call(Method::DELETE, &["adapters", name], &query, None).await?;
+            Ok(Shown { value, page: table::unloaded })
         }
         AdaptersCommand::Pin { name, residency, namespace } => {
             let body = json!({"residency": residency.name()});
@@ -126,8 +130,27 @@ async fn list(
     }
 }
 
+/// A folder of this machine as the server finds it too; anything else as it was typed. What is a folder here is never asked
+/// for at the hub: somebody may own that name there.
+fn absolute(typed: &str) -> Result<String, CallError> {
+    if typed.contains("://") {
+        return Ok(typed.to_owned());
+    }
+    let is_path = typed.starts_with(['/', '.', '~']);
+    match std::path::absolute(typed).ok().and_then(|path| if is_path { path.canonicalize().ok() } else { Some(path) }) {
+        Some(path) if path.is_dir() => match path.to_str() {
+            Some(path) => Ok(path.to_owned()),
+            None => Err(CallError::Typed(format!("{}: a path is UTF-8 here", path.display()))),
+        },
+        _ if is_path && !typed.starts_with('/') => Err(CallError::Typed(format!(
+            "{typed}: no such folder here; of the server's folders, write the absolute path"
+        ))),
+        _ => Ok(typed.to_owned()),
+    }
+}
+
 async fn load(client: &Client, asked: &LoadArgs) -> Result<Shown, CallError> {
-    let mut body = json!({"ref": asked.reference});
+    let mut body = json!({"ref": absolute(&asked.reference)?});
     let fields = [
         ("revision", asked.revision.as_ref().map(|text| json!(text))),
         ("scale", asked.scale.map(|scale| json!(scale))),
@@ -147,7 +170,8 @@ async fn alias(client: &Client, asked: &AliasArgs) -> Result<Shown, CallError> {
         let expected = asked.expected_version.map(|version| version.to_string());
         let mut query = query;
         query.extend(expected.as_deref().map(|version| ("expected_version", version)));
-        client.call(Method::DELETE, &path, &query, None).await?
+        let value = client.call(Method::DELETE, &path, &query, None).await?;
+        return Ok(Shown { value, page: table::deleted });
     } else if asked.rollback {
         client.call(Method::POST, &["aliases", &asked.name, "rollback"], &query, None).await?
     } else if asked.versions.is_empty() {
@@ -170,7 +194,7 @@ async fn alias(client: &Client, asked: &AliasArgs) -> Result<Shown, CallError> {
 }
 
 async fn validate_there(client: &Client, asked: &ValidateArgs) -> Result<Shown, CallError> {
-    let mut body = json!({"ref": asked.reference});
+    let mut body = json!({"ref": absolute(&asked.reference)?});
     if let (Some(body), Some(revision)) = (body.as_object_mut(), &asked.revision) {
         body.insert("revision".into(), json!(revision));
     }

@@ -11,12 +11,12 @@ fn text<'a>(value: &'a Value, field: &str) -> &'a str {
 
 /// One line each.
 pub(super) fn adapters(list: &Value) -> String {
-    let rows: Vec<[String; 6]> = list["data"].as_array().into_iter().flatten().map(row).collect();
+    let rows: Vec<[String; 7]> = list["data"].as_array().into_iter().flatten().map(row).collect();
     if rows.is_empty() {
         return "no adapters\n".into();
     }
-    let head = ["NAME", "STATE", "WHERE", "RANK", "BYTES", "REF"].map(str::to_owned);
-    let mut widths = [0; 6];
+    let head = ["NAME", "STATE", "WHERE", "RANK", "BYTES", "REF", "ERROR"].map(str::to_owned);
+    let mut widths = [0; 7];
     for row in std::iter::once(&head).chain(&rows) {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
@@ -30,18 +30,26 @@ pub(super) fn adapters(list: &Value) -> String {
     page
 }
 
-fn row(adapter: &Value) -> [String; 6] {
+/// What is not known yet is `-`.
+fn row(adapter: &Value) -> [String; 7] {
     let namespace = adapter["namespace"].as_str().map_or(String::new(), |namespace| format!("{namespace}:"));
     let (min, max) = (&adapter["rank_min"], &adapter["rank_max"]);
-    let rank = if min == max { max.to_string() } else { format!("{min}-{max}") };
+    let is_known = max.as_u64().is_some_and(|max| max > 0);
+    let rank = match is_known {
+        false => "-".to_owned(),
+        true if min == max => max.to_string(),
+        true => format!("{min}-{max}"),
+    };
+    let bytes = adapter["bytes"].as_u64().filter(|_| is_known);
     let pin = if adapter["pinned"] == Value::Bool(true) { " (pinned)" } else { "" };
     [
         format!("{namespace}{}", text(adapter, "name")),
         text(adapter, "state").to_owned(),
         format!("{}{pin}", text(adapter, "residency")),
         rank,
-        HumanBytes(adapter["bytes"].as_u64().unwrap_or(0)).to_string(),
+        bytes.map_or_else(|| "-".to_owned(), |bytes| HumanBytes(bytes).to_string()),
         text(adapter, "ref").to_owned(),
+        adapter["error"]["message"].as_str().unwrap_or_default().to_owned(),
     ]
 }
 
@@ -55,6 +63,19 @@ pub(super) fn adapter(adapter: &Value) -> String {
     page
 }
 
+/// An adapter that is gone.
+pub(super) fn unloaded(adapter: &Value) -> String {
+    match adapter["running"].as_u64() {
+        Some(running) if running > 0 => format!("{} unloaded; {running} requests finish\n", text(adapter, "name")),
+        _ => format!("{} unloaded\n", text(adapter, "name")),
+    }
+}
+
+/// An alias that is gone.
+pub(super) fn deleted(alias: &Value) -> String {
+    format!("alias {} deleted\n", text(alias, "name"))
+}
+
 /// Its versions with their shares.
 pub(super) fn alias(alias: &Value) -> String {
     let versions = alias["versions"].as_array().cloned().unwrap_or_default();
@@ -66,6 +87,15 @@ pub(super) fn alias(alias: &Value) -> String {
         let _ = writeln!(page, "  {:>5.1} %  {}", share * 100.0, text(version, "adapter"));
     }
     page
+}
+
+/// `8`, `8-16`, or nothing where they are unknown.
+fn ranks(of: &Value) -> String {
+    match (of[0].as_u64(), of[1].as_u64()) {
+        (_, None | Some(0)) => String::new(),
+        (Some(min), Some(max)) if min != max => format!("{min}-{max}"),
+        (_, Some(max)) => max.to_string(),
+    }
 }
 
 /// A dry run's report.
@@ -82,7 +112,7 @@ pub(super) fn report(report: &Value) -> String {
     let lines = [
         ("content", text(report, "content_id").to_owned()),
         ("base", text(&report["base"], "declared").to_owned()),
-        ("ranks", report["ranks"].to_string()),
+        ("ranks", ranks(&report["ranks"])),
         ("modules", strings("modules")),
         ("features", features.join(", ")),
         ("tensors", format!("{} matched", report["tensors_matched"])),

@@ -119,11 +119,17 @@ async fn fetch(args: &ValidateArgs, reference: &AdapterRef) -> Result<Files, Fet
     let broken = |error: anyhow::Error| Fetch::Broken(error);
     let settings = config::sources_alone(&args.sources, &Env::read(), reference).map_err(|e| broken(e.into()))?;
     let sources = Arc::new(Sources::new(settings).map_err(|e| broken(e.into()))?);
-    let resolved = sources.resolve(reference, &Credential::Server).await.map_err(|error| match error {
-        SourceError::Absent => refused("model_not_found", format!("{reference}: {error}")),
-        SourceError::Permanent { code, message } => refused(code, message),
-        SourceError::Retryable { message, .. } => Fetch::Unreachable(message),
-    })?;
+    let resolved = match sources.resolve(reference, &Credential::Server).await {
+        Ok(resolved) => resolved,
+        Err(SourceError::Absent) => {
+            let why = sources.why_absent(reference, &Credential::Server).await;
+            return Err(refused("model_not_found", why));
+        }
+        Err(SourceError::Permanent { code, message, detail }) => return Err(refused(code, detail.unwrap_or(message))),
+        Err(SourceError::Retryable { message, detail, .. }) => {
+            return Err(Fetch::Unreachable(detail.unwrap_or(message)));
+        }
+    };
     if let Origin::Directory(dir) = &resolved.origin {
         return Ok(Files { dir: dir.clone(), revision: resolved.revision.clone(), _fetched: None });
     }
@@ -138,7 +144,9 @@ async fn fetch(args: &ValidateArgs, reference: &AdapterRef) -> Result<Files, Fet
             let dir = stored.dir().to_owned();
             Ok(Files { dir, revision: resolved.revision, _fetched: Some((stored, folder)) })
         }
-        Err(error) if error.retryable() => Err(Fetch::Unreachable(error.to_string())),
-        Err(error) => Err(refused(error.code(), error.to_string())),
+        Err(error) => {
+            let why = error.detail().unwrap_or_else(|| error.to_string());
+            Err(if error.retryable() { Fetch::Unreachable(why) } else { refused(error.code(), why) })
+        }
     }
 }

@@ -102,6 +102,14 @@ impl FetchError {
         }
     }
 
+    /// The text for operators, where it says more than the error's own ([`SourceError::detail`]).
+    pub fn detail(&self) -> Option<String> {
+        match self {
+            Self::Source(error) => error.detail().map(str::to_owned),
+            _ => None,
+        }
+    }
+
     /// When the source said to come back.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {

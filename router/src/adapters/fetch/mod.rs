@@ -303,13 +303,13 @@ async fn blocking<T: Send + 'static, E: Into<FetchError> + Send + 'static>(
 /// The two files, in the order they are hashed.
 fn planned(resolved: &Resolved) -> Result<[RemoteFile; 2], FetchError> {
     let Origin::Remote(files) = &resolved.origin else {
-        let message = "a directory of this machine is read where it lies, not downloaded".into();
-        return Err(SourceError::Permanent { code: "adapter_invalid", message }.into());
+        let message = "a directory of this machine is read where it lies, not downloaded";
+        return Err(SourceError::permanent("adapter_invalid", message).into());
     };
     let find = |name: FileName| {
         let message = || format!("the source has no {}", name.as_str());
         let file = files.iter().find(|file| file.name == name).cloned();
-        file.ok_or_else(|| SourceError::Permanent { code: "adapter_invalid", message: message() })
+        file.ok_or_else(|| SourceError::permanent("adapter_invalid", message()))
     };
     let [config, weights] = FileName::ALL;
     Ok([find(config)?, find(weights)?])

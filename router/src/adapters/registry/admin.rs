@@ -84,7 +84,7 @@ impl Registry {
     ) -> Result<(String, AdapterCheck), AdapterFailure> {
         let name = reference.to_string();
         let resolved = self.inner.authoriser.ask_anew(reference, &credential).await;
-        let resolved = resolved.map_err(|error| source_failure(&error, &name))?;
+        let resolved = self.explained(resolved, reference, &credential, &name).await?;
         let revision = resolved.revision.clone();
         if let Origin::Directory(dir) = &resolved.origin {
             return Ok((revision, self.inner.engine.check_adapter(dir.clone()).await?));
@@ -95,6 +95,7 @@ impl Registry {
         let fetched = files.fetch(&resolved, &credential, 0.into(), &Progress::default()).await;
         let fetched = fetched.map_err(|error| AdapterFailure {
             retry_after: error.retry_after(),
+            detail: error.detail(),
             ..failure(error.code(), error.to_string())
         });
         let checked = match fetched {

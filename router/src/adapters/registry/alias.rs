@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::names::{Key, NAMES_MAX};
+use super::names::{Key, Made, NAMES_MAX};
 use super::*;
 use crate::adapters::alias::{Alias, Versions};
 
@@ -20,7 +20,7 @@ impl Registry {
     /// Makes or changes an alias in one step.
     ///
     /// # Errors
-    /// `invalid_value`, `name_is_base_model`, `precondition_failed`; `disk_full` and its kin if it could not be written
+    /// `invalid_value`, `name_is_base_model`, `adapter_exists` (it would hide an adapter), `precondition_failed`; `disk_full` and its kin if it could not be written
     /// (it is in force until a restart).
     pub async fn set_alias(&self, ask: AliasAsk) -> Result<AliasView, AdapterFailure> {
         self.check_name(&ask.name)?;
@@ -39,6 +39,15 @@ impl Registry {
             }
             let before = names.alias(&key.0, &key.1).cloned();
             check_version(&ask.name, before.as_ref(), ask.expected_version)?;
+            let hidden = names.get(&key.0, &key.1).filter(|entry| before.is_none() && entry.made != Made::Folder);
+            if let Some(hidden) = hidden {
+                let message = format!(
+                    "the name is taken by the adapter {}, which the alias would hide; unload it, or load it under another name \
+                     and let the alias stand for that",
+                    hidden.reference
+                );
+                return Err(failure("adapter_exists", message));
+            }
             let version = before.as_ref().map_or(0, |before| before.version) + 1;
             let alias = Alias { version, set, previous: before.map(|before| before.set) };
             let view = view(&key.0, &key.1, &alias);

@@ -87,6 +87,7 @@ impl Contents {
                 let fetched = files.fetch(resolved, &wanted.credential, wanted.tenant, stage.progress()).await;
                 fetched.map_err(|error| AdapterFailure {
                     retry_after: error.retry_after(),
+                    detail: error.detail(),
                     ..AdapterFailure::new(error.code(), error.to_string())
                 })?
             }

@@ -41,6 +41,16 @@ pub(super) struct Wanted {
     pub(super) needs_files: bool,
 }
 
+impl Wanted {
+    /// For logs, which know an identity as little as people do.
+    fn reference(&self) -> Option<String> {
+        match &self.from {
+            From::Source(resolved) => Some(resolved.reference.to_string()),
+            From::Merge(_) => None,
+        }
+    }
+}
+
 impl std::fmt::Debug for Wanted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Wanted").field("identity", &self.identity).finish_non_exhaustive()
@@ -233,7 +243,9 @@ impl Contents {
         tracing::info!(
             identity = &*wanted.identity,
             ok = outcome.is_ok(),
+            reference = wanted.reference(),
             code = outcome.as_ref().err().map(|failure| failure.code.as_str()),
+            why = outcome.as_ref().err().map(AdapterFailure::for_operators),
             ms = loaded_ms,
             "adapter loaded"
         );

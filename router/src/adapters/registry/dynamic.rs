@@ -36,8 +36,8 @@ impl Registry {
             let resolved = match self.inner.authoriser.ask(&reference, &credential, at).await {
                 Ok(resolved) => resolved,
                 Err(SourceError::Absent) => continue,
-                Err(SourceError::Permanent { code, message }) => return Err(failure(code, message)),
-                Err(SourceError::Retryable { message, retry_after }) => {
+                Err(SourceError::Permanent { code, message, .. }) => return Err(failure(code, message)),
+                Err(SourceError::Retryable { message, retry_after, .. }) => {
                     // Whoever does not wait is told to come back, whatever the source will say.
                     let goes_on = ask.wait == Wait::Fail && message == UNANSWERED;
                     let code = if goes_on { "adapter_loading" } else { "adapter_auth_unavailable" };

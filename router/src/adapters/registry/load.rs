@@ -207,7 +207,8 @@ impl Registry {
             let clock = &self.inner.clock;
             let pause = retry.after_failure(&**clock, failed.retry_after);
             let is_over = !is_retryable(&failed.code) || (retry.is_open() && !job.keep);
-            tracing::warn!(adapter = &*job.key.1, code = failed.code, "adapter is not usable: {failed}");
+            let (reference, why) = (&job.reference, failed.for_operators());
+            tracing::warn!(adapter = &*job.key.1, %reference, code = failed.code, "adapter is not usable: {why}");
             let next_try = clock.now() + pause;
             if !self.note_failed(&job, &failed, (!is_over).then_some(next_try)) {
                 return;
@@ -241,11 +242,9 @@ impl Registry {
             };
             self.inner.authoriser.ask_anew(&reference, &job.credential).await
         };
-        let resolved = resolved.map_err(|error| {
-            let failed = source_failure(&error, &job.key.1);
-            self.inner.contents.count_failure(reference.source, &failed.code);
-            failed
-        })?;
+        let resolved = self.explained(resolved, &reference, &job.credential, &job.key.1).await;
+        let resolved =
+            resolved.inspect_err(|failed| self.inner.contents.count_failure(reference.source, &failed.code))?;
         let mut wanted = self.wanted_of(resolved, &job.credential, 0.into());
         wanted.is_explicit = is_explicit;
         let usable = self.inner.contents.usable(&wanted, &job.stage, Until::AttemptEnds).await?;

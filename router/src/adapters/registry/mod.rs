@@ -181,13 +181,35 @@ impl Registry {
         let names = self.names();
         let why = |key: &Key| {
             let error = names.get(&key.0, &key.1).and_then(|entry| entry.error.as_ref());
-            (key.1.to_string(), error.map(|error| error.failure.message.clone()))
+            (key.1.to_string(), error.map(|error| error.failure.for_operators().to_owned()))
         };
         names.awaited.iter().take(16).map(why).collect()
     }
 
     fn names(&self) -> MutexGuard<'_, Names> {
         self.inner.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A source's answer about `reference`, which the operator calls `name`.
+    async fn explained(
+        &self,
+        resolved: Result<Arc<Resolved>, SourceError>,
+        reference: &AdapterRef,
+        credential: &Credential,
+        name: &str,
+    ) -> Result<Arc<Resolved>, AdapterFailure> {
+        let error = match resolved {
+            Ok(resolved) => return Ok(resolved),
+            Err(error) => error.at(&reference.to_string()),
+        };
+        let failed = source_failure(&error, name);
+        Err(match (&error, &self.inner.supply) {
+            (SourceError::Absent, Some(supply)) => {
+                let why = supply.source.why_absent(reference, credential).await;
+                AdapterFailure { detail: Some(why), ..failed }
+            }
+            _ => failed,
+        })
     }
 
     fn until(&self, wait: Wait) -> Until {
@@ -237,16 +259,17 @@ fn not_found(name: &str) -> AdapterFailure {
     failure("model_not_found", format!("no adapter is called `{name}`"))
 }
 
-/// What a source said, to somebody who may know what it said.
+/// What a source said of what the operator named `name`.
 fn source_failure(error: &SourceError, name: &str) -> AdapterFailure {
-    match error {
+    let failed = match error {
         SourceError::Absent => not_found(name),
-        SourceError::Permanent { code, message } => failure(code, message.clone()),
-        SourceError::Retryable { message, retry_after } => AdapterFailure {
+        SourceError::Permanent { code, message, .. } => failure(code, message.clone()),
+        SourceError::Retryable { message, retry_after, .. } => AdapterFailure {
             retry_after: *retry_after,
             ..failure("adapter_load_failed", format!("service unavailable: {message}"))
         },
-    }
+    };
+    AdapterFailure { detail: error.detail().map(str::to_owned), ..failed }
 }
 
 #[cfg(test)]

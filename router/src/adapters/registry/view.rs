@@ -65,7 +65,7 @@ impl Registry {
         });
         let error = entry.error.as_ref().map(|noted| ErrorView {
             code: noted.failure.code.clone(),
-            message: noted.failure.message.clone(),
+            message: noted.failure.for_operators().to_owned(),
             retryable: crate::adapters::life::is_retryable(&noted.failure.code),
             next_try: noted.next_try.map(|at| clock.unix_seconds() + at.saturating_sub(clock.now()).as_secs()),
         });

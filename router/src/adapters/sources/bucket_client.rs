@@ -15,6 +15,8 @@ use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING, HeaderMap, HeaderValue}
 use reqwest::{Client, StatusCode};
 use url::Url;
 
+use super::cause::place;
+
 /// What the store answered last. Travels with one request as an extension: the crate's errors carry texts, not headers.
 #[derive(Clone, Default)]
 pub(super) struct Answer(Arc<Mutex<Option<(StatusCode, HeaderMap)>>>);
@@ -102,5 +104,15 @@ fn sent(error: reqwest::Error) -> HttpError {
     } else {
         HttpErrorKind::Unknown
     };
-    HttpError::new(kind, error.without_url())
+    let place = error.url().map(place).unwrap_or_default();
+    HttpError::new(kind, Sent { place, error: error.without_url() })
+}
+
+/// A connection that failed, and where to: of the URL nothing else is kept, it may be signed.
+#[derive(Debug, thiserror::Error)]
+#[error("no answer")]
+pub(super) struct Sent {
+    pub place: String,
+    #[source]
+    pub error: reqwest::Error,
 }

@@ -139,7 +139,7 @@ fn refused_gcs() -> SourceError {
 }
 
 fn forbidden(message: &str) -> SourceError {
-    SourceError::Permanent { code: "source_forbidden", message: message.to_owned() }
+    SourceError::permanent("source_forbidden", message)
 }
 
 /// Standard base64 of exactly `N` bytes.
@@ -197,7 +197,7 @@ mod tests {
         ] {
             let error = parse(text).unwrap_err();
             assert!(
-                matches!(&error, SourceError::Permanent { code: "source_forbidden", message } if !message.contains("evil")),
+                matches!(&error, SourceError::Permanent { code: "source_forbidden", message, .. } if !message.contains("evil")),
                 "{text}"
             );
         }

@@ -15,8 +15,9 @@ use object_store::{ClientOptions, GetOptions, GetRange, ObjectStore, RetryConfig
 use reqwest::header::{HeaderMap, HeaderValue};
 use secrecy::ExposeSecret;
 
-use super::bucket_client::{Answer, Connector};
+use super::bucket_client::{Answer, Connector, Sent};
 use super::bucket_keys::{GcsKey, S3Key, from_base64};
+use super::cause::cause;
 use super::net::{Net, changed, status_error};
 use super::pace::paced;
 use super::settings::{GcsCredentials, GcsSettings, S3Credentials, S3Settings};
@@ -81,11 +82,10 @@ impl Buckets {
             return Err(no_weights(look(PICKLE).await?.is_some()));
         };
         let (Some(config_id), Some(weights_id)) = (config.identity(), weights.identity()) else {
-            return Err(SourceError::Permanent {
-                code: "adapter_unsupported",
-                message: "the store gives neither entity tags nor versions; changed objects could not be told apart"
-                    .to_owned(),
-            });
+            return Err(SourceError::permanent(
+                "adapter_unsupported",
+                "the store gives neither entity tags nor versions; changed objects could not be told apart",
+            ));
         };
         Ok(Resolved {
             reference: reference.clone(),
@@ -338,29 +338,40 @@ fn failure(error: &object_store::Error, answer: &Answer) -> SourceError {
     use object_store::Error;
     if let Some((status, headers)) = answer.get().filter(|(status, _)| !status.is_success()) {
         if status.is_redirection() {
-            return SourceError::Permanent {
-                code: "source_forbidden",
-                message: "the store redirects to another place; is the region right (AWS_REGION)?".to_owned(),
-            };
+            return SourceError::permanent(
+                "source_forbidden",
+                "the store redirects to another place; is the region right (AWS_REGION)?",
+            );
         }
         return status_error(status, &headers);
     }
     match error {
         Error::NotFound { .. } | Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => SourceError::Absent,
         Error::Precondition { .. } | Error::NotModified { .. } => changed(),
-        error => SourceError::retryable(match kind_of(error) {
-            Some(HttpErrorKind::Timeout) => "the store did not answer in time",
-            Some(HttpErrorKind::Connect) => "the store cannot be reached",
-            _ => "the store's answer broke off or was no answer",
-        }),
+        error => {
+            let message = match kind_of(error) {
+                Some(HttpErrorKind::Timeout) => "the store did not answer in time",
+                Some(HttpErrorKind::Connect) => "the store cannot be reached",
+                _ => "the store's answer broke off or was no answer",
+            };
+            let failed = SourceError::retryable(message);
+            match find::<Sent>(error) {
+                Some(sent) => failed.with_detail(|_| format!("{}: {}", sent.place, cause(&sent.error))),
+                None => failed,
+            }
+        }
     }
 }
 
 fn kind_of(error: &object_store::Error) -> Option<HttpErrorKind> {
+    find::<object_store::client::HttpError>(error).map(object_store::client::HttpError::kind)
+}
+
+fn find<E: std::error::Error + 'static>(error: &object_store::Error) -> Option<&E> {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = source {
-        if let Some(error) = error.downcast_ref::<object_store::client::HttpError>() {
-            return Some(error.kind());
+        if let Some(error) = error.downcast_ref() {
+            return Some(error);
         }
         source = error.source();
     }
@@ -368,10 +379,7 @@ fn kind_of(error: &object_store::Error) -> Option<HttpErrorKind> {
 }
 
 fn unusable() -> SourceError {
-    SourceError::Permanent {
-        code: "source_forbidden",
-        message: "the credentials for this store cannot be used".to_owned(),
-    }
+    SourceError::permanent("source_forbidden", "the credentials for this store cannot be used")
 }
 
 #[cfg(test)]

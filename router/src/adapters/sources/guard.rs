@@ -80,6 +80,13 @@ impl Guard {
     }
 }
 
+impl Guard {
+    /// True if an operator's `--adapter-http-networks` can open the address.
+    pub(super) fn may_be_opened(address: IpAddr) -> bool {
+        !is_never(reached(address))
+    }
+}
+
 /// The address that packets to `address` end up at, as far as its bits say.
 fn reached(address: IpAddr) -> IpAddr {
     let IpAddr::V6(v6) = address else { return address };

@@ -7,6 +7,7 @@ use reqwest::header::{CONTENT_LENGTH, ETAG, HeaderMap, HeaderName, HeaderValue, 
 use secrecy::ExposeSecret;
 use url::Url;
 
+use super::cause::place;
 use super::guard::{self, HostList};
 use super::net::{Ask, Hop, Net, Route, changed, is_same_origin, status_error};
 use super::settings::HttpSettings;
@@ -107,7 +108,7 @@ impl Http {
         match status.as_u16() {
             200 => Found::read(headers).map(Some),
             404 | 410 => Ok(None),
-            _ => Err(status_error(status, headers)),
+            _ => Err(status_error(status, headers).at(&place(reply.response.url()))),
         }
     }
 
@@ -139,10 +140,15 @@ struct HttpRoute<'a> {
 impl Route for HttpRoute<'_> {
     fn hop(&self, url: &Url) -> Result<Option<Hop>, SourceError> {
         if !self.http.hosts.allows(url) {
-            return Err(SourceError::Permanent {
-                code: "source_forbidden",
-                message: "the URL, or what it redirects to, is not of a listed host (--adapter-http-hosts)".to_owned(),
-            });
+            let error = SourceError::permanent(
+                "source_forbidden",
+                "the URL, or what it redirects to, is not of a listed host (--adapter-http-hosts)",
+            );
+            let place = place(url);
+            return Err(error.with_detail(|_| match is_same_origin(url, self.first) {
+                true => format!("{place} is not listed: --adapter-http-hosts {place}"),
+                false => format!("it redirects to {place}, which is not listed: --adapter-http-hosts {place}"),
+            }));
         }
         Ok(Some(Hop { is_trusted: false, takes_secrets: is_same_origin(url, self.first) }))
     }
@@ -154,13 +160,11 @@ impl Found {
         let etag = text(headers, ETAG.as_str()).filter(|etag| etag.len() <= 128 && etag.is_ascii());
         let version = etag.clone().or_else(|| text(headers, LAST_MODIFIED.as_str()).filter(|date| date.len() <= 64));
         let (Some(bytes), Some(version)) = (bytes, version) else {
-            return Err(SourceError::Permanent {
-                code: "adapter_unsupported",
-                message:
-                    "the host does not give a file's Content-Length, or neither its ETag nor its Last-Modified time; \
-                          versions could not be told apart"
-                        .to_owned(),
-            });
+            return Err(SourceError::permanent(
+                "adapter_unsupported",
+                "the host does not give a file's Content-Length, or neither its ETag nor its Last-Modified time; \
+                          versions could not be told apart",
+            ));
         };
         let strong_etag = etag.filter(|etag| etag.len() > 2 && etag.starts_with('"') && etag.ends_with('"'));
         Ok(Self { bytes, version: format!("{version}-{bytes}"), strong_etag })

@@ -15,6 +15,7 @@ use reqwest::header::{CONTENT_LENGTH, ETAG, HeaderMap};
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
+use super::cause::place;
 use super::guard::HostList;
 use super::hub_cache::{self, Snapshot};
 use super::net::{Ask, Hop, Net, Reply, Route, is_same_origin, status_error};
@@ -155,7 +156,7 @@ impl Hub {
         match status.as_u16() {
             200..=399 => HubFile::read(&reply).map(Some),
             404 => Ok(None),
-            _ => Err(status_error(status, reply.response.headers())),
+            _ => Err(status_error(status, reply.response.headers()).at(&place(reply.response.url()))),
         }
     }
 
@@ -251,11 +252,26 @@ impl Route for HubRoute<'_> {
         if is_as_safe && self.hub.hosts.allows(url) {
             return Ok(Some(Hop { is_trusted: false, takes_secrets: false }));
         }
-        Err(SourceError::Permanent {
-            code: "source_forbidden",
-            message: "the hub redirects the download to a host that is not listed (--hub-hosts)".to_owned(),
-        })
+        let error = SourceError::permanent(
+            "source_forbidden",
+            "the hub redirects the download to a host that is not listed (--hub-hosts)",
+        );
+        Err(error.with_detail(|_| {
+            let (from, to) = (place(&self.hub.endpoint), place(url));
+            match is_as_safe {
+                true => {
+                    format!("{from} redirects the download to {to}, which is not listed: --hub-hosts {}", listed(url))
+                }
+                false => format!("{from} redirects the download to {to}, which is not https"),
+            }
+        }))
     }
+}
+
+/// As `--hub-hosts` takes it.
+fn listed(url: &Url) -> String {
+    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    format!("{}{port}", url.host_str().unwrap_or_default())
 }
 
 impl HubFile {

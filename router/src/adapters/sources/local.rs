@@ -55,6 +55,15 @@ impl Local {
         open_same(root, PathBuf::from(&file.locator), file, offset).await
     }
 
+    pub(super) fn roots(&self) -> &[PathBuf] {
+        &self.roots
+    }
+
+    /// True if the operator allows or named a directory that `path` is in.
+    pub(super) fn is_open(&self, path: &Path, credential: &Credential) -> bool {
+        self.root_of(path, credential).is_ok()
+    }
+
     fn root_of(&self, path: &Path, credential: &Credential) -> Result<PathBuf, SourceError> {
         let named = if matches!(credential, Credential::Server) { self.named.as_slice() } else { &[] };
         let named = named.iter().find(|(dir, _)| path.starts_with(dir)).map(|(_, border)| border);

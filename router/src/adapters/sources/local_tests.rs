@@ -174,7 +174,7 @@ async fn pickled_weights_are_refused_by_name() {
     fs::rename(path.join("adapter_model.safetensors"), path.join("adapter_model.bin")).unwrap();
     let error = resolve(&local, &path).await.unwrap_err();
     assert!(
-        matches!(&error, SourceError::Permanent { code: "adapter_unsupported", message } if message.contains("safetensors")),
+        matches!(&error, SourceError::Permanent { code: "adapter_unsupported", message, .. } if message.contains("safetensors")),
         "{error:?}"
     );
 }

@@ -4,12 +4,14 @@
 //! answer ([`SourceError::Absent`]). What a source says is never trusted: sizes, ranges and hashes are checked, redirects
 //! are followed by [`guard`]'s rules, a body has a least speed, and no text of a source is repeated.
 
+mod absent;
 mod beneath;
 mod bucket_client;
 mod bucket_keys;
 mod buckets;
 #[cfg(test)]
 mod canary_tests;
+mod cause;
 pub mod guard;
 mod http;
 mod hub;
@@ -66,7 +68,7 @@ fn no_weights(has_pickle: bool) -> SourceError {
     } else {
         ("adapter_invalid", "it has an adapter_config.json, but no adapter_model.safetensors")
     };
-    SourceError::Permanent { code, message: message.to_owned() }
+    SourceError::permanent(code, message)
 }
 
 /// All sources of this server.
@@ -107,6 +109,17 @@ impl Sources {
             SourceKind::Merge => false,
         }
     }
+
+    /// Says where it happened, if nothing nearer has.
+    fn located(&self, error: SourceError, reference: &AdapterRef) -> SourceError {
+        match reference.source {
+            SourceKind::Hub => error.at(&cause::place(self.hub.endpoint())),
+            SourceKind::S3 | SourceKind::Gcs => {
+                error.at(&format!("{reference} ({})", self.buckets.endpoint(reference.source)))
+            }
+            SourceKind::Http | SourceKind::Local | SourceKind::Merge => error.at(&reference.to_string()),
+        }
+    }
 }
 
 impl Source for Sources {
@@ -115,7 +128,7 @@ impl Source for Sources {
         reference: &'a AdapterRef,
         credential: &'a Credential,
     ) -> BoxFuture<'a, Result<Resolved, SourceError>> {
-        Box::pin(within(self.pace.resolve_timeout, async move {
+        let asked = within(self.pace.resolve_timeout, async move {
             // It may come from a file or a message: only what could have been parsed becomes a URL or a path.
             if !reference.is_valid() {
                 return Err(SourceError::Absent);
@@ -130,7 +143,8 @@ impl Source for Sources {
                 SourceKind::S3 | SourceKind::Gcs => self.buckets.resolve(reference, credential).await,
                 SourceKind::Merge => Err(no_source(reference.source)),
             }
-        }))
+        });
+        Box::pin(async move { asked.await.map_err(|error| self.located(error, reference)) })
     }
 
     fn open<'a>(
@@ -140,7 +154,7 @@ impl Source for Sources {
         offset: u64,
         credential: &'a Credential,
     ) -> BoxFuture<'a, Result<ByteStream, SourceError>> {
-        Box::pin(within(self.pace.open_timeout, async move {
+        let asked = within(self.pace.open_timeout, async move {
             if !resolved.reference.is_valid() {
                 return Err(SourceError::Absent);
             }
@@ -151,7 +165,16 @@ impl Source for Sources {
                 SourceKind::S3 | SourceKind::Gcs => self.buckets.open(resolved, file, offset, credential).await,
                 kind @ SourceKind::Merge => Err(no_source(kind)),
             }
-        }))
+        });
+        Box::pin(async move { asked.await.map_err(|error| self.located(error, &resolved.reference)) })
+    }
+
+    fn why_absent<'a>(&'a self, reference: &'a AdapterRef, credential: &'a Credential) -> BoxFuture<'a, String> {
+        Box::pin(async move {
+            let unknown = || format!("{reference}: not found, or not readable with this credential");
+            let looked = tokio::time::timeout(self.pace.resolve_timeout, self.absence(reference, credential)).await;
+            looked.unwrap_or_else(|_| unknown())
+        })
     }
 }
 
@@ -161,10 +184,7 @@ fn no_source(kind: SourceKind) -> SourceError {
         SourceKind::Local => "; an operator allows directories with --adapter-root",
         _ => "",
     };
-    SourceError::Permanent {
-        code: "source_forbidden",
-        message: format!("this server has no source `{}`{how}", kind.name()),
-    }
+    SourceError::permanent("source_forbidden", format!("this server has no source `{}`{how}", kind.name()))
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, SourceError>>) -> Result<T, SourceError> {

@@ -325,7 +325,7 @@ pub(super) fn shards(index: &[u8]) -> Result<Vec<String>, &'static str> {
 }
 
 fn missing(message: String) -> SourceError {
-    SourceError::Permanent { code: "model_invalid", message }
+    SourceError::permanent("model_invalid", message)
 }
 
 #[cfg(test)]

@@ -70,7 +70,7 @@ impl Arrival<'_> {
                     "{} does not have the hash that its source promises, also when loaded again",
                     self.file.name
                 );
-                return Err(SourceError::Permanent { code: "model_invalid", message });
+                return Err(SourceError::permanent("model_invalid", message));
             }
             is_second = true;
         }
@@ -236,5 +236,5 @@ impl Hash {
 }
 
 fn disk(error: &io::Error) -> SourceError {
-    SourceError::Permanent { code: "disk_full", message: format!("the model cannot be written: {error}") }
+    SourceError::permanent("disk_full", format!("the model cannot be written: {error}"))
 }

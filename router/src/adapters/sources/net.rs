@@ -1,14 +1,13 @@
 //! HTTP as all sources use it: redirects by our rules, addresses by the guard's, no environment proxies, no encodings.
 
 use std::error::Error;
-use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
+use futures_util::{StreamExt, TryStreamExt};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{
     ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, HeaderValue, LOCATION,
@@ -16,6 +15,7 @@ use reqwest::header::{
 use reqwest::{Client, Method, Response, StatusCode};
 use url::{Host, Url};
 
+use super::cause::{cause, place};
 use super::guard::Guard;
 use super::pace::paced;
 use super::settings::Pace;
@@ -90,12 +90,13 @@ pub(super) struct Net {
 
 impl Net {
     pub(super) fn new(guard: Guard, pace: Pace) -> Self {
-        Self::with_lookup(guard, pace, Arc::new(|host| Box::pin(look_up(host))))
+        Self::with_lookup(guard, pace, system_lookup())
     }
 
     pub(super) fn with_lookup(guard: Guard, pace: Pace, lookup: Lookup) -> Self {
-        let names = CheckedNames { guard: guard.clone(), lookup };
-        Self { trusted: client(None), guarded: client(Some(names)), guard, pace }
+        let any = CheckedNames { guard: None, lookup: system_lookup() };
+        let checked = CheckedNames { guard: Some(guard.clone()), lookup };
+        Self { trusted: client(any), guarded: client(checked), guard, pace }
     }
 
     pub(super) fn pace(&self) -> Pace {
@@ -112,14 +113,15 @@ impl Net {
         let (mut url, mut trail) = (ask.url.clone(), Vec::new());
         let mut hop = route.hop(&url)?.ok_or(SourceError::Absent)?;
         loop {
-            let response = self.send_once(&ask, &url, hop).await?;
+            let response = self.send_once(&ask, &url, hop).await.map_err(|error| error.at(&place(&url)))?;
             if !response.status().is_redirection() || response.status() == StatusCode::NOT_MODIFIED {
                 return Ok(Reply { response, trail });
             }
-            let next = redirect_target(&url, &response)?;
+            let next = redirect_target(&url, &response).map_err(|error| error.at(&place(&url)))?;
             let Some(next_hop) = route.hop(&next)? else { return Ok(Reply { response, trail }) };
             if trail.len() >= REDIRECTS_MAX {
-                return Err(SourceError::retryable(format!("the source redirects more than {REDIRECTS_MAX} times")));
+                let error = SourceError::retryable(format!("the source redirects more than {REDIRECTS_MAX} times"));
+                return Err(error.at(&place(&ask.url)));
             }
             trail.push(response.headers().clone());
             // Once left behind, secrets stay behind: the chain may come back on somebody else's word.
@@ -138,8 +140,8 @@ impl Net {
                 Some(Host::Ipv6(address)) => Some(IpAddr::V6(address)),
                 _ => None,
             };
-            if literal.is_some_and(|address| !self.guard.allows(address)) {
-                return Err(refused());
+            if let Some(address) = literal.filter(|address| !self.guard.allows(*address)) {
+                return Err(refused(&place(url), address));
             }
             &self.guarded
         };
@@ -148,7 +150,8 @@ impl Net {
         if hop.takes_secrets {
             request = request.headers(ask.secrets.clone());
         }
-        let response = request.header(ACCEPT_ENCODING, "identity").send().await.map_err(|error| classify(&error))?;
+        let response =
+            request.header(ACCEPT_ENCODING, "identity").send().await.map_err(|error| classify(&error, &place(url)))?;
         match response.headers().get(CONTENT_ENCODING).map(HeaderValue::as_bytes) {
             None | Some(b"" | b"identity") => Ok(response),
             Some(_) => Err(SourceError::retryable("the source sent an encoded body, though none was accepted")),
@@ -160,20 +163,22 @@ impl Reply {
     /// The body as exactly `bytes - offset` bytes, if the answer promises to start at `offset` of `bytes`.
     pub(super) fn into_stream(self, offset: u64, bytes: u64, pace: Pace) -> Result<ByteStream, SourceError> {
         let (status, headers) = (self.response.status(), self.response.headers());
+        let place = place(self.response.url());
         let is_right = match status {
             StatusCode::OK => offset == 0,
             StatusCode::PARTIAL_CONTENT => {
                 let range = headers.get(CONTENT_RANGE).and_then(|value| value.to_str().ok()).unwrap_or_default();
                 range == format!("bytes {offset}-{}/{bytes}", bytes.saturating_sub(1))
             }
-            _ => return Err(status_error(status, headers)),
+            _ => return Err(status_error(status, headers).at(&place)),
         };
         let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()).map(str::parse::<u64>);
         if !is_right || offset > bytes || length.is_some_and(|length| length != Ok(bytes - offset)) {
-            return Err(changed());
+            return Err(changed().at(&place));
         }
-        let body = self.response.bytes_stream().map(|chunk| chunk.map_err(|error| classify(&error)));
-        Ok(paced(body.boxed(), bytes - offset, pace))
+        let from = place.clone();
+        let body = self.response.bytes_stream().map(move |chunk| chunk.map_err(|error| classify(&error, &from)));
+        Ok(paced(body.boxed(), bytes - offset, pace).map_err(move |error| error.at(&place)).boxed())
     }
 }
 
@@ -182,14 +187,19 @@ pub(super) fn changed() -> SourceError {
     SourceError::retryable("the file has changed at its source, or the source cannot start in the middle of it")
 }
 
-fn refused() -> SourceError {
-    SourceError::Permanent {
-        code: "source_forbidden",
-        message:
-            "the host has an address that this server does not connect to; an operator can open private networks with \
-                  --adapter-http-networks"
-                .to_owned(),
-    }
+fn refused(place: &str, address: IpAddr) -> SourceError {
+    let error = SourceError::permanent(
+        "source_forbidden",
+        "the host has an address that this server does not connect to; an operator can open private networks with \
+         --adapter-http-networks",
+    );
+    error.with_detail(|_| match Guard::may_be_opened(address) {
+        true => format!(
+            "{place} has the private address {address}; --adapter-http-networks {address}/{} would allow it",
+            if address.is_ipv4() { 32 } else { 128 }
+        ),
+        false => format!("{place} has the address {address}, to which this server never connects"),
+    })
 }
 
 /// What a status other than success means.
@@ -198,6 +208,7 @@ pub(super) fn status_error(status: StatusCode, headers: &HeaderMap) -> SourceErr
         408 | 425 | 429 | 500..=599 => SourceError::Retryable {
             message: format!("the source answered with status {}", status.as_u16()),
             retry_after: retry_after(headers),
+            detail: None,
         },
         412 | 416 => changed(),
         400..=499 => SourceError::Absent,
@@ -233,12 +244,12 @@ pub(super) fn is_same_origin(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme() && a.host_str() == b.host_str() && a.port_or_known_default() == b.port_or_known_default()
 }
 
-/// By type, never by text.
-pub(super) fn classify(error: &(dyn Error + 'static)) -> SourceError {
+/// By type, never by text. `at` is the place that was asked, for operators.
+pub(super) fn classify(error: &(dyn Error + 'static), at: &str) -> SourceError {
     let mut source = Some(error);
     while let Some(inner) = source {
-        if inner.is::<Refused>() {
-            return refused();
+        if let Some(Refused(address)) = inner.downcast_ref() {
+            return refused(at, *address);
         }
         source = inner.source();
     }
@@ -247,24 +258,23 @@ pub(super) fn classify(error: &(dyn Error + 'static)) -> SourceError {
         Some(error) if error.is_connect() => "the source cannot be reached",
         _ => "the connection to the source broke",
     };
-    SourceError::retryable(message)
+    SourceError::retryable(message).with_detail(|_| format!("{at}: {}", cause(error)))
 }
 
 /// An address of the name is not allowed.
-#[derive(Debug)]
-struct Refused;
+#[derive(Debug, thiserror::Error)]
+#[error("address not allowed")]
+struct Refused(IpAddr);
 
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("address not allowed")
-    }
-}
+/// The name has no addresses, or nobody could say.
+#[derive(Debug, thiserror::Error)]
+#[error("name not resolved")]
+pub(super) struct Unresolved;
 
-impl Error for Refused {}
-
-/// Gives a name's addresses only if all of them are allowed: which of them a connection takes is up to the one who answers.
+/// Gives a name's addresses. With a guard, only if all of them are allowed: which of them a connection takes is up to the one
+/// who answers.
 struct CheckedNames {
-    guard: Guard,
+    guard: Option<Guard>,
     lookup: Lookup,
 }
 
@@ -272,21 +282,27 @@ impl Resolve for CheckedNames {
     fn resolve(&self, name: Name) -> Resolving {
         let (guard, found) = (self.guard.clone(), (self.lookup)(name.as_str().to_owned()));
         Box::pin(async move {
-            let addresses = found.await?;
-            if addresses.iter().any(|address| !guard.allows(*address)) {
-                return Err(Refused.into());
+            let addresses = found.await.map_err(|_| Unresolved)?;
+            if let Some(guard) = guard
+                && let Some(address) = addresses.iter().find(|address| !guard.allows(**address))
+            {
+                return Err(Refused(*address).into());
             }
             Ok(Box::new(addresses.into_iter().map(|address| SocketAddr::new(address, 0))) as Addrs)
         })
     }
 }
 
+fn system_lookup() -> Lookup {
+    Arc::new(|host| Box::pin(look_up(host)))
+}
+
 async fn look_up(host: String) -> io::Result<Vec<IpAddr>> {
     Ok(tokio::net::lookup_host((host.as_str(), 0)).await?.map(|address| address.ip()).collect())
 }
 
-fn client(names: Option<CheckedNames>) -> Result<Client, SourceError> {
-    let mut builder = Client::builder()
+fn client(names: CheckedNames) -> Result<Client, SourceError> {
+    let builder = Client::builder()
         .user_agent(AGENT)
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
@@ -296,10 +312,8 @@ fn client(names: Option<CheckedNames>) -> Result<Client, SourceError> {
         .no_deflate()
         .no_zstd()
         .connect_timeout(CONNECT_TIMEOUT)
-        .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX);
-    if let Some(names) = names {
-        builder = builder.dns_resolver(names);
-    }
+        .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
+        .dns_resolver(names);
     // Fails where the machine has no certificate roots. Directories can be served without any.
     builder
         .build()

@@ -16,7 +16,7 @@ use crate::engine::{AdapterFailure, ForgetMode, PinLevel};
 use crate::http::App;
 use crate::http::auth::UpstreamToken;
 use crate::http::body::json_object;
-use crate::http::error::{ApiError, Cause, adapter_cause};
+use crate::http::error::{ApiError, Cause, adapter_cause, shown};
 use crate::http::json::Fields;
 use crate::http::keys::is_namespace;
 
@@ -87,9 +87,12 @@ pub(super) fn checked_namespace(text: String) -> Result<String, ApiError> {
     Err(ApiError::invalid("namespace", "letters, digits, `.`, `_`, `-`", &text))
 }
 
-/// A failure of the registry, about the adapter called `name`.
+/// A failure of the registry, about the adapter called `name`, as operators read it.
 pub(super) fn refused(name: &str, failure: &AdapterFailure) -> ApiError {
     let error = ApiError::adapter(name, failure);
+    let why = failure.for_operators();
+    let why = why.strip_prefix("service unavailable: ").unwrap_or(why);
+    let error = ApiError { message: format!("adapter `{}`: {why}", shown(name)), ..error };
     let param = match error.cause {
         Cause::ModelNotFound | Cause::NameIsBaseModel | Cause::AdapterExists => "name",
         Cause::PreconditionFailed | Cause::InvalidValue => return ApiError { param: None, ..error },
@@ -105,11 +108,24 @@ pub(super) async fn one(
     Query(which): Query<Which>,
 ) -> Result<Json<AdapterView>, ApiError> {
     let namespace = which.namespace()?;
-    app.registry.get(&namespace, &name).map(Json).ok_or_else(|| unknown(&name))
+    app.registry.get(&namespace, &name).map(Json).ok_or_else(|| unknown("adapter", &namespace, &name))
 }
 
-pub(super) fn unknown(name: &str) -> ApiError {
-    ApiError { param: Some("name".into()), ..ApiError::model_not_found(name) }
+/// Nothing of this `kind` (adapter, alias) is registered under the name.
+pub(super) fn unknown(kind: &str, namespace: &str, name: &str) -> ApiError {
+    let place = match namespace {
+        "" => "shared by all keys (namespaces have their own: `namespace`)".to_owned(),
+        namespace => format!("in namespace `{namespace}`"),
+    };
+    ApiError::at(Cause::ModelNotFound, "name", format!("no {kind} `{}` is registered {place}", shown(name)))
+}
+
+/// The same, unless the failure is another one.
+pub(super) fn refused_in(kind: &str, namespace: &str, name: &str, failure: &AdapterFailure) -> ApiError {
+    match adapter_cause(&failure.code) {
+        Cause::ModelNotFound => unknown(kind, namespace, name),
+        _ => refused(name, failure),
+    }
 }
 
 /// Query parameters of a load.
@@ -226,8 +242,9 @@ pub(super) async fn unpin(
 }
 
 async fn set_pin(app: &App, name: &str, which: Which, level: Option<PinLevel>) -> Result<Json<AdapterView>, ApiError> {
-    let pinned = app.registry.pin(&which.namespace()?, name, level).await;
-    pinned.map(Json).map_err(|failure| refused(name, &failure))
+    let namespace = which.namespace()?;
+    let pinned = app.registry.pin(&namespace, name, level).await;
+    pinned.map(Json).map_err(|failure| refused_in("adapter", &namespace, name, &failure))
 }
 
 /// Query parameters of an unload.
@@ -255,8 +272,9 @@ pub(super) async fn delete(
         Some(other) => return Err(ApiError::invalid("purge", "true or false", other)),
     };
     let namespace = checked_namespace(query.namespace.unwrap_or_default())?;
-    let gone = app.registry.unload(UnloadAsk { name: name.clone(), namespace, mode, purge }).await;
-    gone.map(Json).map_err(|failure| refused(&name, &failure))
+    let ask = UnloadAsk { name: name.clone(), namespace: namespace.clone(), mode, purge };
+    let gone = app.registry.unload(ask).await;
+    gone.map(Json).map_err(|failure| refused_in("adapter", &namespace, &name, &failure))
 }
 
 impl App {
@@ -265,5 +283,33 @@ impl App {
         let registry = self.registry.clone();
         let load = tokio::spawn(async move { registry.load(ask).await });
         load.await.unwrap_or_else(|_| Err(AdapterFailure::new("adapter_load_failed", "the load was given up")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operators_read_host_and_cause_and_callers_do_not() {
+        let why = "https://hub.corp: connection refused";
+        for cause in Cause::ALL {
+            let plain = AdapterFailure::new(cause.row().code, "service unavailable: the source cannot be reached");
+            let failure = AdapterFailure { detail: Some(why.to_owned()), ..plain };
+            assert_eq!(refused("sql", &failure).message, format!("adapter `sql`: {why}"));
+            let told = ApiError::adapter("sql", &failure);
+            assert!(!format!("{told:?}").contains("hub.corp"), "{told:?}");
+        }
+        let plain = AdapterFailure::new("adapter_load_failed", "service unavailable: it is slow");
+        assert_eq!(refused("sql", &plain).message, "adapter `sql`: it is slow");
+    }
+
+    #[test]
+    fn a_name_that_nobody_registered_is_said_to_be_unregistered_with_its_namespace() {
+        assert!(unknown("alias", "acme", "live").message.contains("no alias `live` is registered in namespace `acme`"));
+        let gone = AdapterFailure::new("model_not_found", "no adapter is called `x`");
+        let error = refused_in("adapter", "", "x", &gone);
+        assert_eq!((error.cause, error.param.as_deref()), (Cause::ModelNotFound, Some("name")));
+        assert!(error.message.starts_with("no adapter `x` is registered"), "{}", error.message);
     }
 }

@@ -7,11 +7,11 @@ use axum::http::Request;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::adapters::{Which, checked_namespace, refused, unknown};
+use super::adapters::{Which, checked_namespace, refused, refused_in, unknown};
 use crate::adapters::{AliasAsk, AliasView, StickyBy, Weighted};
 use crate::http::App;
 use crate::http::body::json_object;
-use crate::http::error::{ApiError, Cause};
+use crate::http::error::ApiError;
 use crate::http::json::{Fields, type_name};
 
 /// Versions of one alias.
@@ -29,7 +29,8 @@ pub(super) async fn one(
     Path(name): Path<String>,
     Query(which): Query<Which>,
 ) -> Result<Json<AliasView>, ApiError> {
-    app.registry.alias(&which.namespace()?, &name).map(Json).ok_or_else(|| unknown(&name))
+    let namespace = which.namespace()?;
+    app.registry.alias(&namespace, &name).map(Json).ok_or_else(|| unknown("alias", &namespace, &name))
 }
 
 /// Makes or changes one, all versions in one step.
@@ -61,7 +62,7 @@ pub(super) async fn put(
         name,
     };
     let name = ask.name.clone();
-    app.registry.set_alias(ask).await.map(Json).map_err(|failure| of_alias(&name, &failure))
+    app.registry.set_alias(ask).await.map(Json).map_err(|failure| of_alias(refused(&name, &failure)))
 }
 
 fn version(i: usize, value: &Value) -> Result<Weighted, ApiError> {
@@ -74,12 +75,11 @@ fn version(i: usize, value: &Value) -> Result<Weighted, ApiError> {
     Ok(Weighted { adapter: adapter.to_owned(), weight })
 }
 
-fn of_alias(name: &str, failure: &crate::engine::AdapterFailure) -> ApiError {
-    let error = refused(name, failure);
-    match error.cause {
-        // An adapter that a version names, or the alias itself: the message says which.
-        Cause::ModelNotFound => ApiError::at(Cause::ModelNotFound, "name", failure.message.clone()),
-        _ => error,
+/// The failure is about an alias, whatever [`refused`] calls it.
+fn of_alias(error: ApiError) -> ApiError {
+    match error.message.strip_prefix("adapter `") {
+        Some(rest) => ApiError { message: format!("alias `{rest}"), ..error },
+        None => error,
     }
 }
 
@@ -102,7 +102,7 @@ pub(super) async fn delete(
     let expected = query.expected_version.as_ref().map(number).transpose()?;
     let namespace = checked_namespace(query.namespace.unwrap_or_default())?;
     let gone = app.registry.delete_alias(&namespace, &name, expected).await;
-    gone.map(Json).map_err(|failure| refused(&name, &failure))
+    gone.map(Json).map_err(|failure| of_alias(refused_in("alias", &namespace, &name, &failure)))
 }
 
 /// The versions before the last change come back.
@@ -111,6 +111,7 @@ pub(super) async fn rollback(
     Path(name): Path<String>,
     Query(which): Query<Which>,
 ) -> Result<Json<AliasView>, ApiError> {
-    let back = app.registry.rollback_alias(&which.namespace()?, &name).await;
-    back.map(Json).map_err(|failure| refused(&name, &failure))
+    let namespace = which.namespace()?;
+    let back = app.registry.rollback_alias(&namespace, &name).await;
+    back.map(Json).map_err(|failure| of_alias(refused_in("alias", &namespace, &name, &failure)))
 }

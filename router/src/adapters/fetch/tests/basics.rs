@@ -174,7 +174,7 @@ async fn a_source_that_asks_for_patience_is_not_asked_again_at_once() {
     let world = World::new();
     let resolved = world.source.add("a", BYTES, Promise::Sha256);
     let pause = Some(Duration::from_secs(17));
-    let busy = SourceError::Retryable { message: "429".into(), retry_after: pause };
+    let busy = SourceError::Retryable { message: "429".into(), retry_after: pause, detail: None };
     world.source.act(&resolved, FileName::Config, [Act::Refuse(busy)]);
     let error = expect_error(&world, &resolved).await;
     assert_eq!(error.retry_after(), pause);

@@ -17,7 +17,8 @@ async fn an_upstream_that_is_down_says_no_more_than_that() {
     let world = World::new();
     world.upstream.public("acme/sql", 1);
     world.resolve("acme/sql").await.unwrap();
-    let down = SourceError::Retryable { message: "refused".into(), retry_after: Some(Duration::from_secs(3)) };
+    let down =
+        SourceError::Retryable { message: "refused".into(), retry_after: Some(Duration::from_secs(3)), detail: None };
     *world.upstream.down.lock().unwrap() = Some(down);
     world.clock.advance(Duration::from_secs(59));
     world.resolve("acme/sql").await.unwrap();

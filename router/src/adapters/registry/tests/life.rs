@@ -71,7 +71,8 @@ async fn a_waiting_request_gets_what_a_retry_brings_or_is_told_when_to_come_back
 async fn too_many_requests_upstream_waits_as_it_was_told() {
     let world = World::new();
     world.upstream.public("acme/sql", 1);
-    let busy = SourceError::Retryable { message: "429".into(), retry_after: Some(Duration::from_secs(17)) };
+    let busy =
+        SourceError::Retryable { message: "429".into(), retry_after: Some(Duration::from_secs(17)), detail: None };
     world.upstream.fetch_fails.lock().unwrap().push(FetchError::Source(busy));
     let failed = world.registry.resolve(&Caller::default(), &Ask::plain("acme/sql", Wait::Fail)).await;
     assert_eq!(code(&failed), "adapter_loading", "its source has not answered");

@@ -51,6 +51,8 @@ async fn an_alias_changes_in_one_step_by_version_and_rolls_back() {
     assert_eq!(code(&registry.set_alias(ask(&[("v3", 1.0)], None)).await), "invalid_value");
     assert_eq!(code(&registry.set_alias(ask(&[("v1", 0.0)], None)).await), "invalid_value");
     assert_eq!(code(&registry.rollback_alias("", "sql").await), "model_not_found");
+    let hides = AliasAsk { name: "v2".into(), ..ask(&[("v1", 1.0)], None) };
+    assert_eq!(code(&registry.set_alias(hides).await), "adapter_exists", "it would hide an adapter");
     assert_eq!(registry.set_alias(ask(&[("v1", 1.0)], Some(0))).await.unwrap().version, 1);
     assert_eq!(code(&registry.rollback_alias("", "sql").await), "precondition_failed");
     assert_eq!(code(&registry.set_alias(ask(&[("v2", 1.0)], Some(0))).await), "precondition_failed");
