@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, watch};
 use super::holds::Holds;
 use super::settings::{Files, FilesHere};
 use super::stage::Stage;
-use super::table::{Attempt, Content, Lease, Ready, Table};
+use super::table::{Asker, Attempt, Content, Lease, Ready, Table};
 use super::{AdapterState, failure};
 use crate::adapters::authorise::Mac;
 use crate::adapters::life::{Clock, EXPLICIT_EVERY, Retry, is_retryable};
@@ -42,6 +42,10 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
+    fn asker(&self) -> Asker {
+        Asker { mac: self.mac, tenant: self.tenant.id }
+    }
+
     /// For logs, which know an identity as little as people do.
     fn reference(&self) -> Option<String> {
         match &self.from {
@@ -119,7 +123,7 @@ pub(super) struct Shared {
 
 enum Look {
     Ready(Ready),
-    Running { outcome: watch::Receiver<Option<Outcome>>, stage: Arc<Stage>, is_shared: bool },
+    Running { outcome: watch::Receiver<Option<Outcome>>, stage: Arc<Stage>, asker: Asker },
     Failed { failure: AdapterFailure, next_try: Option<Duration> },
 }
 
@@ -156,9 +160,9 @@ impl Contents {
                     Some(files) => return Ok(ready.usable(files)),
                     None => self.not_ready_any_more(&wanted.identity, &ready),
                 },
-                Look::Running { outcome, stage, is_shared } => match self.wait(outcome, &stage, until).await {
-                    // The answer to another credential: ask with this one.
-                    Err(failure) if is_shared && failure.code == "model_not_found" => {}
+                Look::Running { outcome, stage, asker } => match self.wait(outcome, &stage, until).await {
+                    // The answer to another credential or tenant: ask with this one.
+                    Err(failure) if asker.fails_alone(&failure, &wanted.asker()) => {}
                     // It was the attempt of somebody who knows no source.
                     Err(failure) if failure.state == Some(NO_SOURCE) && !wanted.is_bare() => {}
                     Err(failure) if is_retryable(&failure.code) && failure.state == Some(RETRY) => {}
@@ -206,13 +210,12 @@ impl Contents {
         }
         match &content.attempt {
             // `has_changed` is an error when the attempt died without a word.
-            Attempt::Running { outcome, stage: theirs, mac } if outcome.has_changed().is_ok() => {
+            Attempt::Running { outcome, stage: theirs, asker } if outcome.has_changed().is_ok() => {
                 stage.follow(theirs);
-                let is_shared = *mac != wanted.mac;
-                return Ok(Look::Running { outcome: outcome.clone(), stage: Arc::clone(theirs), is_shared });
+                return Ok(Look::Running { outcome: outcome.clone(), stage: Arc::clone(theirs), asker: *asker });
             }
-            Attempt::Failed { failure, at, until, mac } => {
-                let is_told = failure.code != "model_not_found" || *mac == wanted.mac;
+            Attempt::Failed { failure, at, until, asker } => {
+                let is_told = !asker.fails_alone(failure, &wanted.asker());
                 let is_forced = wanted.is_explicit && now >= *at + EXPLICIT_EVERY;
                 if now < *until && is_told && !is_forced {
                     let next_try = is_retryable(&failure.code).then_some(*until);
@@ -225,13 +228,14 @@ impl Contents {
         let mine = Arc::new(Stage::default());
         mine.set(AdapterState::Fetching);
         stage.follow(&mine);
-        content.attempt = Attempt::Running { outcome: outcome.clone(), stage: Arc::clone(&mine), mac: wanted.mac };
+        content.attempt = Attempt::Running { outcome: outcome.clone(), stage: Arc::clone(&mine), asker: wanted.asker() };
         if let From::Merge(merge) = &wanted.from {
             content.made = Some(merge.ask.out_dir.clone());
         }
+        let asker = wanted.asker();
         let (contents, wanted, theirs) = (self.clone(), wanted.clone(), Arc::clone(&mine));
         tokio::spawn(async move { contents.attempt(wanted, theirs, report).await });
-        Ok(Look::Running { outcome, stage: mine, is_shared: false })
+        Ok(Look::Running { outcome, stage: mine, asker })
     }
 
     /// One attempt. Runs to its end whoever waits.
@@ -281,6 +285,11 @@ impl Contents {
             }
             Err(mut failure) => {
                 let kept = match failure.code.as_str() {
+                    // One tenant's, or one token's: it says nothing of the source, so nobody else waits longer for it.
+                    "quota_exceeded" => FAILURE_KEPT,
+                    code if is_retryable(code) && matches!(wanted.credential, Credential::Token(_)) => {
+                        Retry::default().after_failure(clock, failure.retry_after)
+                    }
                     code if is_retryable(code) => content.retry.after_failure(clock, failure.retry_after),
                     "model_not_found" => FAILURE_KEPT,
                     _ if matches!(&wanted.from, From::Source(resolved) if matches!(resolved.origin, Origin::Directory(_))) => {
@@ -289,7 +298,7 @@ impl Contents {
                     _ => REFUSAL_KEPT,
                 };
                 content.attempt =
-                    Attempt::Failed { failure: failure.clone(), at: now, until: now + kept, mac: wanted.mac };
+                    Attempt::Failed { failure: failure.clone(), at: now, until: now + kept, asker: wanted.asker() };
                 failure.state = Some(if is_retryable(&failure.code) { RETRY } else { AdapterState::Failed.name() });
                 Err(failure)
             }

@@ -34,11 +34,30 @@ pub(super) struct Ready {
     pub(super) loaded_ms: u64,
 }
 
+/// In whose name an attempt is made.
+#[derive(Clone, Copy)]
+pub(super) struct Asker {
+    pub(super) mac: Mac,
+    pub(super) tenant: u64,
+}
+
+impl Asker {
+    /// True if this failure says nothing to another one: what a credential may not have, how often it may ask, and how much
+    /// of the disk is a tenant's are its own affairs.
+    pub(super) fn fails_alone(&self, failure: &AdapterFailure, other: &Self) -> bool {
+        match failure.code.as_str() {
+            "quota_exceeded" => self.tenant != other.tenant,
+            "model_not_found" => self.mac != other.mac,
+            _ => failure.retry_after.is_some() && self.mac != other.mac,
+        }
+    }
+}
+
 /// What became of the last attempt.
 pub(super) enum Attempt {
     None,
-    Running { outcome: watch::Receiver<Option<Outcome>>, stage: Arc<Stage>, mac: Mac },
-    Failed { failure: AdapterFailure, at: Duration, until: Duration, mac: Mac },
+    Running { outcome: watch::Receiver<Option<Outcome>>, stage: Arc<Stage>, asker: Asker },
+    Failed { failure: AdapterFailure, at: Duration, until: Duration, asker: Asker },
 }
 
 /// What is known of one identity.

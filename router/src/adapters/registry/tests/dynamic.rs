@@ -166,6 +166,23 @@ async fn one_callers_refusal_is_not_anothers() {
 }
 
 #[tokio::test]
+async fn what_one_token_is_told_to_wait_is_not_told_to_another() {
+    let world = World::new();
+    let tokens = ["a".to_owned(), "b".to_owned()];
+    world.upstream.put("acme/sql", Repo { commit: 1, tokens: tokens.into(), ..Repo::default() });
+    let limited = SourceError::Retryable {
+        message: "the source answered with status 429".into(),
+        retry_after: Some(Duration::from_secs(600)),
+        detail: None,
+    };
+    world.upstream.fetch_fails.lock().unwrap().push(FetchError::Source(limited));
+    let first = world.resolve_with("acme/sql", "a").await.unwrap_err();
+    assert_eq!((first.code.as_str(), first.retry_after), ("adapter_load_failed", Some(Duration::from_secs(600))));
+    assert_eq!(code(&world.resolve_with("acme/sql", "b").await), "served", "its own token may ask");
+    assert_eq!(code(&world.resolve_with("acme/sql", "a").await), "served", "and then the bytes are here");
+}
+
+#[tokio::test]
 async fn a_merge_is_made_once_and_only_of_what_the_caller_may_use() {
     let dir = tempfile::tempdir().unwrap();
     let world = World::with(AdapterSettings { data_dir: Some(dir.path().into()), ..AdapterSettings::default() });
