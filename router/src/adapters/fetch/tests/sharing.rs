@@ -46,7 +46,7 @@ async fn a_caller_that_leaves_does_not_stop_it() {
 async fn a_failure_answers_for_a_while_and_then_no_more() {
     let world = World::with(FetchLimits { failure_kept: Duration::from_millis(300), ..limits() }, 1 << 30);
     let resolved = world.source.add("a", 5000, Promise::Sha256);
-    let gone = SourceError::permanent("adapter_invalid", "no".into());
+    let gone = SourceError::permanent("adapter_invalid", "no");
     world.source.act(&resolved, FileName::Config, [Act::Refuse(gone.clone())]);
     let started = std::time::Instant::now();
     assert_eq!(world.fetch(&resolved).await.unwrap_err(), gone.clone().into());
