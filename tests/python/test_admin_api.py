@@ -196,9 +196,9 @@ def test_status_says_what_the_server_holds(server, admin):
     assert set(status["adapters"]["states"]) >= {"ready", "failed", "registered"}
 
 
-def cli(server, *arguments, key="root") -> subprocess.CompletedProcess:
+def cli(server, *arguments, key="root", folder=None) -> subprocess.CompletedProcess:
     command = [str(binary()), "adapters", "--url", f"unix:{server.folder / 'a.sock'}", "--key", key, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean_environment(), stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=clean_environment(), stdin=subprocess.DEVNULL, cwd=folder)
 
 
 def test_the_command_line_does_the_same(server):
@@ -210,15 +210,39 @@ def test_the_command_line_does_the_same(server):
     assert cli(server, "pin", "cli-sql", "host").returncode == 0 and "host" in cli(server, "get", "cli-sql").stdout
     assert cli(server, "unpin", "cli-sql").returncode == 0
     assert "100.0 %" in cli(server, "alias", "cli-live", "cli-sql").stdout
-    assert cli(server, "alias", "cli-live", "--delete").returncode == 0
+    assert cli(server, "alias", "cli-live", "--delete").stdout == "alias cli-live deleted\n"
     refused = cli(server, "load", "cli-large", str(server.root / "large"))
     assert refused.returncode == 2 and "adapter_rank_limit" in refused.stdout + refused.stderr, refused
     assert cli(server, "unload", "cli-large").returncode in (0, 2)
-    assert cli(server, "unload", "cli-sql").returncode == 0
+    assert cli(server, "unload", "cli-sql").stdout == "cli-sql unloaded\n"
     assert cli(server, "unload", "cli-sql").returncode == 2
     assert cli(server, "list", key="wrong").returncode == 2
     for url in ("http://127.0.0.1:1", f"unix:{server.folder / 'none.sock'}"):
         assert subprocess.run([str(binary()), "adapters", "--url", url, "list"], capture_output=True, timeout=60).returncode == 3
+
+
+def test_a_load_that_fails_says_why_to_the_operator_alone(server, admin):
+    (server.root / "empty").mkdir()
+    (server.root / "org").mkdir()
+    shutil.copytree(DEMO / "sql", server.root / "org" / "sql")
+    outside = str(server.folder / "data")
+    cases = [(str(server.root / "nowhere"), "no such folder"), (str(server.root / "empty"), "has no adapter_config.json"),
+             (outside, "is not below an --adapter-root")]
+    for reference, why in cases:
+        answer = put(admin, "why", reference)
+        assert code_of(answer, 404) == "model_not_found" and why in answer.json()["error"]["message"], answer.text
+        failed = cli(server, "load", "why2", reference)
+        assert failed.returncode == 2 and why in failed.stderr, failed
+        told = server.http.post("/v1/completions", json={"model": "why", "prompt": "a", "max_tokens": 1}).text
+        assert why not in told and reference not in told, told
+        admin.delete("/admin/v1/adapters/why"), admin.delete("/admin/v1/adapters/why2")
+    assert "no adapter `nobody` is registered" in cli(server, "get", "nobody").stderr
+    typed = cli(server, "load", "here", "org/sql", folder=server.root)
+    assert typed.returncode == 0 and str(server.root / "org/sql") in typed.stdout, typed
+    assert cli(server, "load", "there", "./org/none", folder=server.root).returncode == 2
+    hides = admin.put("/admin/v1/aliases/here", json={"versions": [{"adapter": "here", "weight": 1}]})
+    assert code_of(hides, 409) == "adapter_exists" and "hide" in hides.json()["error"]["message"]
+    admin.delete("/admin/v1/adapters/here")
 
 
 def test_an_adapter_is_checked_without_a_server(server):
