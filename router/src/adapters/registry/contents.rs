@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
 use super::holds::Holds;
+use super::merged_dir::MergedDirs;
 use super::settings::{Files, FilesHere};
 use super::stage::Stage;
 use super::table::{Attempt, Content, Lease, Ready, Table};
@@ -90,6 +91,7 @@ pub(super) struct Contents {
 struct Shared {
     engine: Arc<dyn Backend>,
     files: Option<Arc<dyn Files>>,
+    merges: Arc<MergedDirs>,
     clock: Arc<dyn Clock>,
     holds: Arc<Holds>,
     prepares: Semaphore,
@@ -107,6 +109,7 @@ impl Contents {
     pub(super) fn new(
         engine: Arc<dyn Backend>,
         files: Option<Arc<dyn Files>>,
+        merges: Arc<MergedDirs>,
         clock: Arc<dyn Clock>,
         prepares_max: usize,
     ) -> Self {
@@ -115,6 +118,7 @@ impl Contents {
             shared: Arc::new(Shared {
                 engine,
                 files,
+                merges,
                 clock,
                 holds,
                 prepares,
@@ -204,9 +208,6 @@ impl Contents {
         mine.set(AdapterState::Fetching);
         stage.follow(&mine);
         content.attempt = Attempt::Running { outcome: outcome.clone(), stage: Arc::clone(&mine), mac: wanted.mac };
-        if let From::Merge(merge) = &wanted.from {
-            content.made = Some(merge.ask.out_dir.clone());
-        }
         let (contents, wanted, theirs) = (self.clone(), wanted.clone(), Arc::clone(&mine));
         tokio::spawn(async move { contents.attempt(wanted, theirs, report).await });
         Ok(Look::Running { outcome, stage: mine, is_shared: false })
@@ -276,22 +277,19 @@ impl Contents {
                 })
             }
             From::Merge(merge) => {
-                let dir = merge.ask.out_dir.clone();
-                if !tokio::fs::try_exists(&dir).await.unwrap_or(false) {
-                    debug_assert!(!merge.parts.is_empty(), "what it is made of stays until here");
-                    let part = dir.with_extension("part");
-                    let _ = tokio::fs::remove_dir_all(&part).await; // of an attempt that failed
-                    let cannot = |error: std::io::Error| {
-                        failure(
-                            "adapter_load_failed",
-                            format!("service unavailable: the merge cannot be written: {error}"),
-                        )
-                    };
-                    tokio::fs::create_dir_all(&part).await.map_err(cannot)?;
-                    self.shared.engine.merge_adapters(MergeAsk { out_dir: part.clone(), ..merge.ask.clone() }).await?;
-                    tokio::fs::rename(&part, &dir).await.map_err(cannot)?;
+                debug_assert!(!merge.parts.is_empty(), "what it is made of stays until here");
+                let made = self.table().by_identity.get(&wanted.identity).and_then(|content| content.made.clone());
+                let made = match made {
+                    Some(made) => made,
+                    None => {
+                        let (shared, forget_idle) = (&self.shared, || self.table().forget_idle_merge());
+                        shared.merges.make(&*shared.engine, wanted.tenant.id, merge, forget_idle).await?
+                    }
+                };
+                if let Some(content) = self.table().by_identity.get_mut(&wanted.identity) {
+                    content.made = Some(Arc::clone(&made));
                 }
-                Ok(FilesHere { dir, guard: None })
+                Ok(FilesHere { dir: made.dir().to_owned(), guard: Some(made) })
             }
         }
     }

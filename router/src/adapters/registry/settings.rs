@@ -87,6 +87,10 @@ pub trait Files: Send + Sync + 'static {
     fn forget<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, u64>;
     /// The shard read this content from them.
     fn note_content(&self, identity: &str, content: ContentId);
+    /// Bytes that it may keep; `None` = no limit.
+    fn disk_bytes_max(&self) -> Option<u64> {
+        None
+    }
     /// The disk keeps them, whatever else it drops.
     fn set_pinned(&self, identity: &str, is_pinned: bool);
 }
@@ -118,6 +122,10 @@ impl Files for Downloads {
 
     fn note_content(&self, identity: &str, content: ContentId) {
         self.store.note_content(identity, content);
+    }
+
+    fn disk_bytes_max(&self) -> Option<u64> {
+        Some(self.store.status().quota_bytes)
     }
 
     fn set_pinned(&self, identity: &str, is_pinned: bool) {
