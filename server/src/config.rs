@@ -160,6 +160,7 @@ impl Config {
         let adapter_dirs = adapters::directories("adapter-dir", &args.adapters.adapter_dir)?;
         let sources = sources::settings(&args.sources, env, &adapters, &adapter_dirs, &data_dir)?;
         let keys = read_keys(&args.network, env)?;
+        keys::refuse_open_by_file(&args.network, &keys)?;
         let admin = keys::admin_listen(&args.network, &keys)?;
         let chat_template = args.model.chat_template.as_ref().map(|path| {
             std::fs::read_to_string(path)

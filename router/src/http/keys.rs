@@ -228,7 +228,7 @@ pub(crate) struct Key {
 #[derive(Debug, Default)]
 pub(crate) struct KeyRing {
     by_hash: HashMap<[u8; 32], Key>,
-    /// A key that is no admin key exists: the server is not open.
+    /// A key that is no admin key exists or existed: the server is not open.
     pub(crate) has_keys: bool,
     /// An admin key exists.
     pub(crate) has_admin: bool,
@@ -252,7 +252,9 @@ impl KeyRing {
             let meter = kept.map_or_else(|| Arc::new(Meter::new(&spec.policy)), |old| Arc::clone(&old.meter));
             by_hash.insert(spec.hash, Key { hash: spec.hash, caller, meter });
         }
-        let has_keys = by_hash.values().any(|key| !key.caller.is_admin);
+        // A reload that takes the last key away locks everybody out: it never opens the server.
+        let had_keys = before.is_some_and(|ring| ring.has_keys);
+        let has_keys = had_keys || by_hash.values().any(|key| !key.caller.is_admin);
         let has_admin = by_hash.values().any(|key| key.caller.is_admin);
         Self { by_hash, has_keys, has_admin }
     }
@@ -335,7 +337,8 @@ mod tests {
         let raised = KeyRing::new(&[key(2)], Some(&same));
         assert!(raised.find(b"one").unwrap().meter.admit().is_ok());
         let none = KeyRing::new(&[], Some(&raised));
-        assert!(none.find(b"one").is_none() && !none.has_keys);
+        assert!(none.find(b"one").is_none() && none.has_keys, "a server with keys is never open again");
+        assert!(!KeyRing::new(&[], None).has_keys);
     }
 
     #[test]
