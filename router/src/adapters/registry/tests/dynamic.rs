@@ -108,6 +108,11 @@ async fn keys_and_the_operator_limit_what_may_be_named() {
         assert_eq!(code(&answer), expected, "{name} {:?}", key.policy);
         assert!(expected == "served" || world.upstream.questions() == before, "nobody is asked about {name}");
     }
+    let elsewhere = Ask { source: Some(SourceKind::S3), ..Ask::plain("acme/a", LONG) };
+    let before = world.upstream.questions();
+    let answer = world.registry.resolve(&as_key(Some(&["acme/*"]), None), &elsewhere).await;
+    assert_eq!(code(&answer), "model_not_found", "the key's `acme/*` is the hub's");
+    assert_eq!(world.upstream.questions(), before, "bucket `acme` may be anybody's");
 }
 
 #[tokio::test]
