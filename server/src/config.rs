@@ -138,6 +138,18 @@ pub(crate) fn log_settings(args: &ServeArgs) -> (LogFormat, String) {
     (format, args.output.log_level.clone())
 }
 
+/// Each must be a place that references can lie below.
+fn prefixes(typed: &[String]) -> Result<Vec<String>, ConfigError> {
+    let check = |prefix: &String| match AdapterRef::parse(&format!("{}/x", prefix.trim_end_matches('/'))) {
+        Ok(_) if prefix.contains("://") || prefix.starts_with('/') => Ok(prefix.clone()),
+        _ => {
+            let rule = "s3://bucket/path/, gs://bucket/path/, https://host/path/, hf://org or an absolute folder";
+            Err(ConfigError::Range { flag: "adapter-source-prefix", rule, value: prefix.clone() })
+        }
+    };
+    typed.iter().map(check).collect()
+}
+
 impl Config {
     /// Checks everything that can be checked without loading the model.
     pub(crate) fn resolve(args: ServeArgs, env: &Env) -> Result<Self, ConfigError> {
@@ -160,6 +172,7 @@ impl Config {
         let adapter_dirs = adapters::directories("adapter-dir", &args.adapters.adapter_dir)?;
         let sources = sources::settings(&args.sources, env, &adapters, &adapter_dirs, &data_dir)?;
         let keys = read_keys(&args.network, env)?;
+        keys::refuse_open_by_file(&args.network, &keys)?;
         let admin = keys::admin_listen(&args.network, &keys)?;
         let chat_template = args.model.chat_template.as_ref().map(|path| {
             std::fs::read_to_string(path)
@@ -176,7 +189,7 @@ impl Config {
             adapter_dirs,
             sources,
             source_defaults: sources::defaults(env),
-            source_prefixes: args.sources.adapter_source_prefix.clone(),
+            source_prefixes: prefixes(&args.sources.adapter_source_prefix)?,
             share_hub_token: args.sources.share_hub_token || env.is_true("LORAX_USE_GLOBAL_HF_TOKEN"),
             allow_runtime_adapters: args.sources.allow_runtime_adapters
                 || env.is_true("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),

@@ -74,13 +74,15 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
         leftover.settle(&mut response).await;
     }
     let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
-    tracing::debug!(request_id = id, method = %what.0, path = what.1, status, ms, "answered");
+    tracing::debug!(request_id = id, method = %what.0, path = super::error::shown(&what.1), status, ms, "answered");
     response
 }
 
 fn respond(app: &App, error: &ApiError, id: &str, shape: ErrorShape) -> Response {
     let row = error.cause.row();
-    if row.status.is_server_error() {
+    // Probes ask once a second; what is waited for is in the log where it happens.
+    let is_state = matches!(error.cause, Cause::NotReady | Cause::Draining);
+    if row.status.is_server_error() && !is_state {
         tracing::error!(request_id = id, code = row.code, "{error}");
     }
     app.metrics.rejected(row.code);

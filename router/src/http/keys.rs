@@ -228,7 +228,7 @@ pub(crate) struct Key {
 #[derive(Debug, Default)]
 pub(crate) struct KeyRing {
     by_hash: HashMap<[u8; 32], Key>,
-    /// A key that is no admin key exists: the server is not open.
+    /// A key that is no admin key exists or existed: the server is not open.
     pub(crate) has_keys: bool,
     /// An admin key exists.
     pub(crate) has_admin: bool,

@@ -123,6 +123,11 @@ impl App {
         }
         // A name from the key's list must not be a way to what is on neither its list nor the server's.
         let restricted = who.caller.is_restricted();
+        if restricted && self.is_operators(&who.caller, &name) {
+            let message =
+                format!("this key may not load an adapter called `{}`: the operator's have such names", shown(&name));
+            return Err(permanent(ApiError::new(Cause::RouteForbidden, message), FORBIDDEN));
+        }
         if restricted && !(who.caller.may_use_reference(&reference) && self.registry.may_be_named(&reference)) {
             return Err(absent());
         }
@@ -136,13 +141,20 @@ impl App {
         self.load(ask).await.map_err(|failure| load_refused(&name, &failure, absent))
     }
 
+    /// A name of `--adapter`, or one that reads like a repository where other callers would mean the repository.
+    fn is_operators(&self, caller: &Caller, name: &str) -> bool {
+        let would_hide = caller.namespace.is_empty() && name.contains('/');
+        would_hide || self.registry.is_by_flag(&caller.namespace, name)
+    }
+
     async fn unload_for(&self, who: &Who, name: &str) -> Result<AdapterView, ApiError> {
         if name.is_empty() {
             let message = "'lora_name' needs to be provided to unload a LoRA adapter.";
             return Err(permanent(ApiError::at(Cause::MissingField, "lora_name", message), INVALID_INPUT));
         }
         let absent = || not_found(format!("The lora adapter '{}' cannot be found.", shown(name)), "lora_name");
-        if !who.caller.may_use_adapter(name) {
+        let is_operators = who.caller.is_restricted() && self.is_operators(&who.caller, name);
+        if is_operators || !who.caller.may_use_adapter(name) {
             return Err(absent());
         }
         let namespace = who.caller.namespace.to_string();

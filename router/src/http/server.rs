@@ -24,6 +24,7 @@ use super::App;
 use super::activity::{Activity, TrackedBody, TrackedIo};
 use super::auth::Peer;
 use super::config::HttpLimits;
+use super::rate::network_of;
 
 /// Streams of one HTTP/2 connection.
 const H2_STREAMS_MAX: u32 = 128;
@@ -186,7 +187,7 @@ fn builder(limits: &HttpLimits) -> Builder<TokioExecutor> {
     builder
 }
 
-/// Counts open connections, in all and by address.
+/// Counts open connections, in all and by network: one host may have as many IPv6 addresses as it likes.
 #[derive(Default)]
 struct OpenConnections {
     by_address: Mutex<(usize, HashMap<IpAddr, usize>)>,
@@ -200,6 +201,7 @@ struct Permit {
 
 impl OpenConnections {
     fn admit(open: &Arc<Self>, peer: IpAddr, limits: &HttpLimits) -> Option<Permit> {
+        let peer = network_of(peer);
         let mut guard = open.by_address.lock().unwrap_or_else(PoisonError::into_inner);
         let (total, by_address) = &mut *guard;
         let from_here = by_address.get(&peer).copied().unwrap_or(0);
@@ -223,5 +225,23 @@ impl Drop for Permit {
                 by_address.remove(&self.peer);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_with_a_whole_network_has_the_places_of_one() {
+        let limits = HttpLimits { connections_per_address_max: 2, ..HttpLimits::default() };
+        let open = Arc::<OpenConnections>::default();
+        let admit = |peer: &str| OpenConnections::admit(&open, peer.parse().unwrap(), &limits);
+        let held = [admit("2001:db8::1"), admit("2001:db8::2")];
+        assert!(held.iter().all(Option::is_some) && admit("2001:db8::3").is_none());
+        assert!(admit("2001:db8:0:1::1").is_some(), "another network");
+        drop(held);
+        assert!(admit("2001:db8::3").is_some());
+        assert!(open.by_address.lock().unwrap().1.is_empty(), "places are given back under the same name");
     }
 }

@@ -70,8 +70,12 @@ pub(crate) async fn detokenize(State(app): State<App>, request: Request<Body>) -
     let (parts, body) = json_object(request, &app.config.limits).await?;
     let fields = Fields::new(&body);
     app.check_model(&caller(&parts), fields.string("model")?.unwrap_or(""))?;
-    let vocab = app.bounds()?.vocab;
+    let bounds = app.bounds()?;
     let values = fields.array("tokens")?.ok_or_else(|| ApiError::missing("tokens"))?;
-    let tokens = values.iter().map(|value| token_id("tokens", value, vocab)).collect::<Result<Vec<_>, _>>()?;
-    Ok(Json(json!({"prompt": app.text.decode(&tokens, false)})).into_response())
+    let tokens = values.iter().map(|value| token_id("tokens", value, bounds.vocab)).collect::<Result<Vec<_>, _>>()?;
+    if tokens.len() > bounds.context_tokens as usize {
+        let given = format!("{} tokens", tokens.len());
+        return Err(ApiError::invalid("tokens", &format!("at most {} tokens", bounds.context_tokens), &given));
+    }
+    Ok(Json(json!({"prompt": app.text.decode_all(tokens).await?})).into_response())
 }

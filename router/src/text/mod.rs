@@ -194,6 +194,15 @@ impl TextModel {
         .await
     }
 
+    /// [`Self::decode`] on a thread that may take its time; special tokens are spelled.
+    ///
+    /// # Errors
+    /// [`TextError::Panicked`].
+    pub async fn decode_all(&self, tokens: Vec<u32>) -> Result<String, TextError> {
+        let text = self.clone();
+        self.on_worker(move |_| Ok(text.decode(&tokens, false))).await
+    }
+
     /// Text of `tokens`, exactly what a stream of them adds up to.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> String {
         let mut detokenizer = self.detokenizer(skip_special);

@@ -43,6 +43,17 @@ pub(crate) fn read_keys(args: &NetworkArgs, env: &Env) -> Result<Vec<KeySpec>, C
     Ok(keys)
 }
 
+/// At the start: whoever gives a file of keys does not mean an open server. A later reload may take every key away, and then
+/// nobody gets in.
+pub(super) fn refuse_open_by_file(args: &NetworkArgs, keys: &[KeySpec]) -> Result<(), ConfigError> {
+    match &args.keys_file {
+        Some(path) if keys.iter().all(|key| key.is_admin) => {
+            Err(file("keys-file", path, "it holds admin keys alone, and without an API key the server would be open"))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn checked<'a>(flag: &'static str, key: &'a SecretString) -> Result<&'a SecretString, ConfigError> {
     if key.expose_secret().trim().is_empty() {
         return Err(ConfigError::Range { flag, rule: "a key that is not empty", value: "an empty one".into() });

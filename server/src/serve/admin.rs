@@ -1,7 +1,7 @@
 //! The operator's listener.
 
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -72,8 +72,17 @@ fn unix(path: &Path) -> anyhow::Result<Bound> {
         }
         std::fs::remove_file(path)?;
     }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    // Bound beside its place and moved there: nobody else may connect at any moment.
+    let own = path.with_extension(format!("{}.private", std::process::id()));
+    std::fs::DirBuilder::new().mode(0o700).create(&own)?;
+    let inner = own.join("socket");
+    let listener = UnixListener::bind(&inner).and_then(|listener| {
+        std::fs::set_permissions(&inner, std::fs::Permissions::from_mode(0o600))?;
+        std::fs::rename(&inner, path)?;
+        Ok(listener)
+    });
+    let _ = std::fs::remove_dir_all(&own);
+    let listener = listener?;
     listener.set_nonblocking(true)?;
     Ok(Bound { socket: Socket::Unix(listener), address: format!("unix:{}", path.display()) })
 }

@@ -84,6 +84,7 @@ impl Fetcher {
         let who = who.into();
         let files = planned(resolved)?;
         check_sizes(&files, &self.inner.limits)?;
+        check_quota(&files, self.inner.store.status().quota_bytes)?;
         let asker = self.inner.flights.asker(credential, who.id);
         let mut last = FetchError::Cancelled;
         for _ in 0..JOINS_MAX {
@@ -313,6 +314,16 @@ fn planned(resolved: &Resolved) -> Result<[RemoteFile; 2], FetchError> {
     };
     let [config, weights] = FileName::ALL;
     Ok([find(config)?, find(weights)?])
+}
+
+/// What can never fit is refused at once; waiting is for room that may come free.
+fn check_quota(files: &[RemoteFile; 2], limit_bytes: u64) -> Result<(), FetchError> {
+    let bytes: u64 = files.iter().map(|file| file.bytes).fold(0, u64::saturating_add);
+    if bytes <= limit_bytes {
+        return Ok(());
+    }
+    let flag = "the whole quota, --adapter-disk-quota";
+    Err(FetchError::TooLarge { file: FileName::Weights, bytes, limit_bytes, flag })
 }
 
 /// Before anything is asked for. What arrives is counted against the same sizes.

@@ -8,7 +8,7 @@ use super::stage::Stage;
 use super::table::Lease;
 use super::{AdapterState, failure};
 use crate::adapters::Origin;
-use crate::engine::{AdapterFailure, MergeAsk, PreparedAdapter};
+use crate::engine::{AdapterFailure, PreparedAdapter};
 use crate::metrics::LoadPhase;
 
 /// A content that the engine has, and the files it was read from.
@@ -91,25 +91,25 @@ impl Contents {
                     ..AdapterFailure::new(error.code(), error.to_string())
                 })?
             }
-            From::Merge(merge) => self.write_merge(merge).await?,
+            From::Merge(merge) => self.write_merge(wanted, merge).await?,
         };
         self.shared.times.observe(wanted.source, LoadPhase::Fetch, self.shared.clock.now().saturating_sub(began));
         Ok((files, false))
     }
 
-    async fn write_merge(&self, merge: &super::contents::Merge) -> Result<FilesHere, AdapterFailure> {
-        let dir = merge.ask.out_dir.clone();
-        if !tokio::fs::try_exists(&dir).await.unwrap_or(false) {
-            debug_assert!(!merge.parts.is_empty(), "what it is made of stays until here");
-            let part = dir.with_extension("part");
-            let _ = tokio::fs::remove_dir_all(&part).await; // of an attempt that failed
-            let cannot = |error: std::io::Error| {
-                failure("adapter_load_failed", format!("service unavailable: the merge cannot be written: {error}"))
-            };
-            tokio::fs::create_dir_all(&part).await.map_err(cannot)?;
-            self.shared.engine.merge_adapters(MergeAsk { out_dir: part.clone(), ..merge.ask.clone() }).await?;
-            tokio::fs::rename(&part, &dir).await.map_err(cannot)?;
+    async fn write_merge(&self, wanted: &Wanted, merge: &super::contents::Merge) -> Result<FilesHere, AdapterFailure> {
+        debug_assert!(!merge.parts.is_empty(), "what it is made of stays until here");
+        let made = self.table().by_identity.get(&wanted.identity).and_then(|content| content.made.clone());
+        let made = match made {
+            Some(made) => made,
+            None => {
+                let (shared, forget_idle) = (&self.shared, || self.table().forget_idle_merge());
+                shared.merges.make(&*shared.engine, wanted.tenant.id, merge, forget_idle).await?
+            }
+        };
+        if let Some(content) = self.table().by_identity.get_mut(&wanted.identity) {
+            content.made = Some(Arc::clone(&made));
         }
-        Ok(FilesHere { dir, guard: None })
+        Ok(FilesHere { dir: made.dir().to_owned(), guard: Some(made) })
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
 use super::holds::Holds;
+use super::merged_dir::MergedDirs;
 use super::settings::{Files, FilesHere};
 use super::stage::Stage;
 use super::table::{Asker, Attempt, Content, Lease, Ready, Table};
@@ -114,6 +115,7 @@ pub(super) struct Contents {
 pub(super) struct Shared {
     pub(super) engine: Arc<dyn Backend>,
     pub(super) files: Option<Arc<dyn Files>>,
+    pub(super) merges: Arc<MergedDirs>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) holds: Arc<Holds>,
     pub(super) prepares: Semaphore,
@@ -131,6 +133,7 @@ impl Contents {
     pub(super) fn new(
         engine: Arc<dyn Backend>,
         files: Option<Arc<dyn Files>>,
+        merges: Arc<MergedDirs>,
         clock: Arc<dyn Clock>,
         prepares_max: usize,
     ) -> Self {
@@ -139,6 +142,7 @@ impl Contents {
             shared: Arc::new(Shared {
                 engine,
                 files,
+                merges,
                 clock,
                 holds,
                 prepares,
@@ -228,10 +232,8 @@ impl Contents {
         let mine = Arc::new(Stage::default());
         mine.set(AdapterState::Fetching);
         stage.follow(&mine);
-        content.attempt = Attempt::Running { outcome: outcome.clone(), stage: Arc::clone(&mine), asker: wanted.asker() };
-        if let From::Merge(merge) = &wanted.from {
-            content.made = Some(merge.ask.out_dir.clone());
-        }
+        content.attempt =
+            Attempt::Running { outcome: outcome.clone(), stage: Arc::clone(&mine), asker: wanted.asker() };
         let asker = wanted.asker();
         let (contents, wanted, theirs) = (self.clone(), wanted.clone(), Arc::clone(&mine));
         tokio::spawn(async move { contents.attempt(wanted, theirs, report).await });
@@ -448,7 +450,7 @@ impl Contents {
         (users.into_values().collect(), leases)
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub(super) fn table(&self) -> MutexGuard<'_, Table> {
         self.shared.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

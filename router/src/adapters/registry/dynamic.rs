@@ -26,7 +26,10 @@ impl Registry {
         ask: &Ask<'_>,
         until: Until,
     ) -> Result<ResolvedAdapter, AdapterFailure> {
-        let places = self.places(ask.name, ask.source, ask.token);
+        let mut places = self.places(ask.name, ask.source, ask.token);
+        if !self.counts_by_name(ask.source) {
+            places.retain(|place| caller.may_use_adapter(&place.reference.to_string()));
+        }
         if let Some(place) = places.iter().find(|place| !caller.may_use_source(place.reference.source)) {
             let source = place.reference.source.name();
             return Err(failure("source_forbidden", format!("this key may not name adapters of source `{source}`")));
@@ -61,6 +64,11 @@ impl Registry {
         Err(not_found(ask.name))
     }
 
+    /// A list that has `acme/*` means the default source: the same text is somebody else's place at another one.
+    fn counts_by_name(&self, source: Option<SourceKind>) -> bool {
+        source.is_none_or(|source| source == self.inner.settings.default_source)
+    }
+
     /// Where `name` may lie, in the order of looking. Follows from the text and the settings alone.
     pub(super) fn places(&self, name: &str, source: Option<SourceKind>, token: Option<&SecretString>) -> Vec<Place> {
         let Some(supply) = &self.inner.supply else { return Vec::new() };
@@ -84,13 +92,14 @@ impl Registry {
                 source.is_some() || reference.source != SourceKind::Hub || names_a_repository(name)
             }),
         );
+        let by_name = self.counts_by_name(source);
         let is_open = |reference: &AdapterRef| {
             source.is_none_or(|source| source == reference.source)
                 && supply.kinds.contains(&reference.source)
                 && settings
                     .allowed
                     .as_ref()
-                    .is_none_or(|globs| globs.is_match(name) || globs.is_match(reference.to_string()))
+                    .is_none_or(|globs| (by_name && globs.is_match(name)) || globs.is_match(reference.to_string()))
         };
         references.retain(is_open);
         references.dedup();

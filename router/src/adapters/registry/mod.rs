@@ -20,6 +20,7 @@ mod dynamic;
 mod holds;
 mod load;
 mod merge;
+mod merged_dir;
 mod names;
 mod resolve;
 mod restore;
@@ -49,6 +50,7 @@ use crate::access::Caller;
 use crate::engine::{AdapterFailure, ContentId};
 use crate::http::Backend;
 use contents::{Contents, Until};
+use merged_dir::MergedDirs;
 use names::{Key, Names};
 
 /// All adapters of this process. Cheap to clone.
@@ -136,7 +138,8 @@ impl Registry {
             None => Arc::new(NoSource),
         };
         let files = supply.as_ref().map(|supply| Arc::clone(&supply.files));
-        let contents = Contents::new(Arc::clone(&engine), files, Arc::clone(&clock), settings.loads_max);
+        let merges = MergedDirs::new(files.as_ref().and_then(|files| files.disk_bytes_max()));
+        let contents = Contents::new(Arc::clone(&engine), files, merges, Arc::clone(&clock), settings.loads_max);
         let prefixes =
             settings.source_prefixes.iter().map(|prefix| format!("{}/", prefix.trim_end_matches('/'))).collect();
         let merged = match &settings.data_dir {

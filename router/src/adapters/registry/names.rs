@@ -332,11 +332,15 @@ impl Names {
     /// Sets or (`None`) removes an alias.
     pub(super) fn put_alias(&mut self, key: &Key, alias: Option<Alias>) -> Option<Alias> {
         self.version += 1;
-        let names = self.aliases.entry(Arc::clone(&key.0)).or_default();
-        match alias {
-            Some(alias) => names.insert(Arc::clone(&key.1), alias),
-            None => names.remove(&key.1),
-        }
+        let Some(alias) = alias else {
+            let names = self.aliases.get_mut(&key.0)?;
+            let was = names.remove(&key.1);
+            if names.is_empty() {
+                self.aliases.remove(&key.0);
+            }
+            return was;
+        };
+        self.aliases.entry(Arc::clone(&key.0)).or_default().insert(Arc::clone(&key.1), alias)
     }
 
     /// The indexes agree with the entries.

@@ -91,6 +91,10 @@ pub trait Files: Send + Sync + 'static {
     fn expected_content(&self, identity: &str) -> Option<ContentId>;
     /// False if they are not what was downloaded. Then they are gone: the next fetch downloads them again. Reads them.
     fn verify<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, bool>;
+    /// Bytes that it may keep; `None` = no limit.
+    fn disk_bytes_max(&self) -> Option<u64> {
+        None
+    }
     /// The disk keeps them, whatever else it drops.
     fn set_pinned(&self, identity: &str, is_pinned: bool);
 }
@@ -130,6 +134,10 @@ impl Files for Downloads {
 
     fn verify<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, bool> {
         Box::pin(self.fetcher.verify(identity))
+    }
+
+    fn disk_bytes_max(&self) -> Option<u64> {
+        Some(self.store.status().quota_bytes)
     }
 
     fn set_pinned(&self, identity: &str, is_pinned: bool) {

@@ -1,7 +1,6 @@
 //! The table of contents: what is loaded, what is being loaded, and what goes when there are too many.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use tokio::sync::watch;
 use super::contents::{Outcome, Usable, Wanted};
 use super::failure;
 use super::holds::ContentHold;
+use super::merged_dir::Made;
 use super::settings::FilesHere;
 use super::stage::Stage;
 use crate::adapters::SourceKind;
@@ -19,7 +19,7 @@ use crate::engine::{AdapterFailure, ContentId, PreparedAdapter};
 
 /// Contents that no name stands for.
 pub(super) const UNNAMED_MAX: usize = 4096;
-/// Of these, merges: their files are not in the store and have no quota.
+/// Of these, merges: their files are not in the store.
 const MERGES_MAX: usize = 256;
 
 /// A content as one identity has it. Two identities may have the same content; who uses which is counted apart.
@@ -69,8 +69,8 @@ pub(super) struct Content {
     pub(super) ready: Option<Ready>,
     pub(super) attempt: Attempt,
     pub(super) retry: Retry,
-    /// To be removed with it: the directory of a merge.
-    pub(super) made: Option<PathBuf>,
+    /// The directory of a merge, which goes with it.
+    pub(super) made: Option<Arc<Made>>,
 }
 
 /// All of them.
@@ -106,13 +106,13 @@ impl Table {
     pub(super) fn entry(&mut self, wanted: &Wanted, now: Duration) -> Result<&mut Content, AdapterFailure> {
         if !self.by_identity.contains_key(&wanted.identity) {
             if self.unnamed >= UNNAMED_MAX {
-                self.forget_idle(UNNAMED_MAX / 16, |_| true);
+                in_background(self.forget_idle(UNNAMED_MAX / 16, |_| true));
             }
             let is_merge = |content: &Content| content.source == SourceKind::Merge;
             if wanted.source == SourceKind::Merge
                 && self.by_identity.values().filter(|content| is_merge(content)).count() >= MERGES_MAX
             {
-                self.forget_idle(MERGES_MAX / 16, is_merge);
+                in_background(self.forget_idle(MERGES_MAX / 16, is_merge));
             }
             if self.unnamed >= UNNAMED_MAX {
                 let message =
@@ -125,17 +125,29 @@ impl Table {
         Ok(self.by_identity.entry(Arc::clone(&wanted.identity)).or_insert_with(|| Content::new(source, now)))
     }
 
-    /// Forgets up to `count` idle ones that are `meant`, least recently used first.
-    fn forget_idle(&mut self, count: usize, meant: impl Fn(&Content) -> bool) {
+    /// Forgets the merge that nobody has used for longest. Dropping it unlinks its files.
+    pub(super) fn forget_idle_merge(&mut self) -> Option<Arc<Made>> {
+        self.forget_idle(1, |content| content.made.is_some()).pop()
+    }
+
+    /// Forgets up to `count` idle ones that are `meant`, least recently used first. What is to be unlinked of them.
+    fn forget_idle(&mut self, count: usize, meant: impl Fn(&Content) -> bool) -> Vec<Arc<Made>> {
         let idle = self.by_identity.iter().filter(|(_, content)| content.is_idle() && meant(content));
         let mut idle: Vec<_> = idle.map(|(identity, content)| (content.used, Arc::clone(identity))).collect();
         idle.sort();
+        let mut made = Vec::new();
         for (_, identity) in idle.into_iter().take(count) {
             let gone = self.by_identity.remove(&identity);
             self.unnamed -= 1;
-            if let Some(dir) = gone.and_then(|content| content.made) {
-                std::thread::spawn(move || std::fs::remove_dir_all(dir));
-            }
+            made.extend(gone.and_then(|content| content.made));
         }
+        made
+    }
+}
+
+/// Unlinks without making anybody wait.
+fn in_background(made: Vec<Arc<Made>>) {
+    if !made.is_empty() {
+        std::thread::spawn(move || drop(made));
     }
 }

@@ -165,6 +165,11 @@ impl Registry {
         self.names().get("", name).is_some()
     }
 
+    /// True if `--adapter` made this entry of the namespace.
+    pub fn is_by_flag(&self, namespace: &str, name: &str) -> bool {
+        self.names().get(namespace, name).is_some_and(|entry| entry.made == names::Made::Flag)
+    }
+
     /// How many adapters are in each state, attempts for callers' references included.
     pub fn states(&self) -> [(AdapterState, usize); 8] {
         let running = self.inner.contents.running();

@@ -10,13 +10,14 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use url::{Host, Url};
 
 /// Never reached, whatever the operator opens: cloud metadata services, link-local, multicast, and what is no address of a host.
-const NEVER_V4: [(Ipv4Addr, u8); 6] = [
+const NEVER_V4: [(Ipv4Addr, u8); 7] = [
     (Ipv4Addr::new(0, 0, 0, 0), 8),
     (Ipv4Addr::new(169, 254, 0, 0), 16),
     (Ipv4Addr::new(224, 0, 0, 0), 4),
     (Ipv4Addr::new(255, 255, 255, 255), 32),
     (Ipv4Addr::new(100, 100, 100, 200), 32), // metadata of Alibaba Cloud, inside the shared address space
     (Ipv4Addr::new(168, 63, 129, 16), 32),   // Azure's wire server, a public address
+    (Ipv4Addr::new(192, 0, 0, 192), 32),     // metadata of Oracle Cloud
 ];
 
 /// Denied unless the operator opens them.
@@ -37,11 +38,12 @@ const DENIED_V4: [(Ipv4Addr, u8); 14] = [
     (Ipv4Addr::new(240, 0, 0, 0), 4),
 ];
 
-const NEVER_V6: [(Ipv6Addr, u8); 4] = [
+const NEVER_V6: [(Ipv6Addr, u8); 5] = [
     (Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
     (Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0), 10),
     (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
     (Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0), 32), // metadata of EC2
+    (Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254), 128), // metadata of Google Cloud
 ];
 
 /// Global unicast is 2000::/3; of that, what is translated, tunnelled or for documents.

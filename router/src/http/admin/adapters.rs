@@ -151,7 +151,8 @@ pub(super) async fn put(
         namespace: checked_namespace(fields.string("namespace")?.unwrap_or_default().to_owned())?,
         scale: fields
             .number("scale", "a number in -8..8", |s| (-SCALE_MAX..=SCALE_MAX).contains(&s))?
-            .map(|s| s as f32),
+            .map(|s| s as f32)
+            .or(Some(1.0)), // a PUT is the whole registration
         pinned: fields.boolean("pinned")?,
         in_place: true,
         if_content_id: fields.string("if_content_id")?.map(str::to_owned),

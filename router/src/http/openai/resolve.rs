@@ -13,7 +13,7 @@ use crate::adapters::{Ask, MergeSpec, ResolvedAdapter, SourceKind, Wait};
 use crate::engine::{AdapterFailure, AdapterUse};
 use crate::http::App;
 use crate::http::auth::upstream_token;
-use crate::http::error::{ApiError, Cause, cut};
+use crate::http::error::{ApiError, Cause, shown};
 use crate::http::json::{Fields, type_name};
 
 const SCALE_MAX: f64 = 8.0;
@@ -202,7 +202,7 @@ impl App {
             (Target::Adapter(name), Some(id)) if self.adapter_target(id, ask, asker)? == *name => Some(name.clone()),
             (Target::Adapter(name), Some(id)) => {
                 let message =
-                    format!("`model` names adapter `{}` and `adapter_id` names `{}`; send one", cut(name), cut(id));
+                    format!("`model` names adapter `{}` and `adapter_id` names `{}`; send one", shown(name), shown(id));
                 return Err(ApiError::at(Cause::AdapterAmbiguous, "adapter_id", message));
             }
         };
@@ -235,11 +235,15 @@ impl App {
         let known = |id: &String| self.registry.is_candidate(&asker.caller, id, ask.source);
         for id in &merged.ids {
             if self.is_base(id) {
-                let message = format!("`{}` is the base model; only adapters can be merged", cut(id));
+                let message = format!("`{}` is the base model; only adapters can be merged", shown(id));
                 return Err(ApiError::at(Cause::NameIsBaseModel, "merged_adapters.ids", message));
             }
             if !known(id) {
-                return Err(ApiError::invalid("merged_adapters.ids", "names of adapters you have access to", id));
+                return Err(ApiError::invalid(
+                    "merged_adapters.ids",
+                    "names of adapters you have access to",
+                    &shown(id),
+                ));
             }
         }
         let names = merged.ids.join(",");
@@ -280,7 +284,7 @@ impl App {
         match self.target(name, ask, asker)? {
             Target::Adapter(name) => Ok(name),
             Target::Base => {
-                let message = format!("`{}` is the base model; an adapter is expected here", cut(name));
+                let message = format!("`{}` is the base model; an adapter is expected here", shown(name));
                 Err(ApiError::at(Cause::NameIsBaseModel, "adapter_id", message))
             }
         }

@@ -165,7 +165,7 @@ async fn what_is_too_large_is_never_asked_for() {
 
     let world = World::with(limits(), 10_000);
     let error = expect_error(&world, &world.source.add("a", 10_001, Promise::Sha256)).await;
-    assert_eq!((error.code(), error.retryable()), ("disk_full", true));
+    assert_eq!((error.code(), error.retryable()), ("adapter_too_large", false));
     assert!(error.to_string().contains("--adapter-disk-quota"), "{error}");
 }
 

@@ -109,6 +109,11 @@ async fn keys_and_the_operator_limit_what_may_be_named() {
         assert_eq!(code(&answer), expected, "{name} {:?}", key.policy);
         assert!(expected == "served" || world.upstream.questions() == before, "nobody is asked about {name}");
     }
+    let elsewhere = Ask { source: Some(SourceKind::S3), ..Ask::plain("acme/a", LONG) };
+    let before = world.upstream.questions();
+    let answer = world.registry.resolve(&as_key(Some(&["acme/*"]), None), &elsewhere).await;
+    assert_eq!(code(&answer), "model_not_found", "the key's `acme/*` is the hub's");
+    assert_eq!(world.upstream.questions(), before, "bucket `acme` may be anybody's");
 }
 
 #[tokio::test]
@@ -215,6 +220,15 @@ async fn a_merge_is_made_once_and_only_of_what_the_caller_may_use() {
     assert_ne!(other.prepared.content, first.prepared.content);
     let bad = MergeSpec { strategy: crate::engine::MergeStrategy::Ties, ..spec };
     assert_eq!(code(&world.registry.merge(&Caller::default(), &bad, &ask).await), "invalid_value");
+    let on_disk = || std::fs::read_dir(dir.path().join("merged")).unwrap().count();
+    assert_eq!(on_disk(), 2);
+    *world.engine.bad.lock().unwrap() = Some((".part".into(), failure("adapter_unsupported", "it has a bias".into())));
+    for weight in [0.1, 0.2] {
+        let refused = MergeSpec { weights: vec![weight, 1.0], ..bad.clone() };
+        let refused = MergeSpec { strategy: crate::engine::MergeStrategy::Linear, ..refused };
+        assert_eq!(code(&world.registry.merge(&Caller::default(), &refused, &ask).await), "adapter_unsupported");
+    }
+    assert_eq!(on_disk(), 2, "what cannot be merged leaves no directory");
 }
 
 #[tokio::test]

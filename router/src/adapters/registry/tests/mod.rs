@@ -267,7 +267,11 @@ impl Backend for Engine {
     }
     fn merge_adapters(&self, ask: MergeAsk) -> BoxFuture<'static, Result<(), AdapterFailure>> {
         assert_eq!(ask.dirs.len(), ask.weights.len());
+        let bad = self.bad.lock().unwrap().clone().filter(|(end, _)| ask.out_dir.to_string_lossy().ends_with(end));
         Box::pin(async move {
+            if let Some((_, failure)) = bad {
+                return Err(failure);
+            }
             std::fs::write(ask.out_dir.join("adapter_config.json"), format!("{:?}", ask.weights)).unwrap();
             Ok(())
         })
