@@ -186,7 +186,6 @@ def test_every_fault_ends_well(server, faults):
     assert {cell.state for cells in groups() for cell in cells} == set(STATES)
 
 
-@pytest.mark.xfail(strict=True, reason="an explicit load joins the sleeping retry of the same reference")
 def test_an_explicit_load_tries_at_once(server, faults):
     """Whatever the schedule of retries says: an operator who repaired the source need not wait for it."""
     where = f"/adapters/explicit?wait={load_ms(0.5)}ms"
@@ -200,7 +199,6 @@ def test_an_explicit_load_tries_at_once(server, faults):
     assert server.admin("PUT", where, json=body).status_code == 200
 
 
-@pytest.mark.xfail(strict=True, reason="refused bytes of a source without hashes stay in the store")
 def test_bytes_that_were_refused_are_fetched_again(server, faults):
     """A bit that flipped on the way, where no hash shows it: the loader refuses it, and the next explicit load asks the source."""
     body = {"ref": reference(faults, "http", "flipped/m49501")}

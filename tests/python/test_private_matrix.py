@@ -292,7 +292,6 @@ def test_only_the_right_token_opens_a_private_adapter(faults, tmp_path):
     assert wrong == [], f"{len(wrong)} of {cells} cells, first:\n" + "\n".join(wrong[:8])
 
 
-@pytest.mark.xfail(strict=True, reason="a bearer `hf_` token goes to listed web hosts too")
 def test_a_hub_token_goes_to_the_hub_alone(faults):
     """Clients send their hub token as a bearer with every request. Other sources never see it."""
     with SourcedServer(faults) as server:

@@ -8,6 +8,7 @@ use super::stage::Stage;
 use super::table::Lease;
 use super::{AdapterState, failure};
 use crate::adapters::Origin;
+use crate::adapters::life::is_retryable;
 use crate::engine::{AdapterFailure, PreparedAdapter};
 use crate::metrics::LoadPhase;
 
@@ -18,6 +19,13 @@ impl Contents {
     pub(super) async fn load(&self, wanted: &Wanted, stage: &Stage) -> Result<Loaded, AdapterFailure> {
         let (files, was_here) = self.fetch(wanted, stage).await?;
         let prepared = self.prepare(wanted, stage, files).await;
+        if prepared.as_ref().is_err_and(|failure| !is_retryable(&failure.code)) && wanted.is_unverified() {
+            // No hash says whether the source has these bytes, or the way here changed them: the next try asks it again.
+            if let Some(files) = &self.shared.files {
+                files.forget(&wanted.identity).await;
+            }
+            return prepared;
+        }
         if !was_here || !self.is_damaged(wanted, &prepared).await {
             return self.settled(wanted, prepared?);
         }

@@ -63,6 +63,16 @@ impl std::fmt::Debug for Wanted {
 }
 
 impl Wanted {
+    /// Downloaded bytes that no hash of the source vouches for.
+    pub(super) fn is_unverified(&self) -> bool {
+        match &self.from {
+            From::Source(resolved) => {
+                matches!(&resolved.origin, Origin::Remote(files) if files.iter().any(|file| file.digest.is_none()))
+            }
+            From::Merge(_) => false,
+        }
+    }
+
     /// Of the last run: it says which bytes, but not where its source has them.
     pub(super) fn is_bare(&self) -> bool {
         match &self.from {

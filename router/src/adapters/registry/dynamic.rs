@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 use super::contents::Until;
 use super::resolve::revision_of;
@@ -114,10 +114,16 @@ impl Registry {
         let printed = format!("{reference}/");
         let is_operators = self.inner.prefixes.iter().any(|prefix| is_below(&printed, prefix));
         let is_shared = self.inner.settings.share_hub_token && reference.source == SourceKind::Hub;
+        // Clients send their hub token with every request; it is nobody else's business.
+        let is_for = |token: &SecretString| match reference.source {
+            SourceKind::Hub => true,
+            SourceKind::Local => false,
+            _ => !token.expose_secret().starts_with("hf_"),
+        };
         match token {
             _ if is_operators => Credential::Server,
-            Some(token) if reference.source != SourceKind::Local => Credential::Token(token.clone()),
-            _ if is_shared => Credential::Server,
+            Some(token) if is_for(token) => Credential::Token(token.clone()),
+            _ if is_shared && token.is_none() => Credential::Server,
             _ => Credential::Anonymous,
         }
     }
