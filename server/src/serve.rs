@@ -27,6 +27,7 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     init_logs(format, &level).map_err(|e| anyhow!(e))?;
     if !args.network.allow_core_dumps {
         keep_memory_private();
+    raise_open_files();
     }
     let env = Env::read();
     let mut config = Config::resolve(args, &env)?;
@@ -82,6 +83,20 @@ fn keep_memory_private() {
     let outcome = unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
     if outcome != 0 {
         tracing::warn!("memory dumps of this process cannot be turned off: {}", std::io::Error::last_os_error());
+    }
+}
+
+/// As many open files as the system allows: the usual soft limit of 1024 is less than the connections this server takes.
+fn raise_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls read or write one `rlimit` of this frame.
+    let outcome = unsafe {
+        let known = libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        limit.rlim_cur = limit.rlim_max;
+        if known == 0 { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } else { known }
+    };
+    if outcome != 0 {
+        tracing::warn!("the limit of open files stays as it is: {}", std::io::Error::last_os_error());
     }
 }
 
