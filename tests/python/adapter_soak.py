@@ -27,7 +27,7 @@ from faults.client import FaultServer
 from faults.serving import ADMIN, SourcedServer, load_ms, reference, write_named
 from loramux_server import children
 
-IMAGE_BYTES = 68 * 1024  # a marker adapter in the host slab
+IMAGE_BYTES = 2_088_960  # a marker adapter in the host slab: one page
 FIRST = 50_000
 ARENA = "256MiB"  # touched as it is used: until then resident memory grows with it
 FAULTS = [
