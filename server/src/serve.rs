@@ -27,7 +27,7 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     init_logs(format, &level).map_err(|e| anyhow!(e))?;
     if !args.network.allow_core_dumps {
         keep_memory_private();
-    raise_open_files();
+        raise_open_files();
     }
     let env = Env::read();
     let mut config = Config::resolve(args, &env)?;

@@ -19,20 +19,26 @@ impl Contents {
     pub(super) async fn load(&self, wanted: &Wanted, stage: &Stage) -> Result<Loaded, AdapterFailure> {
         let (files, was_here) = self.fetch(wanted, stage).await?;
         let prepared = self.prepare(wanted, stage, files).await;
-        if prepared.as_ref().is_err_and(|failure| !is_retryable(&failure.code)) && wanted.is_unverified() {
-            // No hash says whether the source has these bytes, or the way here changed them: the next try asks it again.
-            if let Some(files) = &self.shared.files {
-                files.forget(&wanted.identity).await;
+        if !was_here {
+            if prepared.as_ref().is_err_and(|failure| !is_retryable(&failure.code)) && wanted.is_unverified() {
+                self.forget_files(wanted).await;
             }
-            return prepared;
+            return self.settled(wanted, prepared?);
         }
-        if !was_here || !self.is_damaged(wanted, &prepared).await {
+        if !self.is_damaged(wanted, &prepared).await {
             return self.settled(wanted, prepared?);
         }
         drop(prepared); // it may keep the damaged files
         let (files, _) = self.fetch(wanted, stage).await?;
         let prepared = self.prepare(wanted, stage, files).await?;
         self.settled(wanted, prepared)
+    }
+
+    /// No hash says whether the source has these bytes, or the way here changed them: the next try asks it again.
+    async fn forget_files(&self, wanted: &Wanted) {
+        if let Some(files) = &self.shared.files {
+            files.forget(&wanted.identity).await;
+        }
     }
 
     /// True if the shard did not find what it found before, and that is because the files have changed on disk. They are gone

@@ -202,7 +202,8 @@ impl Backend for Script {
 
     fn prepare_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<PreparedAdapter, AdapterFailure>> {
         self.inner.load_count.fetch_add(1, Ordering::SeqCst);
-        let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or("").to_owned();
+        // What the files say, wherever they were copied to.
+        let name = std::fs::read_to_string(dir.join("adapter_model.safetensors")).unwrap_or_default();
         let load = self.inner.loads.lock().unwrap().get(&name).cloned().unwrap_or(Load::Fails("adapter_invalid"));
         Box::pin(async move {
             let content = match load {
@@ -299,7 +300,7 @@ fn adapter_dir(names: &[&str]) -> tempfile::TempDir {
         let dir = root.path().join(name);
         std::fs::create_dir(&dir).unwrap();
         std::fs::write(dir.join("adapter_config.json"), "{}").unwrap();
-        std::fs::write(dir.join("adapter_model.safetensors"), "x").unwrap();
+        std::fs::write(dir.join("adapter_model.safetensors"), name).unwrap();
     }
     root
 }
