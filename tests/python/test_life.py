@@ -499,11 +499,13 @@ def test_metrics_parse_and_have_their_names(demo):
 
 
 def test_counters_count(demo):
+    demo.wait_idle()
+    time.sleep(0.2)  # the page is made at most every 50 ms
     before = demo.metrics()
     usage = complete(demo.http, model="pirate", prompt="Hello!\n", max_tokens=7, ignore_eos=True)["usage"]
     def moved(name):
         return demo.metric(name) - before[name]
-    wait_until(lambda: moved("vllm:generation_tokens_total") >= 7, "tokens are counted", 2)
+    wait_until(lambda: moved("vllm:generation_tokens_total") >= 7 and moved("vllm:request_success_total") >= 1, "tokens are counted", 5)
     assert moved("vllm:generation_tokens_total") == 7
     assert moved("vllm:prompt_tokens_total") == usage["prompt_tokens"]
     assert moved("vllm:request_success_total") == 1
