@@ -318,7 +318,7 @@ pub(crate) struct EngineArgs {
     /// A step that takes longer than this many seconds means a hung shard: it is replaced
     #[arg(long, env = "LORAMUX_STEP_WATCHDOG", default_value = "30", value_parser = parse_seconds)]
     pub(crate) step_watchdog: std::time::Duration,
-    /// Where the built-in model is unpacked. Default: ~/.cache/loramux
+    /// Where downloads, registrations and the built-in model are kept; one for each server. Default: ~/.cache/loramux
     #[arg(long, env = "LORAMUX_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
 }
