@@ -27,4 +27,7 @@ pub use handle::{EngineHandle, Generation, MissingReport};
 pub use run::{EngineError, EngineOptions, Spawned, Started, spawn};
 pub use shard::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
 pub use status::{EngineCounters, EngineStatus};
-pub use types::{AdapterUse, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest};
+pub use types::{
+    AdapterUse, Allowed, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest, Grammar, GrammarFailure,
+    GrammarState,
+};

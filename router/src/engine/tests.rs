@@ -247,6 +247,7 @@ fn request(first: u32, max_tokens: u32) -> GenerateRequest {
         n: 1,
         max_tokens,
         sampling,
+        grammar: None,
         adapters: Vec::new(),
         tenant: 0,
         cache_salt: None,

@@ -42,6 +42,8 @@ pub struct GenerateRequest {
     pub max_tokens: u32,
     /// Goes to the shard as it is. `sampling.end_tokens` ends a sequence (reason `Stop`) unless `min_tokens` forbids.
     pub sampling: Sampling,
+    /// What may be generated; `None` = anything.
+    pub grammar: Option<Arc<dyn Grammar>>,
     /// In the order of the request; empty = the base model.
     pub adapters: Vec<AdapterUse>,
     /// Whose request this is: fairness and prefix sharing stop at this border.
@@ -53,6 +55,42 @@ pub struct GenerateRequest {
     /// Time left, ms; past it the request fails with [`Failure::DeadlineExceeded`].
     pub deadline_ms: Option<u64>,
 }
+
+/// A compiled rule for what may be generated. Each sequence of a request gets a state of its own.
+pub trait Grammar: std::fmt::Debug + Send + Sync {
+    /// The state in front of the first token.
+    fn start(&self) -> Box<dyn GrammarState>;
+}
+
+/// Where one sequence stands in its grammar. Called on worker threads, one call at a time.
+pub trait GrammarState: Send {
+    /// Moves over a token that was generated. It was in the last [`Self::next`].
+    ///
+    /// # Errors
+    /// The token cannot come here, or a limit of time or memory was reached.
+    fn accept(&mut self, token: u32) -> Result<(), GrammarFailure>;
+
+    /// What may come now.
+    ///
+    /// # Errors
+    /// As [`Self::accept`].
+    fn next(&mut self) -> Result<Allowed, GrammarFailure>;
+}
+
+/// What may come next in a sequence with a grammar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    /// Token t may come if bit t % 32 of word t / 32 is set; tokens beyond the last word may not. Where the text may end,
+    /// the model's end tokens are among them.
+    Tokens(Arc<[u32]>),
+    /// The text is complete and nothing can follow: the sequence ends (reason `Stop`) without another token.
+    End,
+}
+
+/// A grammar that cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct GrammarFailure(pub String);
 
 /// What happens to one request, in order. `index` is the sequence, `0..n`.
 #[derive(Clone, Debug)]

@@ -2,6 +2,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod detokenizer;
+pub mod grammar;
 mod growth;
 mod python;
 mod stop;

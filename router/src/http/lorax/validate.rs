@@ -158,6 +158,7 @@ fn params(fields: &Fields<'_>, sampled: bool, stream: bool, bounds: &Bounds) -> 
     let seed = seed(fields)?.unwrap_or_else(|| random_seed() >> (u64::BITS - OWN_SEED_BITS));
     Ok(Params {
         model: String::new(),
+        grammar: None,
         sampling: sampling(fields, sampled, bounds)?,
         seed: Some(seed),
         n: 1,

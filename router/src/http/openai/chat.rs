@@ -99,12 +99,29 @@ pub(crate) fn prompt_bytes_max(context_tokens: u32) -> usize {
     (context_tokens as usize * PROMPT_BYTES_PER_TOKEN).max(PROMPT_BYTES_MIN)
 }
 
+/// A chat that was handed to the engine. Every route that ends in a chat starts here and writes its own reply.
+pub(crate) struct ChatStart {
+    pub(crate) shape: Shape,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) params: Params,
+    pub(crate) variants: Vec<Variant>,
+}
+
 impl App {
     /// Answers a chat.
     ///
     /// # Errors
     /// Whatever stands in its way.
     pub(crate) async fn chat_completion(&self, parts: &Parts, body: &Map<String, Value>) -> Result<Response, ApiError> {
+        let chat = self.start_chat(parts, body).await?;
+        self.answer(chat.shape, chat.runs, &chat.params, &chat.variants, parts).await
+    }
+
+    /// Checks a chat and hands it to the engine. `body` has the fields of `/v1/chat/completions`.
+    ///
+    /// # Errors
+    /// Whatever stands in its way.
+    pub(crate) async fn start_chat(&self, parts: &Parts, body: &Map<String, Value>) -> Result<ChatStart, ApiError> {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
         let asked = validate(&Fields::new(body), &bounds)?;
@@ -120,7 +137,7 @@ impl App {
             prompt_logprobs: asked.params.prompt_logprobs,
         };
         let runs = self.submit(vec![prompt], &variants, &asked.params, wanted, asker)?;
-        self.answer(shape, runs, &asked.params, &variants, parts).await
+        Ok(ChatStart { shape, runs, params: asked.params, variants })
     }
 
     /// Who asks, and how long they wait: `x-request-timeout`, but never longer than the server's own limit.

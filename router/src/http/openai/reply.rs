@@ -7,6 +7,7 @@ use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
 use loramux_proto::{PositionLogprobs, TokenLogprob};
 
+use super::message::{MessageDelta, MessageRules};
 use super::resolve::Variant;
 use super::run::{Progress, Run};
 use super::sequence::{End, TokenEntry};
@@ -48,6 +49,8 @@ pub(crate) struct Shape {
     pub(crate) tokens_as_ids: bool,
     /// Choices per run.
     pub(crate) n: usize,
+    /// How a chat's text becomes a message.
+    pub(crate) message: MessageRules,
 }
 
 /// One choice while it is collected, or the part of it that a chunk shows.
@@ -75,6 +78,7 @@ impl Shape {
             return_token_ids: params.return_token_ids,
             tokens_as_ids: params.tokens_as_ids,
             n: params.n as usize,
+            message: MessageRules::default(),
         }
     }
 
@@ -172,7 +176,15 @@ impl Shape {
         let extras = self.extras(run, &parts, true);
         let logprobs = self.logprobs.map(|_| self.chat_logprobs(&parts.entries));
         let finish_reason = parts.end.as_ref().map(|end| end.reason);
-        let message = ChatMessage { role: "assistant", content: Some(parts.text), refusal: None };
+        let mut reader = self.message.reader();
+        let mut content = String::new();
+        for delta in reader.push(&parts.text).into_iter().chain(reader.finish()) {
+            if let MessageDelta::Content(text) = delta {
+                content.push_str(&text);
+            }
+        }
+        let finish_reason = finish_reason.map(|reason| if reader.has_called() { "tool_calls" } else { reason });
+        let message = ChatMessage { role: "assistant", content: Some(content), refusal: None };
         ChatChoice { index, message, logprobs, finish_reason, extras }
     }
 

@@ -143,6 +143,7 @@ impl App {
                     n: wanted.sequences,
                     max_tokens: prompt.max_tokens,
                     sampling,
+                    grammar: params.grammar.clone(),
                     adapters: variant.uses.clone(),
                     tenant: asker.caller.tenant,
                     cache_salt: params.cache_salt.clone(),

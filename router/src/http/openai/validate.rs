@@ -1,11 +1,13 @@
 //! What the two generation routes have in common: every number is range-checked here, before anything is allocated.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use loramux_proto::{LogitBias, Sampling};
 use serde_json::Value;
 
 use super::resolve::{AdapterAsk, adapter_ask};
+use crate::engine::Grammar;
 use crate::http::config::HttpLimits;
 use crate::http::error::{ApiError, Cause};
 use crate::http::json::{Fields, type_name, whole};
@@ -48,6 +50,8 @@ pub(crate) struct Params {
     pub(crate) model: String,
     /// Without end tokens, seed and logprobs.
     pub(crate) sampling: Sampling,
+    /// What may be generated. Compiled after the fields were read.
+    pub(crate) grammar: Option<Arc<dyn Grammar>>,
     pub(crate) seed: Option<u64>,
     pub(crate) n: u32,
     pub(crate) max_tokens: Option<u32>,
@@ -84,6 +88,7 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
     Ok(Params {
         model: fields.string("model")?.unwrap_or("").to_owned(),
         sampling: sampling(fields, bounds)?,
+        grammar: None,
         seed: fields.integer("seed", "an integer of 64 bits", |_| true)?.map(|seed| seed as u64),
         n: small(fields, "n", 1, i64::from(bounds.limits.n_max))?.unwrap_or(1),
         max_tokens: None,

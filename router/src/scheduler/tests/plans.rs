@@ -36,6 +36,7 @@ pub(super) fn request(prompt_tokens: u32, max_tokens: u32) -> GenerateRequest {
         n: 1,
         max_tokens,
         sampling: Sampling::default(),
+        grammar: None,
         adapters: Vec::new(),
         tenant: 1,
         cache_salt: None,

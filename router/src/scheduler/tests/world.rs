@@ -315,6 +315,7 @@ impl World {
                 prompt_logprobs: wants_logprobs.then_some(0),
                 ..Sampling::default()
             },
+            grammar: None,
             adapters,
             tenant: u64::from(rng.range(1, 3)),
             cache_salt: rng.chance(100).then(|| "salt".to_owned()),
