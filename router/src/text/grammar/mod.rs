@@ -24,3 +24,16 @@ pub enum GrammarSpec {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct GrammarError(pub String);
+
+impl super::TextModel {
+    /// Makes a rule ready for use.
+    ///
+    /// # Errors
+    /// Always: rules are not compiled yet.
+    pub async fn compile_grammar(
+        &self,
+        _spec: GrammarSpec,
+    ) -> Result<std::sync::Arc<dyn crate::engine::Grammar>, GrammarError> {
+        Err(GrammarError("rules are not compiled yet".into()))
+    }
+}
