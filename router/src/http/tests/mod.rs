@@ -9,6 +9,7 @@ mod models;
 mod operator;
 mod server;
 mod stream;
+mod tools;
 mod validation;
 
 use std::collections::HashMap;
