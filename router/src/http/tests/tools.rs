@@ -7,6 +7,13 @@ use serde_json::json;
 
 const CALL: &str = "Let me see.\n<tool_call>\n{\"name\": \"w\", \"arguments\": {\"city\": \"Oslo\"}}\n</tool_call>";
 
+/// A model that says `text` and ends.
+fn says(text: &str) -> Script {
+    let mut tokens = bytes_of(text);
+    tokens.push(IM_END);
+    Script::new().context(4096).reply_tokens(tokens)
+}
+
 fn tool(name: &str) -> Value {
     let parameters = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]});
     json!({"type": "function", "function": {"name": name, "description": "d", "parameters": parameters, "strict": null}})
@@ -74,7 +81,7 @@ async fn both(script: &Script, app: &App, body: Value) -> (Value, Value) {
 
 #[tokio::test]
 async fn a_call_in_the_text_becomes_a_call_of_the_message() {
-    let script = Script::new().reply(CALL);
+    let script = says(CALL);
     let app = app(&script);
     let (message, reason) = both(&script, &app, ask(json!({}))).await;
     let function = json!({"name": "w", "arguments": "{\"city\": \"Oslo\"}"});
@@ -91,7 +98,7 @@ async fn a_call_in_the_text_becomes_a_call_of_the_message() {
 #[tokio::test]
 async fn without_tools_text_is_text() {
     for extra in [json!({"tools": null}), json!({"tools": []}), json!({"tool_choice": "none"})] {
-        let script = Script::new().reply(CALL);
+        let script = says(CALL);
         let (message, reason) = both(&script, &app(&script), ask(extra)).await;
         assert_eq!((message["content"].as_str(), reason), (Some(CALL), json!("stop")));
         let prompt = byte_level().decode(&script.last().prompt, false);
@@ -113,7 +120,7 @@ async fn a_choice_decides_what_may_be_called() {
         (json!({"tool_choice": named}), 1, "stop", true),
         (json!({"tool_choice": only}), 1, "tool_calls", false),
     ] {
-        let script = Script::new().reply(&two);
+        let script = says(&two);
         let (message, reason) = both(&script, &app(&script), ask(extra.clone())).await;
         assert_eq!((calls(&message), reason.as_str()), (count, Some(end)), "{extra}: {message}");
         assert_eq!(script.last().grammar.is_some(), forced, "{extra}");
@@ -122,7 +129,7 @@ async fn a_choice_decides_what_may_be_called() {
 
 #[tokio::test]
 async fn the_length_is_the_reason_to_end_even_in_a_call() {
-    let script = Script::new().reply(CALL);
+    let script = says(CALL);
     let (message, reason) = both(&script, &app(&script), ask(json!({"max_tokens": CALL.len() - 20}))).await;
     assert_eq!(reason, "length");
     let arguments = message["tool_calls"][0]["function"]["arguments"].as_str().unwrap();
@@ -131,7 +138,7 @@ async fn the_length_is_the_reason_to_end_even_in_a_call() {
 
 #[tokio::test]
 async fn every_token_of_a_call_has_its_logprob_in_the_stream() {
-    let script = Script::new().reply(CALL);
+    let script = says(CALL);
     let body = ask(json!({"logprobs": true, "stream": true}));
     let mut tokens = 0;
     for chunk in events_of(&app(&script), "/v1/chat/completions", body).await {
@@ -144,7 +151,7 @@ async fn every_token_of_a_call_has_its_logprob_in_the_stream() {
 
 #[tokio::test]
 async fn history_with_calls_is_told_to_a_template_that_knows_none() {
-    let script = Script::new();
+    let script = says("hello");
     let call_ =
         json!({"id": "call_1", "type": "function", "function": {"name": "w", "arguments": "{\"city\":\"Oslo\"}"}});
     let body = ask(json!({"messages": [
@@ -162,7 +169,7 @@ async fn history_with_calls_is_told_to_a_template_that_knows_none() {
          <tool_response>\n<|im_end|>\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     );
     assert!(prompt.ends_with(&turns), "{prompt}");
-    let ends = tokens.iter().filter(|&&token| token == crate::text::testing::IM_END).count();
+    let ends = tokens.iter().filter(|&&token| token == IM_END).count();
     assert_eq!(ends, 4, "what a result spells is no end of a turn");
 }
 
@@ -171,7 +178,7 @@ async fn a_template_that_knows_tools_gets_them() {
     let mut files = byte_level_files();
     files.chat_template =
         Some("{% for t in tools %}{{ t | tojson }}{% endfor %}|{{ documents[0].text }}|{{ reasoning_effort }}".into());
-    let script = Script::new();
+    let script = says("hello");
     let app = App::new(RouterConfig::default(), TextModel::new(files).unwrap(), script.clone());
     let body = ask(json!({"documents": [{"text": "doc"}], "reasoning_effort": "low"}));
     let (status, reply) = call(&app, "/v1/chat/completions", body).await;
@@ -206,7 +213,7 @@ async fn thoughts_are_apart_from_the_answer() {
         (closed, " plain < text", hi.clone(), none.clone(), json!(" plain < text")),
         (closed, "b <think>", with(json!({"reasoning_effort": "none"})), none.clone(), json!("b <think>")),
     ] {
-        let script = Script::new().reply(text);
+        let script = says(text);
         let app = App::new(RouterConfig::default(), TextModel::new(think(template)).unwrap(), script.clone());
         let (message, _) = both(&script, &app, body).await;
         assert_eq!(message["reasoning"], reasoning, "{text}");
@@ -214,7 +221,7 @@ async fn thoughts_are_apart_from_the_answer() {
         assert_eq!(message["content"], content, "{text}");
     }
     // The operator may know better.
-    let script = Script::new().reply("<think>a</think>b");
+    let script = says("<think>a</think>b");
     let config = RouterConfig { reasoning_parser: crate::http::ReasoningParser::None, ..RouterConfig::default() };
     let app = App::new(config, TextModel::new(think(open)).unwrap(), script.clone());
     assert_eq!(both(&script, &app, hi.clone()).await.0["content"], "<think>a</think>b");
@@ -222,7 +229,7 @@ async fn thoughts_are_apart_from_the_answer() {
 
 #[tokio::test]
 async fn echo_puts_the_answer_so_far_in_front() {
-    let script = Script::new().reply(" world");
+    let script = says(" world");
     let messages = json!([{"role": "user", "content": "say"}, {"role": "assistant", "content": "hello"}]);
     let body = json!({"messages": messages, "echo": true, "continue_final_message": true});
     let (message, _) = both(&script, &app(&script), body).await;
@@ -267,11 +274,11 @@ async fn what_is_wrong_with_tools_is_named() {
         (json!({"reasoning_effort": "huge"}), "reasoning_effort"),
         (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].tool_call_id"),
     ] {
-        let (status, reply) = call(&app(&Script::new()), "/v1/chat/completions", ask(extra.clone())).await;
+        let (status, reply) = call(&app(&says("hello")), "/v1/chat/completions", ask(extra.clone())).await;
         assert_eq!((status.as_u16(), reply["error"]["param"].as_str()), (400, Some(param)), "{reply} for {param}");
     }
     let unusable = json!({"type": "object", "properties": {"a": {"not": {}}}});
     let body = ask(json!({"tools": f(json!({"name": "a", "parameters": unusable})), "tool_choice": "required"}));
-    let (status, reply) = call(&app(&Script::new()), "/v1/chat/completions", body).await;
+    let (status, reply) = call(&app(&says("hello")), "/v1/chat/completions", body).await;
     assert_eq!((status.as_u16(), reply["error"]["param"].as_str()), (400, Some("tools")), "{reply}");
 }
