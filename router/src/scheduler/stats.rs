@@ -104,10 +104,9 @@ impl Scheduler {
         let mut shares: BTreeMap<&[ContentId], BatchShare> = BTreeMap::new();
         for seq in self.sequences.iter().flatten().filter(|seq| !seq.leaving) {
             let contents = &seq.job.contents;
-            let share = shares.entry(contents).or_insert_with(|| BatchShare {
-                contents: contents.clone(),
-                ..BatchShare::default()
-            });
+            let share = shares
+                .entry(contents)
+                .or_insert_with(|| BatchShare { contents: contents.clone(), ..BatchShare::default() });
             if seq.is_running() {
                 share.running += 1;
                 share.running_tokens += seq.len_tokens() as u64;

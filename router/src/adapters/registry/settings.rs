@@ -8,8 +8,8 @@ use futures_util::future::BoxFuture;
 use globset::GlobSet;
 
 use crate::adapters::{
-    AdapterRef, Credential, FetchError, Fetcher, Progress, Resolved, Source, SourceDefaults, SourceKind, Store, StoreStatus,
-    Stored, Tenant,
+    AdapterRef, Credential, FetchError, Fetcher, Progress, Resolved, Source, SourceDefaults, SourceKind, Store,
+    StoreStatus, Stored, Tenant,
 };
 use crate::engine::ContentId;
 

@@ -2,8 +2,8 @@
 
 use super::names::Entry;
 use super::*;
-use crate::engine::{ContentStatus, EngineStatus, PinLevel, PreparedAdapter, Tier};
 use crate::adapters::StoreStatus;
+use crate::engine::{ContentStatus, EngineStatus, PinLevel, PreparedAdapter, Tier};
 use crate::metrics::LoadTimes;
 
 /// Entries of a page unless the caller says otherwise, and at most.
@@ -54,7 +54,7 @@ impl Registry {
         (page, None)
     }
 
-    fn view(&self, namespace: &str, name: &str, entry: &Entry, status: &EngineStatus) -> AdapterView {
+    pub(super) fn view(&self, namespace: &str, name: &str, entry: &Entry, status: &EngineStatus) -> AdapterView {
         let clock = &self.inner.clock;
         let facts = entry.current.as_ref().map(|version| &*version.facts);
         let engine: Option<&ContentStatus> = facts.and_then(|facts| status.contents.get(&facts.content));

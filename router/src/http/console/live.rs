@@ -27,6 +27,7 @@ pub(crate) struct Live {
     /// Unix time, ms.
     time_ms: u64,
     version: &'static str,
+    build: Build,
     /// First served name.
     model: String,
     /// Of this process: points of another one are not these.
@@ -45,6 +46,16 @@ pub(crate) struct Live {
     points: Vec<Point>,
     /// What `since` has to be for the next ones.
     next: u64,
+}
+
+/// What runs where, as the shard says it.
+#[derive(Debug, Serialize)]
+struct Build {
+    architecture: String,
+    device: String,
+    dtype: String,
+    weight_bytes: u64,
+    context_tokens: u32,
 }
 
 /// Who runs and who waits.
@@ -171,15 +182,14 @@ struct Totals {
 pub(crate) async fn live(State(app): State<App>, Query(query): Query<LiveQuery>) -> Result<Json<Live>, ApiError> {
     let since = match query.since.as_deref().filter(|since| !since.is_empty()) {
         None => 0,
-        Some(text) => {
-            text.parse::<u64>().map_err(|_| ApiError::invalid("since", "an integer of at least 0", text))?
-        }
+        Some(text) => text.parse::<u64>().map_err(|_| ApiError::invalid("since", "an integer of at least 0", text))?,
     };
     let status = app.engine.status();
     let points = app.recorder.points(since);
     Ok(Json(Live {
         time_ms: unix_ms(),
         version: env!("CARGO_PKG_VERSION"),
+        build: build(&status),
         model: app.base_name().to_owned(),
         started: app.started,
         uptime_s: (unix_ms() / 1000).saturating_sub(app.started),
@@ -210,6 +220,17 @@ fn named<'a>(app: &App, contents: impl Iterator<Item = &'a ContentId> + Clone) -
         Named { name, namespace, content: content.short() }
     });
     named.collect()
+}
+
+fn build(status: &EngineStatus) -> Build {
+    let shard = &status.shard;
+    Build {
+        architecture: shard.architecture.clone(),
+        device: shard.device.clone(),
+        dtype: shard.dtype.clone(),
+        weight_bytes: shard.weight_bytes,
+        context_tokens: shard.context_tokens,
+    }
 }
 
 fn batch(app: &App, status: &EngineStatus) -> Batch {
@@ -278,8 +299,7 @@ fn pages(app: &App, status: &EngineStatus) -> Pages {
 }
 
 fn tiers(status: &EngineStatus, store: Option<StoreStatus>) -> Tiers {
-    let mut tiers =
-        Tiers { host_bytes: status.host_bytes, host_bytes_max: status.host_bytes_max, ..Tiers::default() };
+    let mut tiers = Tiers { host_bytes: status.host_bytes, host_bytes_max: status.host_bytes_max, ..Tiers::default() };
     for content in status.contents.values() {
         let tier = match content.tier {
             Tier::Device => &mut tiers.device,
