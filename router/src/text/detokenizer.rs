@@ -96,6 +96,17 @@ impl TokenTable {
         self.raw(id).to_vec()
     }
 
+    /// The bytes a token adds to a text that has begun.
+    pub(crate) fn text_bytes(&self, id: u32) -> Vec<u8> {
+        let bytes = self.token_bytes(id);
+        match self.rule {
+            Rule::Metaspace { replacement, .. } => {
+                String::from_utf8_lossy(&bytes).replace(replacement, " ").into_bytes()
+            }
+            _ => bytes,
+        }
+    }
+
     /// True for tokens that `skip_special_tokens` leaves out.
     pub(crate) fn is_special(&self, id: u32) -> bool {
         self.special.get(id as usize).copied().unwrap_or(false)

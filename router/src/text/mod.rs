@@ -118,6 +118,7 @@ struct Inner {
     defaults: GenerationDefaults,
     /// Bounds how many threads of the blocking pool text processing takes.
     workers: Arc<Semaphore>,
+    grammars: grammar::GrammarStore,
 }
 
 impl TextModel {
@@ -154,6 +155,7 @@ impl TextModel {
             special_texts,
             defaults: generation_defaults(&generation),
             workers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()).max(2))),
+            grammars: grammar::GrammarStore::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
