@@ -77,7 +77,13 @@ async fn events_come_in_order_and_say_what_the_whole_says() {
     assert!(all.iter().filter(|kind| **kind == "content_block_delta").count() > 1);
     all.dedup();
     let expected = [
-        "message_start", "ping", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop",
+        "message_start",
+        "ping",
+        "content_block_start",
+        "content_block_delta",
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
     ];
     assert_eq!(all, expected);
     let message = &events[0]["message"];
@@ -168,7 +174,11 @@ async fn the_key_may_come_as_x_api_key_here_and_only_here() {
     let app = app_with(&Script::new(), RouterConfig { keys: vec![key], ..RouterConfig::default() });
     let ask = |path: &str, name: &str, value: &str| {
         let body = if path == PATH { hello() } else { json!({"prompt": "a", "max_tokens": 1}) };
-        Request::post(path).header(name, value).header("anthropic-version", "2023-06-01").body(Body::from(body.to_string())).unwrap()
+        Request::post(path)
+            .header(name, value)
+            .header("anthropic-version", "2023-06-01")
+            .body(Body::from(body.to_string()))
+            .unwrap()
     };
     assert_eq!(send(&app, ask("/v1/completions", "x-api-key", "user")).await.status(), 401);
     assert_eq!(send(&app, ask("/v1/chat/completions", "x-api-key", "user")).await.status(), 401);
@@ -227,7 +237,12 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("messages", user(json!([{"type": "image", "source": {}}])), "invalid_value", "messages[0].content[0].type"),
         ("messages", user(json!([{"type": "tool_use"}])), "invalid_value", "messages[0].content[0].type"),
         ("messages", user(json!([{"type": "tool_result"}])), "missing_field", "messages[0].content[0].tool_use_id"),
-        ("messages", json!([{"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]), "missing_field", "messages[0].content[0].id"),
+        (
+            "messages",
+            json!([{"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}]),
+            "missing_field",
+            "messages[0].content[0].id",
+        ),
         ("system", json!(1), "invalid_value", "system"),
         ("system", json!([{"type": "image"}]), "invalid_value", "system[0].type"),
         ("temperature", json!(1.01), "invalid_value", "temperature"),
@@ -242,7 +257,12 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("metadata", json!("me"), "invalid_value", "metadata"),
         ("container", json!("c"), "unsupported_parameter", "container"),
         ("mcp_servers", json!([{}]), "unsupported_parameter", "mcp_servers"),
-        ("tools", json!([{"type": "web_search_20250305", "name": "web_search"}]), "unsupported_parameter", "tools[0].type"),
+        (
+            "tools",
+            json!([{"type": "web_search_20250305", "name": "web_search"}]),
+            "unsupported_parameter",
+            "tools[0].type",
+        ),
         ("tools", json!([tool, {"name": "g"}]), "missing_field", "tools[1].input_schema"),
         ("tool_choice", json!("auto"), "invalid_value", "tool_choice"),
         ("tool_choice", json!({"type": "required"}), "invalid_value", "tool_choice.type"),
@@ -265,7 +285,10 @@ async fn a_bad_field_is_a_400_that_names_it() {
             "{value}: {reply}"
         );
         assert_eq!(error["type"], "invalid_request_error");
-        assert!(code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")), "{reply}");
+        assert!(
+            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
+            "{reply}"
+        );
         assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
     }
 }
