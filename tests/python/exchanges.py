@@ -2,6 +2,8 @@
 
 import json
 
+from dialects import (
+    check_anthropic_error, check_message, check_message_stream, check_response, check_response_stream, named_events)
 from tee import Exchange
 from wire import Stream, check_error, check_reply, check_schema
 
@@ -23,8 +25,12 @@ def _check(exchange: Exchange):
     path = exchange.path.partition("?")[0]
     if not path.startswith("/v1/") or not exchange.whole and not _is_stream(exchange):
         return
-    if exchange.status >= 400:
+    if path.startswith("/v1/messages"):
+        _check_messages(exchange, path)
+    elif exchange.status >= 400:
         check_error(json.loads(exchange.body))
+    elif path == "/v1/responses":
+        _check_dialect(exchange, check_response, check_response_stream)
     elif path in GENERATION:
         _check_generation(exchange)
     elif path == "/v1/models":
@@ -53,3 +59,20 @@ def _check_generation(exchange: Exchange):
         stream.check_shape()
         if (asked.get("stream_options") or {}).get("include_usage"):
             assert stream.chunks[-1]["usage"]["completion_tokens"] >= 0
+
+
+def _check_messages(exchange: Exchange, path: str):
+    assert exchange.headers["request-id"] == exchange.headers["x-request-id"]
+    if exchange.status >= 400:
+        check_anthropic_error(exchange.status, json.loads(exchange.body))
+    elif path == "/v1/messages/count_tokens":
+        assert json.loads(exchange.body)["input_tokens"] > 0
+    else:
+        _check_dialect(exchange, check_message, check_message_stream)
+
+
+def _check_dialect(exchange: Exchange, check_whole, check_stream):
+    if not _is_stream(exchange):
+        check_whole(json.loads(exchange.body))
+    elif exchange.whole:
+        check_stream(named_events(exchange.body.decode()))

@@ -29,6 +29,7 @@ SUITES = [
     ("litellm", "clients-openai"),
     ("llama_index", "clients-openai"),
     ("text_generation", "clients"),
+    ("anthropic", "clients"),
 ]
 
 
