@@ -1,6 +1,6 @@
 """The calls of public clients, each in its own environment, and the bytes that passed, checked against published schemas.
 
-`clients/calls_NAME.py` are the calls; here is what they talk to.
+`clients/calls_NAME.py` and `../node` are the calls; here is what they talk to.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from exchanges import check
-from loramux_server import Server
+from loramux_server import REPOSITORY, Server
 from tee import Tee
-from third_party import program
+from third_party import node, program
 
 CLIENTS = Path(__file__).parent / "clients"
 TIMEOUT_S = 240
@@ -42,15 +42,21 @@ def locked(slow_flags, data_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, environment", SUITES, ids=[f"{name}{'' if of is None else '-in-' + of}" for name, of in SUITES])
-def test_calls(demo, locked, name, environment):
+def test_python(demo, locked, name, environment):
     python = sys.executable if environment is None else program("python", environment)
+    run(demo, locked, python, "-m", "pytest", "-q", "-c", str(CLIENTS / "pytest.ini"), f"--rootdir={CLIENTS}", f"calls_{name}.py")
+
+
+def test_node(demo, locked):
+    run(demo, locked, node(), "--test", str(REPOSITORY / "tests/node/openai.test.mjs"))
+
+
+def run(demo, locked, *command: str):
+    """Runs the calls of a client, and checks every reply that they got of the demo server."""
     with Tee(demo.address) as tee:
-        done = subprocess.run(
-            [python, "-m", "pytest", "-q", "-c", str(CLIENTS / "pytest.ini"), f"--rootdir={CLIENTS}", str(CLIENTS / f"calls_{name}.py")],
-            env={**clean(os.environ), "LORAMUX_URL": tee.base, "LORAMUX_LOCKED_URL": locked.base, "LORAMUX_LOCKED_KEY": KEY},
-            capture_output=True, text=True, timeout=TIMEOUT_S, cwd=CLIENTS)
+        where = {"LORAMUX_URL": tee.base, "LORAMUX_LOCKED_URL": locked.base, "LORAMUX_LOCKED_KEY": KEY}
+        done = subprocess.run(command, env={**clean(os.environ), **where}, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=CLIENTS)
     assert done.returncode == 0, f"{done.stdout[-12000:]}\n{done.stderr[-3000:]}"
-    print(done.stdout.strip().splitlines()[-1])
     exchanges = tee.exchanges()
     assert exchanges, "nothing passed"
     for exchange in exchanges:
@@ -61,4 +67,4 @@ def clean(environment) -> dict:
     """Without what would send the clients elsewhere, or home."""
     kept = {name: value for name, value in environment.items()
             if not name.startswith(("OPENAI_", "HF_", "HUGGING", "LITELLM_", "LANG", "ANTHROPIC_", "PYTEST_")) and "proxy" not in name.lower()}
-    return {**kept, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1"}
+    return {**kept, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "DO_NOT_TRACK": "1"}

@@ -58,7 +58,7 @@ def test_chat(client):
 
 
 def test_errors(client):
-    with pytest.raises(ValidationError, match="max_new_tokens"):
+    with pytest.raises(ValidationError, match="maximum context length"):
         client.generate(PROMPT, max_new_tokens=100_000)
     with pytest.raises(ValidationError, match="watermark"):
         client.generate(PROMPT, watermark=True)
