@@ -3,12 +3,15 @@
 `clients/calls_NAME.py` and `../node` are the calls; here is what they talk to.
 """
 
+import dataclasses
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from exchanges import check
@@ -49,6 +52,33 @@ def test_python(demo, locked, name, environment):
 
 def test_node(demo, locked):
     run(demo, locked, node(), "--test", str(REPOSITORY / "tests/node/openai.test.mjs"))
+
+
+def test_what_passes_is_seen_and_checked(demo):
+    body = {"model": "sql", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8, "temperature": 0}
+    with Tee(demo.address) as tee, httpx.Client(base_url=tee.base, timeout=60, trust_env=False) as http:
+        whole = http.post("/v1/chat/completions", json=body)
+        streamed = http.post("/v1/chat/completions", json={**body, "stream": True})
+        refused = http.post("/v1/chat/completions", json={**body, "temperature": -1})
+        with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True, "max_tokens": 1000, "ignore_eos": True}) as left:
+            next(left.iter_raw())
+    seen = tee.exchanges()
+    assert [exchange.status for exchange in seen] == [200, 200, 400, 200]
+    assert [exchange.body for exchange in seen[:3]] == [whole.content, streamed.content, refused.content]
+    assert [exchange.whole for exchange in seen] == [True, True, True, False]
+    for exchange in seen:
+        check(exchange)
+    wrong = [
+        (0, lambda body: body.replace(b'"refusal":null', b'"refusal":1')),
+        (1, lambda body: body.replace(b"data: [DONE]", b"")),
+        (1, lambda body: body.replace(b'"finish_reason":"', b'"finish_reason":"un')),
+        (2, lambda body: json.dumps({"error": "no"}).encode()),
+    ]
+    for index, change in wrong:
+        changed = dataclasses.replace(seen[index], body=change(seen[index].body))
+        assert changed.body != seen[index].body
+        with pytest.raises(AssertionError):
+            check(changed)
 
 
 def run(demo, locked, *command: str):
