@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ import pytest
 from exchanges import check
 from loramux_server import REPOSITORY, Server
 from tee import Tee
-from third_party import node, program
+from third_party import INSTALL_TIMEOUT_S, missing, node, program
 
 CLIENTS = Path(__file__).parent / "clients"
 TIMEOUT_S = 240
+# The first of them installs what it needs.
+pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT_S + TIMEOUT_S)
 KEY = "key-of-the-clients"
 # The calls, and whose environment they run in; None: the one that these tests run in, with the newest `openai`.
 SUITES = [
@@ -52,6 +55,15 @@ def test_python(demo, locked, name, environment):
 
 def test_node(demo, locked):
     run(demo, locked, node(), "--test", str(REPOSITORY / "tests/node/openai.test.mjs"))
+
+
+def test_rust(demo, locked):
+    if not shutil.which("cargo"):
+        missing("no cargo for `async-openai`")
+    # All of the workspace, so that what `test.sh unit` built is used.
+    test = ["cargo", "test", "--locked", "--release", "--workspace", "--test", "async_openai"]
+    subprocess.run([*test, "--no-run"], check=True, timeout=INSTALL_TIMEOUT_S, cwd=REPOSITORY)
+    run(demo, locked, *test, "--", "--ignored")
 
 
 def test_what_passes_is_seen_and_checked(demo):
