@@ -111,7 +111,6 @@ impl World {
             assert_eq!(self.grammars.answers.iter().filter(|(_, asked, _)| *asked == at).count(), 1, "{at:?}");
         }
     }
-
 }
 
 impl Scheduler {
