@@ -124,7 +124,8 @@ impl App {
     pub(crate) async fn start_chat(&self, parts: &Parts, body: &Map<String, Value>) -> Result<ChatStart, ApiError> {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
-        let asked = validate(&Fields::new(body), &bounds)?;
+        let mut asked = validate(&Fields::new(body), &bounds)?;
+        asked.params.grammar = self.reply_grammar(body).await?;
         let variants = self.resolve(&asked.params, &asker).await?;
         check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
         let tokens = self.text.encode_chat(asked.chat, asked.params.add_special.unwrap_or(false)).await?;
