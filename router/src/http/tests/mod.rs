@@ -11,6 +11,7 @@ mod operator;
 mod responses;
 mod server;
 mod stream;
+mod tools;
 mod validation;
 
 use std::collections::HashMap;
@@ -59,6 +60,7 @@ struct ScriptInner {
     open: AtomicUsize,
     loads: Mutex<HashMap<String, Load>>,
     load_count: AtomicUsize,
+    context_tokens: AtomicUsize,
 }
 
 #[derive(Clone)]
@@ -85,6 +87,7 @@ impl Script {
             open: AtomicUsize::new(0),
             loads: Mutex::default(),
             load_count: AtomicUsize::new(0),
+            context_tokens: AtomicUsize::new(CONTEXT as usize),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -96,6 +99,11 @@ impl Script {
 
     fn reply_tokens(self, tokens: Vec<u32>) -> Self {
         *self.inner.reply.lock().unwrap() = tokens;
+        self
+    }
+
+    fn context(self, tokens: usize) -> Self {
+        self.inner.context_tokens.store(tokens, Ordering::SeqCst);
         self
     }
 
@@ -264,7 +272,7 @@ impl Backend for Script {
         let shard = if ready {
             Info {
                 vocab_size: 300,
-                context_tokens: CONTEXT,
+                context_tokens: self.inner.context_tokens.load(Ordering::SeqCst) as u32,
                 block_tokens: 16,
                 base_content_id: vec![0x9c, 0x2e, 0x11, 0xd0, 1],
                 ..Info::default()
