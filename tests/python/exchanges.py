@@ -23,10 +23,12 @@ def _check(exchange: Exchange):
     assert exchange.status < 500, "no call of a client is a server's error"
     assert "x-request-id" in exchange.headers
     path = exchange.path.partition("?")[0]
-    if not path.startswith("/v1/") or not exchange.whole and not _is_stream(exchange):
+    if not exchange.whole and not _is_stream(exchange):
         return
     if path.startswith("/v1/messages"):
         _check_messages(exchange, path)
+    elif not path.startswith("/v1/"):
+        _check_native(exchange, path)
     elif exchange.status >= 400:
         check_error(json.loads(exchange.body))
     elif path == "/v1/responses":
@@ -39,6 +41,18 @@ def _check(exchange: Exchange):
         check_schema("Model", json.loads(exchange.body))
     elif path == "/v1/embeddings":
         check_schema("CreateEmbeddingResponse", json.loads(exchange.body))
+
+
+def _check_native(exchange: Exchange, path: str):
+    """LoRAX's and TGI's routes; `test_lorax.py` looks at each member."""
+    if exchange.status >= 400:
+        assert {"error", "error_type"} <= set(json.loads(exchange.body)), "what these clients make their exceptions of"
+    elif path == "/" and not _is_stream(exchange):
+        (reply,) = json.loads(exchange.body)
+        assert isinstance(reply["generated_text"], str)
+    elif _is_stream(exchange):
+        events = [json.loads(line[len("data:"):]) for line in exchange.body.decode().split("\n") if line.startswith("data:")]
+        assert [event["generated_text"] is None for event in events] == [True] * (len(events) - 1) + [False] * bool(events)
 
 
 def _is_stream(exchange: Exchange) -> bool:
