@@ -7,6 +7,7 @@ import pytest
 
 from conftest import MODELS
 from dialects import check_anthropic_error, check_message, check_message_stream, named_events
+from loramux_server import wait_until
 from wire import chat
 
 SEA = "Tell me about the sea."
@@ -96,7 +97,7 @@ def test_a_client_that_leaves_ends_the_request(start_server, slow_flags):
     sent = body(stream=True, ignore_eos=True, max_tokens=200)
     with server.http.stream("POST", "/v1/messages", json=sent) as answer:
         next(answer.iter_bytes())
-        assert server.metric("vllm:num_requests_running") == 1
+        wait_until(lambda: server.metric("vllm:num_requests_running") == 1, "the request runs")
     server.wait_idle()
 
 

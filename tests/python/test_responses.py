@@ -6,6 +6,7 @@ import pytest
 
 from conftest import MODELS
 from dialects import check_response, check_response_stream, named_events
+from loramux_server import wait_until
 from wire import chat, check_error
 
 SEA = "Tell me about the sea."
@@ -86,7 +87,7 @@ def test_a_client_that_leaves_ends_the_request(start_server, slow_flags):
     body = {"input": SEA, "stream": True, "ignore_eos": True, "max_output_tokens": 200}
     with server.http.stream("POST", "/v1/responses", json=body) as answer:
         next(answer.iter_bytes())
-        assert server.metric("vllm:num_requests_running") == 1
+        wait_until(lambda: server.metric("vllm:num_requests_running") == 1, "the request runs")
     server.wait_idle()
 
 
