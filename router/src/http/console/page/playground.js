@@ -18,7 +18,7 @@ export function playgroundView(root) {
   const notice = h("p", { class: "notice", role: "alert", hidden: true });
   const system = h("textarea", { rows: 1, spellcheck: false, placeholder: "You are a helpful assistant." });
   const systemField = field("System message", system);
-  const prompt = h("textarea", { rows: 4, value: "Tell me about the sea." });
+  const prompt = h("textarea", { rows: 3, value: "Tell me about the sea." });
   const parameter = (value, attributes) => h("input", { type: "number", value, inputMode: "decimal", ...attributes });
   const inputs = {
     max_tokens: parameter("128", { min: "1", step: "1" }),
@@ -37,7 +37,8 @@ export function playgroundView(root) {
     h("div", { class: "parameters" }, field("Max tokens", inputs.max_tokens), field("Temperature", inputs.temperature),
       field("Top p", inputs.top_p), field("Seed", inputs.seed)),
     h("div", { class: "ask-end" }, h("p", { class: "hint", text: "Ctrl + Enter runs, Esc stops" }), stop, run));
-  const lanes = [lane("Left", () => models), lane("Right", () => models)];
+  const known = () => ({ models, base });
+  const lanes = [lane("Left", known), lane("Right", known)];
   root.append(notice, form, h("div", { class: "lanes" }, lanes.map((one) => one.root)));
 
   form.addEventListener("submit", (event) => {
@@ -90,7 +91,7 @@ export function playgroundView(root) {
     run.disabled = true;
     stop.disabled = false;
     try {
-      await Promise.all(lanes.map((one) => one.run(body, running.signal, base)));
+      await Promise.all(lanes.map((one) => one.run(body, running.signal)));
     } finally {
       running = null;
       run.disabled = false;
@@ -105,7 +106,7 @@ export function playgroundView(root) {
 }
 
 /** One model's side. */
-function lane(side, allModels) {
+function lane(side, known) {
   const options = h("datalist", { id: `models-${side}` });
   const model = h("input", { type: "text", list: options.id, autocomplete: "off", spellcheck: false, autocapitalize: "off", class: "model" });
   const swatch = h("i", { class: "swatch c-base" });
@@ -122,9 +123,12 @@ function lane(side, allModels) {
 
   function list() {
     const wanted = model.value.toLowerCase();
-    const found = allModels().filter((id) => id.toLowerCase().includes(wanted)).slice(0, OPTIONS_MAX);
+    const found = known().models.filter((id) => id.toLowerCase().includes(wanted)).slice(0, OPTIONS_MAX);
     reconcile(options, found, (id) => id, (id) => h("option", { value: id }), () => {});
-    swatch.className = `swatch ${colorOf(model.value.trim())}`;
+    paint(model.value.trim());
+  }
+  function paint(id) {
+    swatch.className = `swatch ${colorOf(id === known().base ? "base model" : id)}`;
   }
   model.addEventListener("input", list);
   model.addEventListener("focus", list);
@@ -137,9 +141,9 @@ function lane(side, allModels) {
       if (model.value === suggested) model.value = suggested = id;
       list();
     },
-    async run(bodyOf, signal, base) {
-      const id = model.value.trim() || base;
-      swatch.className = `swatch ${colorOf(id)}`;
+    async run(bodyOf, signal) {
+      const id = model.value.trim() || known().base;
+      paint(id);
       const began = performance.now();
       const seen = { text: "", tokens: 0, first: null, last: null, end: "" };
       text.textContent = "";
