@@ -272,7 +272,7 @@ def test_nothing_stands_in_anybodys_way(server, tab, axe, size, scheme):
         page.keyboard.press("Escape")
 
 
-def test_it_asks_once_a_second_and_not_at_all_behind_another_tab(server, tab):
+def test_it_asks_about_once_a_second(server, tab):
     opened = tab(server.console)
     asked = []
     opened.page.on("request", lambda request: asked.append(time.monotonic()) if "/live" in request.url else None)
