@@ -37,6 +37,12 @@ class Traffic:
             thread.join()
 
 
+def answering(status: int, body: dict):
+    """In the place of the server."""
+    text = json.dumps(body)
+    return lambda route: route.fulfill(status=status, content_type="application/json", body=text)
+
+
 def number(text: str) -> float:
     return float(text.replace(",", "").split()[0])
 
@@ -142,8 +148,8 @@ def test_the_table_is_searched_and_sorted_by_the_server(server, tab):
 def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
     page = tab(server.console).open("playground")
     left, right = (page.locator(f'section[aria-label="{side} model"]') for side in ("Left", "Right"))
-    left.get_by_label("Left model").fill("pirate")
-    right.get_by_label("Right model").fill("haiku")
+    left.get_by_role("combobox").fill("pirate")
+    right.get_by_role("combobox").fill("haiku")
     page.get_by_label("Temperature").fill("0")
     page.get_by_role("button", name="Run both").click()
     for lane in (left, right):
@@ -158,16 +164,14 @@ def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
       for (const [i, answer] of document.querySelectorAll(".answer").entries())
         new MutationObserver(() => answer.textContent && window.order.push(i)).observe(answer, {childList: true});
     }""")
+    page.route("**/v1/completions", lambda route: route.continue_(
+        post_data=json.dumps(json.loads(route.request.post_data) | {"ignore_eos": True})))
     page.get_by_role("button", name="Completion").click()
     page.get_by_label("Max tokens").fill("1900")
-    page.get_by_label("Prompt", exact=True).fill("a b c d e f")
-    page.get_by_label("Temperature").fill("2")
-    for lane, name in ((left, "Left model"), (right, "Right model")):
-        lane.get_by_label(name).fill("demo")
     page.get_by_role("button", name="Run both").click()
-    page.wait_for_function("window.order.length > 20")
+    wait_for_text(page, lambda length: length > 20, lambda: page.evaluate("window.order.length"))
     page.get_by_role("button", name="Stop").click()
-    page.wait_for_function("document.querySelectorAll('.lane.is-running').length === 0")
+    page.locator(".lane.is-running").first.wait_for(state="detached")
     order = page.evaluate("window.order")
     assert sum(a != b for a, b in zip(order, order[1:])) >= 2, order
     server.wait_idle()
@@ -175,7 +179,7 @@ def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
 
 def test_an_error_of_the_playground_is_what_the_api_says(server, tab):
     page = tab(server.console).open("playground")
-    page.get_by_label("Left model").fill("nobody")
+    page.get_by_role("combobox", name="Left model").fill("nobody")
     page.get_by_role("button", name="Run both").click()
     alert = page.locator('section[aria-label="Left model"]').get_by_role("alert")
     alert.wait_for()
@@ -196,8 +200,7 @@ def test_hostile_names_are_text(server, tab):
     error = {"error": {"message": HOSTILE, "code": HOSTILE}}
     for path, body, status in (("**/admin/v1/live*", live, 200), ("**/admin/v1/adapters?*", {"data": [view], "total": 1}, 200),
                                ("**/v1/models", models, 200), ("**/v1/chat/completions", error, 400)):
-        opened.page.route(path, lambda route, body=body, status=status: route.fulfill(
-            status=status, content_type="application/json", body=json.dumps(body)))
+        opened.page.route(path, answering(status, body))
     page = opened.open()
     page.locator(".batch .name", has_text="onerror").wait_for()
     page.evaluate("location.hash = 'adapters'")
@@ -231,7 +234,7 @@ def test_keys_open_what_they_should_and_stay_in_the_tab(data_dir, tab):
         page.get_by_role("button", name="Keys").click()
         page.get_by_role("dialog").get_by_label("API key").fill("user")
         page.get_by_role("button", name="Use these keys").click()
-        page.wait_for_function("document.querySelector('.model').value !== ''")
+        wait_for_text(page, bool, page.locator(".model").first.input_value)
         page.get_by_role("button", name="Run both").click()
         page.locator(".lane dd", has_text="stop").first.wait_for()
         assert "root" not in page.url and "user" not in page.url
