@@ -162,7 +162,7 @@ def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
     page.evaluate("""() => {
       window.order = [];
       for (const [i, answer] of document.querySelectorAll(".answer").entries())
-        new MutationObserver(() => answer.textContent && window.order.push(i)).observe(answer, {childList: true});
+        new MutationObserver(() => answer.textContent && window.order.push(i)).observe(answer, {childList: true, characterData: true, subtree: true});
     }""")
     page.route("**/v1/completions", lambda route: route.continue_(
         post_data=json.dumps(json.loads(route.request.post_data) | {"ignore_eos": True})))

@@ -134,6 +134,7 @@ function lane(side, known) {
   model.addEventListener("focus", list);
 
   let suggested = "";
+  let frame = 0;
   return {
     root,
     /** Fills in a model unless somebody chose one. */
@@ -145,7 +146,7 @@ function lane(side, known) {
       const id = model.value.trim() || known().base;
       paint(id);
       const began = performance.now();
-      const seen = { text: "", tokens: 0, first: null, last: null, end: "" };
+      const seen = { text: "", shown: 0, tokens: 0, first: null, last: null, end: "" };
       text.textContent = "";
       text.hidden = empty.hidden = error.hidden = true;
       empty.hidden = false;
@@ -165,13 +166,13 @@ function lane(side, known) {
           setText(error, failure instanceof Refused ? failure.text : "the stream broke off");
         }
       }
+      paintText(seen);
       output.removeAttribute("aria-busy");
       root.classList.remove("is-running");
       if (!seen.text) {
         empty.hidden = seen.end === "error";
         setText(empty, seen.end === "stopped" ? "Stopped before the first token." : "The answer is empty.");
       }
-      measure(seen);
       setText(done, `${id}: ${seen.end}, ${seen.tokens} tokens`);
     },
   };
@@ -186,12 +187,22 @@ function lane(side, known) {
       seen.first ??= now - began;
       seen.last = now - began;
       seen.tokens += 1;
-      seen.text += more;
-      if (seen.text.length > TEXT_MAX) continue;
+      if (seen.text.length < TEXT_MAX) seen.text += more;
+    }
+    // Once a frame is as fast as anybody can look; once a token would keep the page from doing anything else.
+    frame ||= requestAnimationFrame(() => paintText(seen));
+  }
+
+  function paintText(seen) {
+    cancelAnimationFrame(frame);
+    frame = 0;
+    if (seen.text.length > seen.shown) {
       const atEnd = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
       empty.hidden = true;
       text.hidden = false;
-      text.append(more);
+      text.append(seen.text.slice(seen.shown));
+      text.normalize();
+      seen.shown = seen.text.length;
       if (atEnd) output.scrollTop = output.scrollHeight;
     }
     measure(seen);
