@@ -10,10 +10,10 @@ use axum::middleware::Next;
 use axum::response::Response;
 use secrecy::SecretString;
 
-use super::App;
 use super::error::{ApiError, Cause};
 use super::keys::{Key, KeyRing};
 use super::rate::Meter;
+use super::{App, anthropic};
 use crate::access::Caller;
 
 /// Routes that need no key. Every other one does, unknown ones included.
@@ -101,7 +101,7 @@ pub(crate) async fn authenticate(
         ring: &ring,
         path: &path,
         peer: request.extensions().get::<Peer>().map(|peer| peer.0),
-        bearer: bearer(request.headers()),
+        bearer: bearer(request.headers()).or_else(|| anthropic_key(&path, request.headers())),
         headers: request.headers(),
     };
     let (caller, meter) = visit.caller(Class::of(&path, request.method()), side)?;
@@ -125,6 +125,11 @@ pub(crate) async fn authenticate(
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     let (scheme, token) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked(7)?;
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+/// Anthropic's clients send their key in a header of its own. It counts on their routes alone.
+fn anthropic_key<'a>(path: &str, headers: &'a HeaderMap) -> Option<&'a [u8]> {
+    anthropic::is_here(path).then(|| anthropic::key(headers)).flatten()
 }
 
 /// What is known of a request before its handler.

@@ -3,6 +3,7 @@
 
 mod activity;
 mod admin;
+mod anthropic;
 mod auth;
 mod backend;
 mod body;
@@ -16,12 +17,14 @@ mod leftover;
 mod lorax;
 mod openai;
 mod rate;
+mod responses;
 mod runtime;
 mod server;
 mod service;
 #[cfg(test)]
 mod tests;
 mod tokenize;
+mod turn;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -34,7 +37,7 @@ use tokio::sync::watch;
 
 pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
-pub use config::{HttpLimits, RouterConfig};
+pub use config::{HttpLimits, ReasoningParser, RouterConfig};
 pub use error::{ApiError, Cause, Row};
 pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
 pub use rate::Meter;
@@ -151,6 +154,9 @@ impl App {
             .route("/v1/models/{*id}", get(openai::models::one))
             .route("/v1/completions", post(openai::completions::completions))
             .route("/v1/chat/completions", post(openai::chat::chat_completions))
+            .route("/v1/responses", post(responses::responses))
+            .route("/v1/messages", post(anthropic::messages))
+            .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
             .route("/v1/embeddings", post(service::no_embeddings))
             .route("/v1/load_lora_adapter", post(runtime::load))
             .route("/v1/unload_lora_adapter", post(runtime::unload))
