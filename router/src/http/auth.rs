@@ -17,8 +17,19 @@ use super::rate::Meter;
 use crate::access::Caller;
 
 /// Routes that need no key. Every other one does, unknown ones included.
-const OPEN: &[&str] =
-    &["/", "/health", "/health/live", "/health/ready", "/health/startup", "/startup", "/ping", "/metrics"];
+const OPEN: &[&str] = &[
+    "/",
+    "/docs",
+    "/docs/docs.css",
+    "/docs/docs.js",
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/health/startup",
+    "/startup",
+    "/ping",
+    "/metrics",
+];
 /// Routes that load and unload adapters for other servers' clients.
 const RUNTIME: &[&str] =
     &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"];
@@ -97,6 +108,7 @@ pub(crate) async fn authenticate(
     let counted = meter.filter(|_| request.method() == Method::POST);
     let permit = counted.as_ref().map(|meter| meter.admit()).transpose()?;
     let extensions = request.extensions_mut();
+    extensions.insert(side);
     extensions.insert(caller);
     extensions.insert(UpstreamToken(token));
     if let Some(meter) = counted {

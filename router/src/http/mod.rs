@@ -14,6 +14,7 @@ mod keys;
 mod leftover;
 mod lorax;
 mod openai;
+mod openapi;
 mod rate;
 mod runtime;
 mod server;
@@ -63,6 +64,7 @@ pub struct AppInner {
     pub(crate) started: u64,
     /// Bodies of `/v1/models`.
     pub(crate) models: openai::models::Bodies,
+    pub(crate) documents: openapi::Documents,
     draining: AtomicBool,
     stop_asked: watch::Sender<bool>,
     /// True: requests that still run end now.
@@ -110,6 +112,7 @@ impl App {
             metrics: Arc::default(),
             started: unix_seconds(),
             models: Default::default(),
+            documents: Default::default(),
             draining: AtomicBool::new(false),
             stop_asked: watch::Sender::new(false),
             ending: watch::Sender::new(false),
@@ -152,6 +155,7 @@ impl App {
             .route("/load_lora_adapter", post(runtime::sglang_load))
             .route("/unload_lora_adapter", post(runtime::sglang_unload))
             .merge(admin::routes())
+            .merge(openapi::routes())
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
@@ -167,6 +171,7 @@ impl App {
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))
             .route("/metrics", get(service::metrics))
+            .merge(openapi::routes())
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Admin), auth::authenticate))

@@ -1,0 +1,1 @@
+//! The document against the router and the handlers.
