@@ -6,8 +6,8 @@ use utoipa::openapi::path::HttpMethod::{Delete, Get, Post, Put};
 use super::draft::{Access, Draft, Op};
 use super::other_routes::LOADING;
 use super::schemas::admin::{
-    Adapter, AdapterPage, AdapterReport, Alias, AliasList, Drained, PinRequest, PutAdapterRequest, PutAliasRequest, Status,
-    ValidateAdapterRequest,
+    Adapter, AdapterPage, AdapterReport, Alias, AliasList, Drained, PinRequest, PutAdapterRequest, PutAliasRequest,
+    Status, ValidateAdapterRequest,
 };
 use super::{integer, one_of, text};
 use crate::adapters::AdapterState;
@@ -79,7 +79,11 @@ fn adapters(draft: &mut Draft<'_>) {
         .admin()
         .says("Register and load an adapter", "A name that exists gets the new content once it is ready.")
         .named()
-        .in_query("wait", text().pattern(Some(r"^[0-9]{1,2}(\.[0-9]{1,3})?(ms|s)?$")).build(), "How long: `30s`, `500ms`.")
+        .in_query(
+            "wait",
+            text().pattern(Some(r"^[0-9]{1,2}(\.[0-9]{1,3})?(ms|s)?$")).build(),
+            "How long: `30s`, `500ms`.",
+        )
         .body::<PutAdapterRequest>(reference)
         .reply::<Adapter>(200, "It can serve.")
         .reply::<Adapter>(202, "It is still loading.")
@@ -148,7 +152,9 @@ fn aliases(draft: &mut Draft<'_>) {
         .says("Make or change an alias", "All versions in one step.")
         .named()
         .of_namespace()
-        .body::<PutAliasRequest>(json!({"versions": [{"adapter": "sql-v1", "weight": 9}, {"adapter": "sql-v2", "weight": 1}]}))
+        .body::<PutAliasRequest>(
+            json!({"versions": [{"adapter": "sql-v1", "weight": 9}, {"adapter": "sql-v2", "weight": 1}]}),
+        )
         .reply::<Alias>(200, "The alias.")
         .refuses(stale)
         .done();

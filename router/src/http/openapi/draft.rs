@@ -3,16 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 use utoipa::openapi::extensions::ExtensionsBuilder;
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{HttpMethod, Operation, OperationBuilder, ParameterBuilder, ParameterIn, PathsBuilder};
 use utoipa::openapi::request_body::RequestBodyBuilder;
-use utoipa::openapi::schema::{Object, Type};
+use utoipa::openapi::schema::{AnyOfBuilder, ArrayBuilder, Object, Type};
 use utoipa::openapi::{
-    AnyOfBuilder, ArrayBuilder, Components, Content, ContentBuilder, Info, OpenApi, PathItem, Ref, RefOr, Required, Response, ResponseBuilder, Schema,
-    SecurityRequirement, Tag, security,
+    Components, Content, ContentBuilder, Info, OpenApi, PathItem, Ref, RefOr, Required, Response, ResponseBuilder,
+    Schema, SecurityRequirement, Tag, security,
 };
-use utoipa::ToSchema;
 
 use super::Facts;
 use super::schemas::generation::ErrorReply;

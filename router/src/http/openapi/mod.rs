@@ -30,6 +30,7 @@ use utoipa::openapi::{InfoBuilder, License, Tag};
 use self::draft::Draft;
 use super::App;
 use super::auth::Side;
+use super::openai::validate::LOGIT_BIAS_MAX;
 
 /// Documents that are kept: a server changes from loading to ready, and its keys can be read again.
 const KEPT_MAX: usize = 8;
@@ -116,6 +117,7 @@ impl App {
         let context = self.config.max_model_len.map_or(shard.context_tokens, |max| max.min(shard.context_tokens));
         let timeout = u64::try_from(self.config.adapter_load_timeout.as_millis()).unwrap_or(u64::MAX);
         let mut bounds = BTreeMap::from([
+            ("logit_bias_max", LOGIT_BIAS_MAX as u64),
             ("n_max", u64::from(limits.n_max)),
             ("composed_max", limits.composed_max as u64),
             ("native_stops_max", limits.native_stops_max as u64),
@@ -178,7 +180,7 @@ const ABOUT: &str = "One base model and many LoRA adapters in one batch. Unknown
 fn set_bounds(value: &mut Value, bounds: &BTreeMap<&'static str, u64>) {
     match value {
         Value::Object(map) => {
-            for keyword in ["maximum", "maxItems"] {
+            for keyword in ["maximum", "maxItems", "maxProperties"] {
                 let named = map.remove(&format!("x-{keyword}"));
                 if let Some(bound) = named.as_ref().and_then(Value::as_str).and_then(|name| bounds.get(name)) {
                     map.insert(keyword.to_owned(), (*bound).into());

@@ -54,7 +54,11 @@ impl Op<'_, '_> {
         let timeout = number().exclusive_minimum(Some(0)).build();
         let op = self
             .in_header("x-request-timeout", timeout, "Seconds; never longer than the server's own limit.")
-            .in_header("x-adapter-token", text().max_length(Some(4096)).build(), "The caller's own credential for the adapter's source.")
+            .in_header(
+                "x-adapter-token",
+                text().max_length(Some(4096)).build(),
+                "The caller's own credential for the adapter's source.",
+            )
             .refuses(GENERATION);
         SOURCE_HEADERS.into_iter().fold(op, |op, (name, meaning)| op.header(200, name, meaning))
     }

@@ -7,9 +7,7 @@ use super::draft::{Access, Draft, Op, Shape};
 use super::openai_routes::completion_example;
 use super::schemas::chat::{ChatCompletion, ChatCompletionChunk, ChatCompletionRequest};
 use super::schemas::completions::{Completion, CompletionChunk, CompletionRequest};
-use super::schemas::lorax::{
-    CompatGenerateRequest, GenerateEvent, GenerateReply, GenerateRequest, Info,
-};
+use super::schemas::lorax::{CompatGenerateRequest, GenerateEvent, GenerateReply, GenerateRequest, Info};
 use super::schemas::runtime::{LoadLoraRequest, SglangLoaded, UnloadLoraRequest};
 use super::schemas::service::{
     DetokenizeRequest, Detokenized, Load, TokenizeChat, TokenizeInputs, TokenizePrompt, TokenizeReply, Version,
@@ -66,7 +64,7 @@ pub(super) fn add(draft: &mut Draft<'_>) {
     service(draft);
 }
 
-fn with_work(op: Op<'_, '_>) -> Op<'_, '_> {
+fn with_work<'d, 'a>(op: Op<'d, 'a>) -> Op<'d, 'a> {
     WORK_HEADERS.into_iter().fold(op, |op, (name, meaning)| op.header(200, name, meaning))
 }
 
@@ -95,7 +93,10 @@ fn lorax(draft: &mut Draft<'_>) {
     let op = draft
         .op(Post, "/", "compatGenerate")
         .tag(LORAX)
-        .says("Generate a text", "What clients that know only a base URL call: the reply is a list of one text, or a stream.")
+        .says(
+            "Generate a text",
+            "What clients that know only a base URL call: the reply is a list of one text, or a stream.",
+        )
         .shape(Shape::Lorax)
         .body::<CompatGenerateRequest>(inputs)
         .reply_any(200, "A list of one text, or with `stream` server-sent events.", |any| any.list::<GenerateReply>())
@@ -245,11 +246,6 @@ fn service(draft: &mut Draft<'_>) {
         let op = draft.op(Get, path, id).tag(SERVICE).says("Started?", "503 until the model was ready once.");
         op.access(Access::Open).empty(200, "Started.").refuses(&[Cause::NotReady]).done();
     }
-    draft
-        .op(Get, "/version", "version")
-        .tag(SERVICE)
-        .says("Version", "")
-        .reply::<Version>(200, "The version.")
-        .done();
+    draft.op(Get, "/version", "version").tag(SERVICE).says("Version", "").reply::<Version>(200, "The version.").done();
     draft.op(Get, "/load", "load").tag(SERVICE).says("Load", "").reply::<Load>(200, "The load.").done();
 }

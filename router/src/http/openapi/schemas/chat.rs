@@ -1,7 +1,7 @@
 //! `/v1/chat/completions`.
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::generation::{AdapterFields, PromptPosition, SamplingFields, StopReason, Usage};

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use serde_json::json;
 use utoipa::ToSchema;
 
 use super::generation::{AdapterFields, PromptPosition, SamplingFields, StopReason, TokenId, Usage};

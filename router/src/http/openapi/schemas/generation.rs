@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 /// A token id of the model's vocabulary.
@@ -167,7 +167,7 @@ pub(in crate::http::openapi) struct SamplingFields {
     #[schema(exclusive_minimum = 0, maximum = 10, default = 1)]
     repetition_penalty: Option<f64>,
     /// Added to logits: token id to -100..100.
-    #[schema(max_properties = 1024, example = json!({"7": -100}))]
+    #[schema(example = json!({"7": -100}), extensions(("x-maxProperties" = json!("logit_bias_max"))))]
     logit_bias: Option<BTreeMap<String, Bias>>,
     /// Nothing else may be generated.
     #[schema(min_items = 1)]

@@ -1,7 +1,6 @@
 //! LoRAX's own routes.
 
 use serde::Serialize;
-use serde_json::json;
 use utoipa::ToSchema;
 
 use super::generation::AdapterSource;
