@@ -10,7 +10,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 use secrecy::SecretString;
 
-use super::App;
+use super::{App, anthropic};
 use super::error::{ApiError, Cause};
 use super::keys::{Key, KeyRing};
 use super::rate::Meter;
@@ -22,6 +22,8 @@ const OPEN: &[&str] = &[
     "/docs",
     "/docs/docs.css",
     "/docs/docs.js",
+    "/console",
+    "/console/{file}",
     "/health",
     "/health/live",
     "/health/ready",
@@ -35,6 +37,8 @@ const RUNTIME: &[&str] =
     &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"];
 /// What a trusted peer of this machine may call without a key.
 const LOOPBACK: &[&str] = &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"];
+/// Routes of the main port that the console's playground needs on the operator's listener too, by the same keys.
+const PLAYGROUND: &[&str] = &["/v1/models", "/v1/completions", "/v1/chat/completions"];
 /// Where the admin API begins.
 const ADMIN: &str = "/admin/v1";
 /// Bytes of a caller's own token for an adapter's source.
@@ -100,7 +104,7 @@ pub(crate) async fn authenticate(
         ring: &ring,
         path: &path,
         peer: request.extensions().get::<Peer>().map(|peer| peer.0),
-        bearer: bearer(request.headers()),
+        bearer: bearer(request.headers()).or_else(|| anthropic_key(&path, request.headers())),
         headers: request.headers(),
     };
     let (caller, meter) = visit.caller(Class::of(&path, request.method()), side)?;
@@ -127,6 +131,11 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
+/// Anthropic's clients send their key in a header of its own. It counts on their routes alone.
+fn anthropic_key<'a>(path: &str, headers: &'a HeaderMap) -> Option<&'a [u8]> {
+    anthropic::is_here(path).then(|| anthropic::key(headers)).flatten()
+}
+
 /// What is known of a request before its handler.
 struct Visit<'a> {
     app: &'a App,
@@ -143,6 +152,10 @@ impl Visit<'_> {
     fn caller(&self, class: Class, side: Side) -> Result<Admitted, ApiError> {
         match (class, side) {
             (Class::Open, _) => Ok((Caller::default(), None)),
+            (Class::Keyed, Side::Admin) if PLAYGROUND.contains(&self.path) => {
+                self.no_other_page()?;
+                self.keyed()
+            }
             (_, Side::Admin) => self.admin_listener(),
             (Class::Admin, Side::Main) if self.ring.has_admin => self.admin(),
             (Class::Runtime, Side::Main) => self.runtime(),
@@ -190,15 +203,22 @@ impl Visit<'_> {
         Ok(admitted(key))
     }
 
-    /// Without an admin key, whoever reaches the operator's listener is the operator; but a page in their browser is not.
+    /// Without an admin key, whoever reaches the operator's listener is the operator; but a page in their browser is not,
+    /// unless it is the console that this listener serves.
     fn admin_listener(&self) -> Result<Admitted, ApiError> {
         if self.ring.has_admin {
             return self.admin();
         }
-        if self.is_web_page() || !self.names_this_machine() {
+        self.no_other_page()?;
+        Ok((Caller { is_admin: true, ..Caller::default() }, None))
+    }
+
+    /// Refuses what a web page sends that this listener did not serve.
+    fn no_other_page(&self) -> Result<(), ApiError> {
+        if (self.is_web_page() && !self.is_own_page()) || !self.names_this_machine() {
             return Err(forbidden("requests of web pages need an admin key (--admin-key)"));
         }
-        Ok((Caller { is_admin: true, ..Caller::default() }, None))
+        Ok(())
     }
 
     /// With an admin key on this server, these routes are the admin's; else everybody's who has a key.
@@ -229,6 +249,18 @@ impl Visit<'_> {
     /// Browsers say so with every request that changes something.
     fn is_web_page(&self) -> bool {
         ["origin", "sec-fetch-site"].iter().any(|name| self.headers.contains_key(*name))
+    }
+
+    /// The page came from here, as its browser says: no page can write `Sec-Fetch-Site`, and the only pages of this origin
+    /// are the console and the document's, which run no script of anybody else. Counts only where [`Self::names_this_machine`] is asked as well.
+    fn is_own_page(&self) -> bool {
+        let text = |name| self.headers.get(name).map(|value| value.to_str().unwrap_or(""));
+        let from_here = match (text("origin"), text("host")) {
+            (None, _) => true,
+            (Some(origin), Some(host)) => ["http", "https"].iter().any(|scheme| origin == format!("{scheme}://{host}")),
+            (Some(_), None) => false,
+        };
+        text("sec-fetch-site") == Some("same-origin") && from_here
     }
 
     /// A page whose name was made to mean this machine reads what its own origin answers, and says nothing of itself but the

@@ -3,10 +3,12 @@
 
 mod activity;
 mod admin;
+mod anthropic;
 mod auth;
 mod backend;
 mod body;
 mod config;
+mod console;
 mod envelope;
 mod error;
 mod json;
@@ -16,12 +18,14 @@ mod lorax;
 mod openai;
 mod openapi;
 mod rate;
+mod responses;
 mod runtime;
 mod server;
 mod service;
 #[cfg(test)]
 mod tests;
 mod tokenize;
+mod turn;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -65,6 +69,8 @@ pub struct AppInner {
     /// Bodies of `/v1/models`.
     pub(crate) models: openai::models::Bodies,
     pub(crate) documents: openapi::Documents,
+    /// What the console plots.
+    pub(crate) recorder: console::Recorder,
     draining: AtomicBool,
     stop_asked: watch::Sender<bool>,
     /// True: requests that still run end now.
@@ -113,6 +119,7 @@ impl App {
             started: unix_seconds(),
             models: Default::default(),
             documents: Default::default(),
+            recorder: console::Recorder::default(),
             draining: AtomicBool::new(false),
             stop_asked: watch::Sender::new(false),
             ending: watch::Sender::new(false),
@@ -129,7 +136,8 @@ impl App {
     pub fn router(&self) -> Router {
         let app = self.clone();
         Router::new()
-            .route("/", get(service::ready).post(lorax::compat))
+            .route("/", get(console::front).post(lorax::compat))
+            .merge(console::routes())
             .route("/generate", post(lorax::generate))
             .route("/generate_stream", post(lorax::generate_stream))
             .route("/invocations", post(lorax::invocations))
@@ -149,6 +157,9 @@ impl App {
             .route("/v1/models/{*id}", get(openai::models::one))
             .route("/v1/completions", post(openai::completions::completions))
             .route("/v1/chat/completions", post(openai::chat::chat_completions))
+            .route("/v1/responses", post(responses::responses))
+            .route("/v1/messages", post(anthropic::messages))
+            .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
             .route("/v1/embeddings", post(service::no_embeddings))
             .route("/v1/load_lora_adapter", post(runtime::load))
             .route("/v1/unload_lora_adapter", post(runtime::unload))
@@ -167,6 +178,11 @@ impl App {
     pub fn admin_router(&self) -> Router {
         let app = self.clone();
         admin::routes()
+            .merge(console::routes())
+            .route("/", get(console::front))
+            .route("/v1/models", get(openai::models::list))
+            .route("/v1/completions", post(openai::completions::completions))
+            .route("/v1/chat/completions", post(openai::chat::chat_completions))
             .route("/health", get(service::ready))
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))

@@ -5,6 +5,7 @@ mod detokenizer;
 pub mod grammar;
 mod growth;
 mod python;
+mod reasoning;
 mod stop;
 mod strftime;
 mod template;
@@ -12,6 +13,7 @@ mod template;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod tools;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -23,6 +25,10 @@ use tokio::sync::Semaphore;
 pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatPrompt, ChatTemplate, TemplateError};
+
+pub(crate) use reasoning::{ReasoningDelta, ReasoningReader, THINK_END, THINK_START};
+pub use tools::ToolFormat;
+pub(crate) use tools::{ToolDelta, ToolReader};
 
 use detokenizer::TokenTable;
 use template::{SharedTemplate, SpecialTokens};

@@ -1,5 +1,6 @@
 //! The HTTP side with a scripted engine in the place of the real one.
 
+mod anthropic;
 mod chat;
 mod completions;
 mod envelope;
@@ -7,6 +8,7 @@ mod keys;
 mod lorax;
 mod models;
 mod operator;
+mod responses;
 mod server;
 mod stream;
 mod validation;
