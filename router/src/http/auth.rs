@@ -10,10 +10,10 @@ use axum::middleware::Next;
 use axum::response::Response;
 use secrecy::SecretString;
 
-use super::{App, anthropic};
 use super::error::{ApiError, Cause};
 use super::keys::{Key, KeyRing};
 use super::rate::Meter;
+use super::{App, anthropic};
 use crate::access::Caller;
 
 /// Routes that need no key. Every other one does, unknown ones included.

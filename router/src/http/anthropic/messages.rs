@@ -172,7 +172,8 @@ fn joined(messages: Vec<Placed>) -> Vec<Placed> {
             && message["role"] != "tool"
             && last.get("tool_calls").is_none()
             && message.get("reasoning_content").is_none()
-            && let (Some(Value::Array(parts)), Some(Value::Array(more))) = (last.get_mut("content"), message.get_mut("content"))
+            && let (Some(Value::Array(parts)), Some(Value::Array(more))) =
+                (last.get_mut("content"), message.get_mut("content"))
         {
             parts.append(more);
             if let (Some(last), Some(calls)) = (last.as_object_mut(), message.get("tool_calls")) {

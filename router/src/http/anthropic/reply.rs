@@ -24,7 +24,12 @@ impl Head {
         Self { id: format!("msg_{}", uuid::Uuid::new_v4().simple()), model }
     }
 
-    pub(super) fn message<'a>(&'a self, content: &'a [Block], stop: Option<&'a TurnStop>, usage: TurnUsage) -> Message<'a> {
+    pub(super) fn message<'a>(
+        &'a self,
+        content: &'a [Block],
+        stop: Option<&'a TurnStop>,
+        usage: TurnUsage,
+    ) -> Message<'a> {
         Message {
             id: &self.id,
             kind: "message",

@@ -97,7 +97,8 @@ fn sampling(fields: &Fields<'_>, translated: &mut Translated) -> Result<(), ApiE
 fn thinking(fields: &Fields<'_>, translated: &mut Translated) -> Result<(), ApiError> {
     let Some(thinking) = fields.object("thinking")? else { return Ok(()) };
     let kind = thinking.string("type")?.ok_or_else(|| ApiError::missing("thinking.type"))?;
-    let budget = thinking.integer("budget_tokens", &format!("an integer >= {THINKING_BUDGET_MIN}"), |n| n >= THINKING_BUDGET_MIN)?;
+    let budget = thinking
+        .integer("budget_tokens", &format!("an integer >= {THINKING_BUDGET_MIN}"), |n| n >= THINKING_BUDGET_MIN)?;
     let enable = match kind {
         "enabled" if budget.is_none() => return Err(ApiError::missing("thinking.budget_tokens")),
         "enabled" | "adaptive" => true,

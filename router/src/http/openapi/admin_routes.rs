@@ -9,12 +9,16 @@ use super::schemas::admin::{
     Adapter, AdapterPage, AdapterReport, Alias, AliasList, Drained, PinRequest, PutAdapterRequest, PutAliasRequest,
     Status, ValidateAdapterRequest,
 };
+use super::schemas::live::Live;
 use super::{integer, one_of, text};
 use crate::adapters::AdapterState;
 use crate::http::error::Cause;
 
 /// The tag of these routes.
 pub(super) const TAG: &str = "Admin";
+
+/// What adapters are sorted by.
+const SORT: &str = "^-?(name|state|rank|bytes|residency|sequences|last_used)$";
 
 /// Adds them.
 pub(super) fn add(draft: &mut Draft<'_>) {
@@ -23,6 +27,11 @@ pub(super) fn add(draft: &mut Draft<'_>) {
     aliases(draft);
     let op = draft.op(Get, "/admin/v1/status", "adminStatus").tag(TAG).access(Access::Admin);
     op.says("What the server holds and does", "").reply::<Status>(200, "The status.").done();
+    let op = draft.op(Get, "/admin/v1/live", "adminLive").tag(TAG).access(Access::Admin);
+    op.says("What happens now", "Small enough to be asked once a second.")
+        .in_query("since", integer().minimum(Some(0)).build(), "`next` of the answer before: only newer points.")
+        .reply::<Live>(200, "Now, and the last minutes.")
+        .done();
     let says = "No new requests from now on; running ones finish; then the process ends.";
     let op = draft.op(Post, "/admin/v1/drain", "adminDrain").tag(TAG).access(Access::Admin);
     op.says("Stop", says).reply::<Drained>(200, "It drains.").done();
@@ -55,6 +64,9 @@ fn adapters(draft: &mut Draft<'_>) {
         .in_query("namespace", text().pattern(Some("^[A-Za-z0-9._-]*$")).build(), "Only its names.")
         .in_query("limit", integer().minimum(Some(1)).maximum(Some(1000)).build(), "Of one page; 100 by default.")
         .in_query("after", text().build(), "`next` of the page before.")
+        .in_query("contains", text().build(), "Only names that hold this; not with `prefix` and `after`.")
+        .in_query("sort", text().pattern(Some(SORT)).build(), "By what; `-` in front: the largest first.")
+        .in_query("offset", integer().minimum(Some(0)).build(), "How many to leave out.")
         .reply::<AdapterPage>(200, "A page.")
         .done();
     draft

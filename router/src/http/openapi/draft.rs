@@ -15,6 +15,7 @@ use utoipa::openapi::{
 };
 
 use super::Facts;
+use super::schemas::anthropic::AnthropicError;
 use super::schemas::generation::ErrorReply;
 use super::schemas::lorax::LoraxError;
 use super::schemas::runtime::SglangError;
@@ -42,6 +43,7 @@ pub(super) enum Access {
 pub(super) enum Shape {
     Envelope,
     Lorax,
+    Anthropic,
     Vllm,
     Sglang,
     /// By the body of the request.
@@ -294,6 +296,7 @@ impl Op<'_, '_> {
         let schema: RefOr<Schema> = match self.shape {
             Shape::Envelope | Shape::Vllm => self.draft.reference::<ErrorReply>().into(),
             Shape::Lorax => self.draft.reference::<LoraxError>().into(),
+            Shape::Anthropic => self.draft.reference::<AnthropicError>().into(),
             Shape::Sglang => {
                 let any = [self.draft.reference::<SglangError>(), self.draft.reference::<ErrorReply>()];
                 any.into_iter().fold(AnyOfBuilder::new(), |any, one| any.item(one)).into()
@@ -349,7 +352,7 @@ fn error_response(status: u16, codes: &BTreeSet<&str>, schema: RefOr<Schema>) ->
 fn statuses(shape: Shape, cause: Cause) -> Vec<u16> {
     let own = cause.row().status.as_u16();
     let mut all = match shape {
-        Shape::Envelope => vec![own],
+        Shape::Envelope | Shape::Anthropic => vec![own],
         Shape::Lorax => vec![lorax_status(cause)],
         Shape::LoraxOrEnvelope => vec![own, lorax_status(cause)],
         // Their clients know 400 for whatever is wrong with an adapter.

@@ -10,8 +10,6 @@ mod openai_routes;
 mod other_routes;
 mod page;
 mod schemas;
-#[cfg(test)]
-mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -118,6 +116,7 @@ impl App {
         let timeout = u64::try_from(self.config.adapter_load_timeout.as_millis()).unwrap_or(u64::MAX);
         let mut bounds = BTreeMap::from([
             ("logit_bias_max", LOGIT_BIAS_MAX as u64),
+            ("metadata_max", 16),
             ("n_max", u64::from(limits.n_max)),
             ("composed_max", limits.composed_max as u64),
             ("native_stops_max", limits.native_stops_max as u64),
@@ -142,11 +141,19 @@ fn document_of(facts: &Facts) -> Value {
     let mut draft = Draft::new(facts);
     let mut tags = Vec::new();
     if facts.is_admin_listener {
+        openai_routes::shared(&mut draft);
         other_routes::health(&mut draft);
+        tags.push(openai_routes::TAG);
     } else {
         openai_routes::add(&mut draft);
         other_routes::add(&mut draft);
-        tags.extend([openai_routes::TAG, other_routes::LORAX, other_routes::TOKENIZER, other_routes::RUNTIME]);
+        tags.extend([
+            openai_routes::TAG,
+            openai_routes::ANTHROPIC,
+            other_routes::LORAX,
+            other_routes::TOKENIZER,
+            other_routes::RUNTIME,
+        ]);
     }
     // On the main listener the admin routes exist where an admin key is set.
     if facts.is_admin_listener || facts.has_admin {

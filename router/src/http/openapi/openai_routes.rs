@@ -1,17 +1,21 @@
-//! OpenAI's routes.
+//! OpenAI's and Anthropic's routes.
 
 use serde_json::{Value, json};
 use utoipa::openapi::path::HttpMethod::{Get, Post};
 
-use super::draft::{Access, Draft, Op};
+use super::draft::{Draft, Op, Shape};
+use super::schemas::anthropic::{Message, MessageEvent, MessageTokenCount, MessagesPrompt, MessagesRequest};
 use super::schemas::chat::{ChatCompletion, ChatCompletionChunk, ChatCompletionRequest};
 use super::schemas::completions::{Completion, CompletionChunk, CompletionRequest};
 use super::schemas::models::{EmbeddingRequest, Model, ModelList};
+use super::schemas::responses::{ResponseEvent, ResponseObject, ResponseRequest};
 use super::{number, text};
 use crate::http::error::Cause;
 
 /// The tag of these routes.
 pub(super) const TAG: &str = "OpenAI";
+/// The tag of Anthropic's.
+pub(super) const ANTHROPIC: &str = "Anthropic";
 
 /// What stands in the way of generating.
 pub(super) const GENERATION: &[Cause] = &[
@@ -66,6 +70,55 @@ impl Op<'_, '_> {
 
 /// Adds them.
 pub(super) fn add(draft: &mut Draft<'_>) {
+    shared(draft);
+    let model = draft.facts.model.clone();
+    let events = "The whole, or with `stream` server-sent events, each with its name and a `type`.";
+    draft
+        .op(Post, "/v1/responses", "createResponse")
+        .tag(TAG)
+        .says("Respond", "OpenAI's Responses, without anything kept between requests.")
+        .body::<ResponseRequest>(json!({"model": model, "input": "Hello!", "max_output_tokens": 32}))
+        .reply::<ResponseObject>(200, events)
+        .events::<ResponseEvent>(200, events)
+        .generates()
+        .done();
+    draft
+        .op(Post, "/v1/embeddings", "createEmbedding")
+        .tag(TAG)
+        .says("Embeddings", "Always refused: the served model generates text.")
+        .body::<EmbeddingRequest>(json!({"model": model, "input": "Hello!"}))
+        .done();
+    anthropic(draft, &model);
+}
+
+fn anthropic(draft: &mut Draft<'_>, model: &str) {
+    let prompt = json!({"model": model, "messages": [{"role": "user", "content": "Hello!"}]});
+    let mut message = prompt.clone();
+    message["max_tokens"] = 32.into();
+    let events = "The whole, or with `stream` server-sent events, each with its name and a `type`.";
+    draft
+        .op(Post, "/v1/messages", "createMessage")
+        .tag(ANTHROPIC)
+        .says("Go on with a chat", "The key may come in `x-api-key`.")
+        .shape(Shape::Anthropic)
+        .body::<MessagesRequest>(message)
+        .reply::<Message>(200, events)
+        .events::<MessageEvent>(200, events)
+        .generates()
+        .done();
+    draft
+        .op(Post, "/v1/messages/count_tokens", "countMessageTokens")
+        .tag(ANTHROPIC)
+        .says("Tokens that a message would have as a prompt", "")
+        .shape(Shape::Anthropic)
+        .body::<MessagesPrompt>(prompt)
+        .reply::<MessageTokenCount>(200, "The tokens.")
+        .refuses(&[Cause::ModelNotFound, Cause::NotReady, Cause::Draining])
+        .done();
+}
+
+/// Routes that the operator's listener has too, for the console.
+pub(super) fn shared(draft: &mut Draft<'_>) {
     let model = draft.facts.model.clone();
     let streams = "The whole, or with `stream` server-sent events: `data:` lines that hold one chunk each, `: ping` comments, \
                    `data: [DONE]` at the end. A failure on the way is one event with the error, and no `[DONE]`.";
@@ -95,6 +148,9 @@ pub(super) fn add(draft: &mut Draft<'_>) {
         .reply::<ModelList>(200, "What this key may send as `model`.")
         .refuses(&[Cause::NotReady, Cause::Draining])
         .done();
+    if draft.facts.is_admin_listener {
+        return;
+    }
     draft
         .op(Get, "/v1/models/{id}", "retrieveModel")
         .tag(TAG)
@@ -102,13 +158,6 @@ pub(super) fn add(draft: &mut Draft<'_>) {
         .in_path("id", "Percent-encoded; may hold `/`.")
         .reply::<Model>(200, "The model.")
         .refuses(&[Cause::ModelNotFound, Cause::NotReady, Cause::Draining])
-        .done();
-    draft
-        .op(Post, "/v1/embeddings", "createEmbedding")
-        .tag(TAG)
-        .says("Embeddings", "Always refused: the served model generates text.")
-        .access(Access::Keyed)
-        .body::<EmbeddingRequest>(json!({"model": model, "input": "Hello!"}))
         .done();
 }
 

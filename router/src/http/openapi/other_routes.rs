@@ -199,13 +199,24 @@ pub(super) fn health(draft: &mut Draft<'_>) {
     let not_ready = &[Cause::NotReady, Cause::Draining];
     let mut paths = vec![(Get, "/health", "health"), (Get, "/health/ready", "healthReady")];
     if !draft.facts.is_admin_listener {
-        let main = [(Get, "/", "root"), (Get, "/ping", "ping"), (Post, "/ping", "postPing")];
-        paths.extend(main);
+        paths.extend([(Get, "/ping", "ping"), (Post, "/ping", "postPing")]);
     }
     for (method, path, id) in paths {
         let op = draft.op(method, path, id).tag(SERVICE).says("Ready?", ready).access(Access::Open);
         op.empty(200, "Ready.").refuses(not_ready).done();
     }
+    draft
+        .op(Get, "/", "root")
+        .tag(SERVICE)
+        .says(
+            "Ready? Or the console",
+            "Browsers (`accept` names `text/html`) get the console, all others what `/health` says.",
+        )
+        .access(Access::Open)
+        .text(200, "text/html", "Ready, or the console.")
+        .empty(304, "The browser has the console already.")
+        .refuses(not_ready)
+        .done();
     draft
         .op(Get, "/health/live", "healthLive")
         .tag(SERVICE)
@@ -231,6 +242,12 @@ pub(super) fn health(draft: &mut Draft<'_>) {
         .header(200, "etag", "Changes with the document.")
         .empty(304, "Still the same.")
         .done();
+    let op = draft.op(Get, "/console", "console").tag(SERVICE).says("The console", "").access(Access::Open);
+    op.text(200, "text/html", "The page.").empty(304, "Still the same.").done();
+    let op = draft.op(Get, "/console/{file}", "consoleFile").tag(SERVICE).says("A file of the console", "");
+    let op = op.access(Access::Open).in_path("file", "Its name.").empty(304, "Still the same.");
+    let op = op.text(200, "text/css", "The file.").text(200, "text/javascript", "").text(200, "image/svg+xml", "");
+    op.refuses(&[Cause::RouteNotFound]).done();
     for (path, id, media, what) in [
         ("/docs", "docs", "text/html", "The page that shows this document"),
         ("/docs/docs.css", "docsStyle", "text/css", "Its style"),

@@ -22,16 +22,61 @@ struct Event<'a> {
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Body<'a> {
-    Response { response: ResponseObject<'a> },
-    Item { output_index: usize, item: &'a Item },
-    Part { item_id: &'a str, output_index: usize, content_index: usize, part: &'a Part },
-    TextDelta { item_id: &'a str, output_index: usize, content_index: usize, delta: &'a str, logprobs: &'a [ChatLogprob] },
-    TextDone { item_id: &'a str, output_index: usize, content_index: usize, text: &'a str, logprobs: &'a [ChatLogprob] },
-    ReasoningDelta { item_id: &'a str, output_index: usize, content_index: usize, delta: &'a str },
-    ReasoningDone { item_id: &'a str, output_index: usize, content_index: usize, text: &'a str },
-    ArgumentsDelta { item_id: &'a str, output_index: usize, delta: &'a str },
-    ArgumentsDone { item_id: &'a str, output_index: usize, name: &'a str, arguments: &'a str },
-    Error { code: &'a str, message: &'a str, param: Option<&'a str> },
+    Response {
+        response: ResponseObject<'a>,
+    },
+    Item {
+        output_index: usize,
+        item: &'a Item,
+    },
+    Part {
+        item_id: &'a str,
+        output_index: usize,
+        content_index: usize,
+        part: &'a Part,
+    },
+    TextDelta {
+        item_id: &'a str,
+        output_index: usize,
+        content_index: usize,
+        delta: &'a str,
+        logprobs: &'a [ChatLogprob],
+    },
+    TextDone {
+        item_id: &'a str,
+        output_index: usize,
+        content_index: usize,
+        text: &'a str,
+        logprobs: &'a [ChatLogprob],
+    },
+    ReasoningDelta {
+        item_id: &'a str,
+        output_index: usize,
+        content_index: usize,
+        delta: &'a str,
+    },
+    ReasoningDone {
+        item_id: &'a str,
+        output_index: usize,
+        content_index: usize,
+        text: &'a str,
+    },
+    ArgumentsDelta {
+        item_id: &'a str,
+        output_index: usize,
+        delta: &'a str,
+    },
+    ArgumentsDone {
+        item_id: &'a str,
+        output_index: usize,
+        name: &'a str,
+        arguments: &'a str,
+    },
+    Error {
+        code: &'a str,
+        message: &'a str,
+        param: Option<&'a str>,
+    },
 }
 
 /// Numbers events and writes them one behind the other.
@@ -89,7 +134,10 @@ impl Writer {
                 self.event("response.reasoning_text.delta", body);
             }
             Item::FunctionCall { .. } => {
-                self.event("response.function_call_arguments.delta", Body::ArgumentsDelta { item_id, output_index, delta });
+                self.event(
+                    "response.function_call_arguments.delta",
+                    Body::ArgumentsDelta { item_id, output_index, delta },
+                );
             }
         }
     }

@@ -123,7 +123,10 @@ fn text_part(value: &Value, path: String) -> Result<Value, ApiError> {
         "refusal" => ("refusal", "refusal"),
         other => {
             let param = fields.param("type");
-            let message = format!("`{param}` must be input_text or output_text (this model reads nothing else); got {}", cut(other));
+            let message = format!(
+                "`{param}` must be input_text or output_text (this model reads nothing else); got {}",
+                cut(other)
+            );
             return Err(ApiError::at(Cause::InvalidValue, &param, message));
         }
     };

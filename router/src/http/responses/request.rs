@@ -126,7 +126,9 @@ fn truncation(fields: &Fields<'_>) -> Result<&'static str, ApiError> {
 fn tools_and_choice(fields: &Fields<'_>, translated: &mut Translated) -> Result<Value, ApiError> {
     let tools = tools(fields)?;
     let choice = tool_choice(fields, &tools)?;
-    let kept = |tool: &Value| choice.allowed.as_ref().is_none_or(|names| names.iter().any(|n| tool["function"]["name"] == **n));
+    let kept = |tool: &Value| {
+        choice.allowed.as_ref().is_none_or(|names| names.iter().any(|n| tool["function"]["name"] == **n))
+    };
     let tools: Vec<Value> = tools.into_iter().filter(kept).collect();
     if !tools.is_empty() {
         translated.set("tools", tools);
@@ -167,7 +169,9 @@ fn metadata(fields: &Fields<'_>) -> Result<Value, ApiError> {
             return Err(ApiError::invalid(NAME, "a map to strings", type_name(value)));
         };
         if key.chars().count() > METADATA_KEY_CHARS_MAX || text.chars().count() > METADATA_VALUE_CHARS_MAX {
-            let rule = format!("keys of at most {METADATA_KEY_CHARS_MAX} and values of at most {METADATA_VALUE_CHARS_MAX} characters");
+            let rule = format!(
+                "keys of at most {METADATA_KEY_CHARS_MAX} and values of at most {METADATA_VALUE_CHARS_MAX} characters"
+            );
             return Err(ApiError::invalid(NAME, &rule, key));
         }
     }

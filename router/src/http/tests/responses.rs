@@ -152,9 +152,16 @@ async fn logprobs_of_the_text_are_given_where_include_asks() {
     let (_, whole) = call(&app(&script()), PATH, body(false)).await;
     let logprobs = &whole["output"][0]["content"][0]["logprobs"];
     assert_eq!(logprobs.as_array().unwrap().len(), 3, "a, and the two bytes of é; the end shows nothing: {whole}");
-    assert_eq!(logprobs[0], json!({"token": "a", "logprob": -0.25, "bytes": [97], "top_logprobs": [{"token": "a", "logprob": -0.25, "bytes": [97]}]}));
+    assert_eq!(
+        logprobs[0],
+        json!({"token": "a", "logprob": -0.25, "bytes": [97], "top_logprobs": [{"token": "a", "logprob": -0.25, "bytes": [97]}]})
+    );
     let events = streamed(&script(), body(true)).await;
-    let joined: Vec<_> = events.iter().filter(|e| e["type"] == "response.output_text.delta").flat_map(|e| e["logprobs"].as_array().unwrap().clone()).collect();
+    let joined: Vec<_> = events
+        .iter()
+        .filter(|e| e["type"] == "response.output_text.delta")
+        .flat_map(|e| e["logprobs"].as_array().unwrap().clone())
+        .collect();
     assert_eq!(json!(joined), *logprobs);
     let done = events.iter().find(|e| e["type"] == "response.output_text.done").unwrap();
     assert_eq!(done["logprobs"], *logprobs);
@@ -237,9 +244,24 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("input", json!([{"role": "tool", "content": "x"}]), "invalid_value", "input[0].role"),
         ("input", json!([{"type": "message", "content": "x"}]), "missing_field", "input[0].role"),
         ("input", json!([{"role": "user"}]), "missing_field", "input[0].content"),
-        ("input", json!([{"role": "user", "content": [{"type": "input_text"}]}]), "missing_field", "input[0].content[0].text"),
-        ("input", json!([{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]), "invalid_value", "input[0].content[0].type"),
-        ("input", json!([{"type": "function_call", "name": "f", "arguments": "{}"}]), "missing_field", "input[0].call_id"),
+        (
+            "input",
+            json!([{"role": "user", "content": [{"type": "input_text"}]}]),
+            "missing_field",
+            "input[0].content[0].text",
+        ),
+        (
+            "input",
+            json!([{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]),
+            "invalid_value",
+            "input[0].content[0].type",
+        ),
+        (
+            "input",
+            json!([{"type": "function_call", "name": "f", "arguments": "{}"}]),
+            "missing_field",
+            "input[0].call_id",
+        ),
         ("input", json!([{"type": "function_call_output", "call_id": "c"}]), "missing_field", "input[0].output"),
         ("instructions", json!(["x"]), "invalid_value", "instructions"),
         ("previous_response_id", json!("resp_1"), "unsupported_parameter", "previous_response_id"),
@@ -270,7 +292,12 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("tool_choice", json!("maybe"), "invalid_value", "tool_choice"),
         ("tool_choice", json!({"type": "mcp"}), "invalid_value", "tool_choice.type"),
         ("tool_choice", json!({"type": "function"}), "missing_field", "tool_choice.name"),
-        ("tool_choice", json!({"type": "allowed_tools", "tools": [{"name": "g"}]}), "invalid_value", "tool_choice.tools[0].name"),
+        (
+            "tool_choice",
+            json!({"type": "allowed_tools", "tools": [{"name": "g"}]}),
+            "invalid_value",
+            "tool_choice.tools[0].name",
+        ),
         ("n", json!(2), "invalid_value", "n"),
         ("adapters", json!(["a"]), "unsupported_parameter", "adapters"),
         ("top_k", json!(-2), "invalid_value", "top_k"),
@@ -281,8 +308,15 @@ async fn a_bad_field_is_a_400_that_names_it() {
         body[field] = value.clone();
         let (status, reply) = call(&app(&script), PATH, body).await;
         let error = &reply["error"];
-        assert_eq!((status.as_u16(), error["code"].as_str(), error["param"].as_str()), (400, Some(code), Some(param)), "{value}: {reply}");
-        assert!(code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")), "{reply}");
+        assert_eq!(
+            (status.as_u16(), error["code"].as_str(), error["param"].as_str()),
+            (400, Some(code), Some(param)),
+            "{value}: {reply}"
+        );
+        assert!(
+            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
+            "{reply}"
+        );
         assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
     }
     let (status, _) = call(&app(&Script::new()), PATH, json!({"input": "hi", "model": "nobody"})).await;

@@ -12,6 +12,9 @@ pub(in crate::http::openapi) struct AdapterPage {
     /// Send it as `after` for the next page; absent on the last one.
     #[schema(nullable = false)]
     next: Option<String>,
+    /// How many there are; only with `contains`, `sort` or `offset`.
+    #[schema(nullable = false)]
+    total: Option<u64>,
 }
 
 /// A registered adapter.

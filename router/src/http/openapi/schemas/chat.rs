@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::generation::{AdapterFields, PromptPosition, SamplingFields, StopReason, Usage};
+use super::generation::{AdapterFields, DrawingFields, PromptPosition, SamplingFields, StopReason, Usage};
 
 /// A request for the next message of a chat.
 #[derive(Serialize, ToSchema)]
@@ -33,6 +33,8 @@ pub(in crate::http::openapi) struct ChatCompletionRequest {
     chat_template_kwargs: Option<Map<String, Value>>,
     #[serde(flatten)]
     sampling: SamplingFields,
+    #[serde(flatten)]
+    drawing: DrawingFields,
     #[serde(flatten)]
     adapter: AdapterFields,
 }
@@ -178,6 +180,54 @@ pub(in crate::http::openapi) struct ChatReplyMessage {
     /// Always null: this server does not refuse by text.
     #[schema(required = true)]
     refusal: Option<String>,
+    /// What the model thought before it answered.
+    #[schema(nullable = false)]
+    reasoning: Option<String>,
+    /// The same under its older name.
+    #[schema(nullable = false)]
+    reasoning_content: Option<String>,
+    #[schema(nullable = false, min_items = 1)]
+    tool_calls: Option<Vec<ToolCall>>,
+}
+
+/// A call of a function.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct ToolCall {
+    id: String,
+    #[schema(rename = "type")]
+    kind: ToolType,
+    function: FunctionCall,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::http::openapi) enum ToolType {
+    Function,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct FunctionCall {
+    name: String,
+    /// JSON as text.
+    arguments: String,
+}
+
+/// A part of a call: `id`, `type` and `name` come once, `arguments` in pieces.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct ToolCallDelta {
+    index: u32,
+    #[schema(nullable = false)]
+    id: Option<String>,
+    #[schema(rename = "type", nullable = false)]
+    kind: Option<ToolType>,
+    function: FunctionCallDelta,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct FunctionCallDelta {
+    #[schema(nullable = false)]
+    name: Option<String>,
+    arguments: String,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -231,6 +281,12 @@ pub(in crate::http::openapi) struct ChatDelta {
     role: Option<AssistantRole>,
     #[schema(nullable = false)]
     content: Option<String>,
+    #[schema(nullable = false)]
+    reasoning: Option<String>,
+    #[schema(nullable = false)]
+    reasoning_content: Option<String>,
+    #[schema(nullable = false, min_items = 1)]
+    tool_calls: Option<Vec<ToolCallDelta>>,
 }
 
 /// Of the raw distribution, before temperature and penalties.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::generation::{AdapterFields, PromptPosition, SamplingFields, StopReason, TokenId, Usage};
+use super::generation::{AdapterFields, DrawingFields, PromptPosition, SamplingFields, StopReason, TokenId, Usage};
 
 /// A request for completions.
 #[derive(Serialize, ToSchema)]
@@ -29,6 +29,8 @@ pub(in crate::http::openapi) struct CompletionRequest {
     suffix: Option<String>,
     #[serde(flatten)]
     sampling: SamplingFields,
+    #[serde(flatten)]
+    drawing: DrawingFields,
     #[serde(flatten)]
     adapter: AdapterFields,
 }

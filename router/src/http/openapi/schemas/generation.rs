@@ -11,8 +11,7 @@ use utoipa::ToSchema;
 #[schema(minimum = 0)]
 pub(in crate::http::openapi) struct TokenId(u32);
 
-/// Which adapter answers, besides `model`. `adapter_id`, `compose`, `adapters` and an adapter in `model` exclude each
-/// other.
+/// Which adapter answers, besides `model`. `adapter_id`, `compose` and an adapter in `model` exclude each other.
 #[derive(Serialize, ToSchema)]
 pub(in crate::http::openapi) struct AdapterFields {
     /// An adapter: an alias, a registered name, or a reference (`hf://org/repo`, `s3://bucket/prefix`, a path).
@@ -29,9 +28,6 @@ pub(in crate::http::openapi) struct AdapterFields {
     /// Several adapters added up in the running batch: nothing is merged, ranks may differ.
     #[schema(min_items = 1, extensions(("x-maxItems" = json!("composed_max"))))]
     compose: Option<Vec<ComposePart>>,
-    /// One choice (or `n`) for each entry; `choices[].adapter` says which. `base` is the base model.
-    #[schema(min_items = 1, max_items = 256)]
-    adapters: Option<Vec<FanOutEntry>>,
     /// An adapter that is not in memory: wait for it, answer 503 `adapter_loading` at once while the load goes on, or let
     /// the base model answer (`--allow-base-fallback`).
     adapter_wait: Option<AdapterWait>,
@@ -125,7 +121,7 @@ pub(in crate::http::openapi) struct StreamOptions {
 }
 
 /// How tokens are drawn, and what the reply shows of them. `generation_config.json` of the model may set other defaults for
-/// temperature, top_p, top_k, min_p and repetition_penalty.
+/// temperature, top_p, top_k, min_p and repetition_penalty. `adapters`, `adapter_id` and `compose` exclude each other.
 #[derive(Serialize, ToSchema)]
 pub(in crate::http::openapi) struct SamplingFields {
     /// The base model, an adapter, an alias, `base:adapter`, or a reference. Absent or empty: the base model.
@@ -140,14 +136,48 @@ pub(in crate::http::openapi) struct SamplingFields {
     /// Draw from this many tokens; 0 and -1 mean all.
     #[schema(minimum = -1, extensions(("x-maximum" = json!("vocab"))))]
     top_k: Option<i64>,
-    /// Draw from tokens that are at least this likely, as a share of the most likely one.
-    #[schema(minimum = 0, maximum = 1, default = 0)]
-    min_p: Option<f64>,
     /// Choices for each prompt and adapter.
     #[schema(minimum = 1, default = 1, extensions(("x-maximum" = json!("n_max"))))]
     n: Option<u32>,
     /// Texts that end the completion. They are not part of it, unless `include_stop_str_in_output` is set.
     stop: Option<Stop>,
+    /// Answer as server-sent events.
+    #[schema(default = false)]
+    stream: Option<bool>,
+    /// Only with `stream`.
+    stream_options: Option<StreamOptions>,
+    /// Logprobs of the prompt's tokens, with this many alternatives. Not with `stream`.
+    #[schema(minimum = 0, maximum = 20)]
+    prompt_logprobs: Option<u32>,
+    /// Adds `prompt_token_ids` and `choices[].token_ids`.
+    #[schema(default = false)]
+    return_token_ids: Option<bool>,
+    /// Tokens in logprobs are called `token:<id>`.
+    #[schema(default = false)]
+    return_tokens_as_token_ids: Option<bool>,
+    /// What an alias that is sticky by user goes by.
+    #[schema(required = false)]
+    user: Value,
+    /// Accepted, unused.
+    #[schema(required = false)]
+    metadata: Value,
+    /// Accepted, unused: nothing is stored.
+    #[schema(required = false)]
+    store: Value,
+    /// Accepted, unused.
+    #[schema(required = false)]
+    service_tier: Value,
+    /// One choice (or `n`) for each entry; `choices[].adapter` says which. `base` is the base model.
+    #[schema(min_items = 1, max_items = 256)]
+    adapters: Option<Vec<FanOutEntry>>,
+}
+
+/// How tokens are drawn, on every route that goes on with a chat or a prompt.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct DrawingFields {
+    /// Draw from tokens that are at least this likely, as a share of the most likely one.
+    #[schema(minimum = 0, maximum = 1, default = 0)]
+    min_p: Option<f64>,
     /// Tokens that end the completion.
     #[schema(max_items = 256)]
     stop_token_ids: Option<Vec<TokenId>>,
@@ -174,14 +204,6 @@ pub(in crate::http::openapi) struct SamplingFields {
     allowed_token_ids: Option<Vec<TokenId>>,
     /// The same seed, adapter, version and device give the same text, whatever else runs.
     seed: Option<i64>,
-    /// Answer as server-sent events.
-    #[schema(default = false)]
-    stream: Option<bool>,
-    /// Only with `stream`.
-    stream_options: Option<StreamOptions>,
-    /// Logprobs of the prompt's tokens, with this many alternatives. Not with `stream`.
-    #[schema(minimum = 0, maximum = 20)]
-    prompt_logprobs: Option<u32>,
     /// Keep the last so many tokens of the prompt; -1 is what fits.
     #[schema(minimum = -1, extensions(("x-maximum" = json!("context_tokens"))))]
     truncate_prompt_tokens: Option<i64>,
@@ -195,12 +217,6 @@ pub(in crate::http::openapi) struct SamplingFields {
     include_stop_str_in_output: Option<bool>,
     /// The tokenizer's own beginning of text: by default for prompts, not for chats.
     add_special_tokens: Option<bool>,
-    /// Adds `prompt_token_ids` and `choices[].token_ids`.
-    #[schema(default = false)]
-    return_token_ids: Option<bool>,
-    /// Tokens in logprobs are called `token:<id>`.
-    #[schema(default = false)]
-    return_tokens_as_token_ids: Option<bool>,
     /// Only requests with the same salt share cached prompts.
     #[schema(min_length = 1, max_length = 256)]
     cache_salt: Option<String>,
@@ -210,18 +226,6 @@ pub(in crate::http::openapi) struct SamplingFields {
     /// A label.
     #[schema(max_length = 128)]
     request_id: Option<String>,
-    /// What an alias that is sticky by user goes by.
-    #[schema(required = false)]
-    user: Value,
-    /// Accepted, unused.
-    #[schema(required = false)]
-    metadata: Value,
-    /// Accepted, unused: nothing is stored.
-    #[schema(required = false)]
-    store: Value,
-    /// Accepted, unused.
-    #[schema(required = false)]
-    service_tier: Value,
 }
 
 /// Added to a logit.

@@ -6,10 +6,13 @@
 #![expect(dead_code, reason = "read by the derive macro, never made")]
 
 pub(super) mod admin;
+pub(super) mod anthropic;
 pub(super) mod chat;
 pub(super) mod completions;
 pub(super) mod generation;
+pub(super) mod live;
 pub(super) mod lorax;
 pub(super) mod models;
+pub(super) mod responses;
 pub(super) mod runtime;
 pub(super) mod service;

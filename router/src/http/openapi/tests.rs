@@ -1,1 +1,0 @@
-//! The document against the router and the handlers.
