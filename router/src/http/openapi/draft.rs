@@ -8,7 +8,7 @@ use utoipa::openapi::extensions::ExtensionsBuilder;
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{HttpMethod, Operation, OperationBuilder, ParameterBuilder, ParameterIn, PathsBuilder};
 use utoipa::openapi::request_body::RequestBodyBuilder;
-use utoipa::openapi::schema::{AnyOfBuilder, ArrayBuilder, Object, Type};
+use utoipa::openapi::schema::{AnyOfBuilder, ArrayBuilder, Object, ObjectBuilder, Type};
 use utoipa::openapi::{
     Components, Content, ContentBuilder, Info, OpenApi, PathItem, Ref, RefOr, Required, Response, ResponseBuilder,
     Schema, SecurityRequirement, Tag, security,
@@ -209,8 +209,8 @@ impl Op<'_, '_> {
     pub(super) fn events_any(self, status: u16, description: &str, schemas: impl FnOnce(&mut Names<'_, '_>)) -> Self {
         let mut names = Names { draft: &mut *self.draft, any: AnyOfBuilder::new() };
         schemas(&mut names);
-        let any = Schema::AnyOf(names.any.build());
-        self.with(status, description, "text/event-stream", Content::new(Some(any)))
+        let any = names.any.build();
+        self.with(status, description, "text/event-stream", event_content(json!(any)))
     }
 
     /// A JSON object of any kind.
@@ -224,10 +224,10 @@ impl Op<'_, '_> {
         self.with(status, description, media_type, Content::new(Some(schema)))
     }
 
-    /// Server-sent events; the schema is that of one event's data.
+    /// Server-sent events; the data of each is a `T`.
     pub(super) fn events<T: ToSchema>(self, status: u16, description: &str) -> Self {
         let schema = self.draft.reference::<T>();
-        self.with(status, description, "text/event-stream", Content::new(Some(schema)))
+        self.with(status, description, "text/event-stream", event_content(json!(schema)))
     }
 
     /// A reply without a body.
@@ -327,6 +327,17 @@ impl Names<'_, '_> {
         let list = ArrayBuilder::new().items(schema).build();
         self.any = std::mem::take(&mut self.any).item(Schema::Array(list));
     }
+}
+
+/// One event as OpenAPI 3.2 sees it: an object with its fields, whose `data` is JSON as text.
+fn event_content(data: Value) -> Content {
+    let extensions = ExtensionsBuilder::new().add("x-contentSchema", data).build();
+    let text = ObjectBuilder::new().schema_type(Type::String).content_media_type("application/json");
+    let event = ObjectBuilder::new()
+        .property("event", Object::with_type(Type::String))
+        .property("data", text.extensions(Some(extensions)))
+        .required("data");
+    Content::new(Some(event.build()))
 }
 
 fn plain(description: &str) -> Response {

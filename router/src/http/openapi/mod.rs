@@ -183,7 +183,7 @@ const ABOUT: &str = "One base model and many LoRA adapters in one batch. Unknown
                      Every answer carries `x-request-id`; an answer that is no success has an error with a stable `code`. \
                      429 and 503 say in `retry-after` when to come back. Closing the connection cancels the request.";
 
-/// Puts numbers in the place of `x-maximum: <name>` and its kin.
+/// Puts numbers in the place of `x-maximum: <name>` and its kin, and keywords where they belong.
 fn set_bounds(value: &mut Value, bounds: &BTreeMap<&'static str, u64>) {
     match value {
         Value::Object(map) => {
@@ -193,7 +193,15 @@ fn set_bounds(value: &mut Value, bounds: &BTreeMap<&'static str, u64>) {
                     map.insert(keyword.to_owned(), (*bound).into());
                 }
             }
+            // JSON Schema has the keyword, the builder has not.
+            if let Some(schema) = map.remove("x-contentSchema") {
+                map.insert("contentSchema".into(), schema);
+            }
             map.values_mut().for_each(|member| set_bounds(member, bounds));
+            // Keys are strings in any case; a bound of a map ends up at its keys.
+            if let Some(Value::Object(mut keys)) = map.remove("propertyNames") {
+                map.extend(keys.remove("maxProperties").map(|most| ("maxProperties".to_owned(), most)));
+            }
         }
         Value::Array(values) => values.iter_mut().for_each(|member| set_bounds(member, bounds)),
         _ => {}

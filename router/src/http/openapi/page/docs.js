@@ -110,7 +110,7 @@ function replies(operation) {
   for (const [status, reply] of Object.entries(operation.responses ?? {})) {
     const cell = el("dd", {}, prose(reply.description));
     for (const [type, content] of Object.entries(reply.content ?? {})) {
-      const names = objectsIn(content.schema, new Set());
+      const names = objectsIn(content.schema?.properties?.data?.contentSchema ?? content.schema, new Set());
       cell.append(el("div", { class: "kind" }, type), ...(Number(status) < 400 ? names.map((name) => lazyFields(name)) : []));
     }
     const more = Object.keys(reply.headers ?? {}).filter((name) => name !== "x-request-id");

@@ -36,7 +36,7 @@ pub(in crate::http::openapi) struct AdapterFields {
     adapter_load_timeout_ms: Option<u64>,
 }
 
-/// Where adapters come from. `pbase` means `s3`. An empty string means absent.
+/// Where adapters come from. `pbase` means `s3`.
 #[derive(Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(in crate::http::openapi) enum AdapterSource {
@@ -46,8 +46,6 @@ pub(in crate::http::openapi) enum AdapterSource {
     Http,
     Local,
     Pbase,
-    #[serde(rename = "")]
-    Unset,
 }
 
 /// What to do about an adapter that is not in memory.
