@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use crate::adapters_cli::args::AdaptersArgs;
+use crate::config::parsers::{ReasoningParserArg, ToolCallParser};
 use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
@@ -129,6 +130,12 @@ pub(crate) struct ModelArgs {
     /// Chat template (a Jinja file) in place of the model's own
     #[arg(long, env = "LORAMUX_CHAT_TEMPLATE", value_name = "FILE")]
     pub(crate) chat_template: Option<PathBuf>,
+    /// How the model writes tool calls; auto: as its chat template says
+    #[arg(long, env = "LORAMUX_TOOL_CALL_PARSER", value_enum, default_value = "auto", value_name = "FORMAT")]
+    pub(crate) tool_call_parser: ToolCallParser,
+    /// How thoughts are told from the answer; auto: as the chat template says, think: <think>..</think>
+    #[arg(long, env = "LORAMUX_REASONING_PARSER", value_enum, default_value = "auto", value_name = "PARSER")]
+    pub(crate) reasoning_parser: ReasoningParserArg,
     /// Sampling defaults of the model's generation_config.json: auto (use them) or none
     #[arg(long, env = "LORAMUX_GENERATION_CONFIG", default_value = "auto", value_name = "auto|none")]
     pub(crate) generation_config: String,

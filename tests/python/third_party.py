@@ -37,6 +37,18 @@ def environment(name: str = "clients") -> Path:
     return folder
 
 
+def node() -> str:
+    """Node of `tests/node`, with the packages beside it as its lock file has them."""
+    packages = REPOSITORY / "tests/node"
+    installed, lock = packages / "node_modules/lock.installed", (packages / "package-lock.json").read_text()
+    if not installed.is_file() or installed.read_text() != lock:
+        failure = _run(["npm", "ci", "--prefix", str(packages), "--no-audit", "--no-fund", "--loglevel=error"])
+        if failure:
+            missing(failure)
+        installed.write_text(lock)
+    return str(next(packages.glob("node_modules/node-linux-*/bin/node")))
+
+
 def missing(why: str):
     """Ends the test: skipped, or failed where clients are required."""
     if os.environ.get("LORAMUX_REQUIRE_CLIENTS"):
@@ -53,13 +65,18 @@ def _install(folder: Path, requirements: Path) -> str | None:
         [python, "-m", "venv", "--clear", str(folder)],
         [str(folder / "bin/python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(requirements)],
     ):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f"{' '.join(command)}: {error}"
-        if done.returncode:
-            return f"{' '.join(command)}: {done.stderr[-1000:]}"
+        if failure := _run(command):
+            return failure
     return None
+
+
+def _run(command: list[str]) -> str | None:
+    """What went wrong, if anything did."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{' '.join(command)}: {error}"
+    return f"{' '.join(command)}: {done.stderr[-1000:]}" if done.returncode else None
 
 
 def _pythons() -> list[str]:

@@ -8,6 +8,7 @@ mod asks;
 mod contents;
 mod handle;
 mod keep;
+mod masks;
 mod prepare;
 mod reports;
 mod run;

@@ -15,6 +15,7 @@ use super::adapters::{AdapterCheck, ForgetMode, MergeAsk, PinLevel, PreparedAdap
 use super::asks::{Ask, Asks, Reply};
 use super::contents::{Contents, PinReply};
 use super::handle::{EngineHandle, Shared, queue_tokens};
+use super::masks::{self, Masks};
 use super::prepare::Parked;
 use super::shard::{ShardExit, ShardLauncher};
 use super::status::{ContentsView, EngineCounters, EngineStatus};
@@ -44,6 +45,7 @@ pub(super) enum Message {
     ShutDown,
     Shard { incarnation: u64, message: Box<FromShard> },
     ShardGone { incarnation: u64, exit: ShardExit },
+    Masked(Box<masks::Answer>),
 }
 
 /// Settings of the engine.
@@ -102,6 +104,12 @@ pub(super) struct Client {
     open: Vec<bool>,
 }
 
+impl Client {
+    pub(super) fn is_open(&self, index: u32) -> bool {
+        self.open.get(index as usize).copied().unwrap_or(false)
+    }
+}
+
 pub(super) struct Engine {
     pub(super) inbox: Receiver<Message>,
     pub(super) inbox_sender: Sender<Message>,
@@ -117,6 +125,9 @@ pub(super) struct Engine {
     pub(super) contents: Contents,
     pub(super) parked: Vec<Parked>,
     pub(super) asks: Asks,
+    pub(super) masks: Masks,
+    /// What the shard took for its last step.
+    pub(super) last_step: Duration,
     contents_view: ContentsView,
     pub(super) counters: EngineCounters,
     pub(super) epoch: Instant,
@@ -144,6 +155,8 @@ pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::i
     let now = Instant::now();
     let engine = Engine {
         inbox,
+        masks: Masks::new(inbox_sender.clone()),
+        last_step: Duration::ZERO,
         inbox_sender,
         shared,
         options,
@@ -199,6 +212,10 @@ impl Engine {
             }
             self.watch()?;
             self.expire_parked();
+            self.watch_masks();
+            if !self.wait_for_masks()? {
+                return Ok(());
+            }
             self.step();
             self.settle_drains();
             if self.published.elapsed() >= PUBLISH_EVERY || self.link.in_flight.is_empty() {
@@ -214,11 +231,12 @@ impl Engine {
     fn wait(&self) -> Duration {
         let deadline = self.scheduler.as_ref().and_then(Scheduler::next_deadline_ms);
         let until = deadline.map_or(TICK_MAX, |at| Duration::from_millis(at.saturating_sub(self.now_ms())));
-        until.clamp(Duration::from_millis(1), TICK_MAX)
+        let most = if self.masks.are_out() { masks::LOOK_EVERY } else { TICK_MAX };
+        until.clamp(Duration::from_millis(1), most)
     }
 
     /// False when the thread should end.
-    fn handle(&mut self, message: Message) -> Result<bool, EngineError> {
+    pub(super) fn handle(&mut self, message: Message) -> Result<bool, EngineError> {
         match message {
             Message::Submit { id, request, events } => self.submit(id, *request, events),
             Message::FinishSequence { id, index } => {
@@ -241,6 +259,7 @@ impl Engine {
             Message::Forget { content, mode } => self.forget(content, mode),
             Message::Prefetch { content } => self.prefetch(content),
             Message::GiveUp { content, reason } => self.give_up(content, &reason),
+            Message::Masked(answer) => self.masked(*answer),
             Message::Wake => {}
             Message::ShutDown => return Ok(false),
             Message::Shard { incarnation, message } if incarnation == self.link.incarnation => self.report(*message)?,
@@ -282,6 +301,7 @@ impl Engine {
             }
             let events = scheduler.take_events();
             self.deliver_all(events);
+            self.send_mask_asks();
         }
     }
 
@@ -318,6 +338,7 @@ impl Engine {
         if let Some(open) = client.open.get_mut(index as usize) {
             *open = false;
         }
+        self.masks.forget(id, index);
         if client.open.iter().all(|open| !open) {
             self.client_ended(id);
         }
@@ -326,6 +347,8 @@ impl Engine {
     fn client_ended(&mut self, id: RequestId) {
         if let Some(mut client) = self.clients.remove(&id) {
             release_queue(&self.shared, &mut client);
+            let sequences = if self.masks.is_empty() { 0 } else { client.open.len() as u32 };
+            (0..sequences).for_each(|index| self.masks.forget(id, index));
         }
     }
 

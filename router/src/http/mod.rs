@@ -38,7 +38,7 @@ use tokio::sync::watch;
 
 pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
-pub use config::{HttpLimits, RouterConfig};
+pub use config::{HttpLimits, ReasoningParser, RouterConfig};
 pub use error::{ApiError, Cause, Row};
 pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
 pub use rate::Meter;

@@ -58,6 +58,8 @@ const EXTRAS: &[&str] = &[
     "request_id",
     "chat_template",
     "chat_template_kwargs",
+    "include_reasoning",
+    "documents",
     "structured_outputs",
     "guided_json",
     "guided_regex",
@@ -129,11 +131,11 @@ impl Translated {
         error
     }
 
-    /// `messages[3].content` is `input[2].content`, say.
+    /// `messages[3].content` is `input[2].content`, say. A place without an index is a text: it has no parts.
     fn original_place(&self, param: &str) -> Option<String> {
         let (index, rest) = param.strip_prefix("messages[")?.split_once(']')?;
         let place = self.places.get(index.parse::<usize>().ok()?)?;
-        Some(format!("{place}{rest}"))
+        Some(if place.contains('[') { format!("{place}{rest}") } else { place.clone() })
     }
 }
 

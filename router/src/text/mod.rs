@@ -1,6 +1,7 @@
 //! Text on both sides of the model: tokenizer, chat template, detokenizer, stop strings.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod chat;
 mod detokenizer;
 pub mod grammar;
 mod growth;
@@ -22,13 +23,15 @@ use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
 
+pub use chat::PreparedChat;
 pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatPrompt, ChatTemplate, TemplateError};
 
-pub(crate) use reasoning::{ReasoningDelta, ReasoningReader, THINK_END, THINK_START};
+pub(crate) use reasoning::{ReasoningDelta, ReasoningReader};
+use reasoning::{THINK_END, THINK_START};
 pub use tools::ToolFormat;
-pub(crate) use tools::{ToolDelta, ToolReader};
+pub(crate) use tools::{Function, Thought, ToolDelta, ToolReader};
 
 use detokenizer::TokenTable;
 use template::{SharedTemplate, SpecialTokens};
@@ -113,11 +116,14 @@ struct Inner {
     tokenizer: Arc<Tokenizer>,
     table: Arc<TokenTable>,
     template: Option<SharedTemplate>,
+    /// The one for chats with tools, where the model has two.
+    tool_template: Option<SharedTemplate>,
     end_tokens: Vec<u32>,
     special_texts: Vec<String>,
     defaults: GenerationDefaults,
     /// Bounds how many threads of the blocking pool text processing takes.
     workers: Arc<Semaphore>,
+    grammars: grammar::GrammarStore,
 }
 
 impl TextModel {
@@ -141,8 +147,11 @@ impl TextModel {
         let mut end_tokens: BTreeSet<u32> = files.config_eos.iter().copied().collect();
         end_tokens.extend(ids(member(&generation, "eos_token_id")));
         end_tokens.extend(tokens.eos.as_deref().and_then(|token| tokenizer.token_to_id(token)));
+        let own = files.chat_template.is_none();
+        let compile = |source: String| ChatTemplate::new(&source, tokens.clone()).map(Arc::new);
+        let tool_template = named_template(&config, "tool_use").filter(|_| own).map(compile).transpose()?;
         let source = files.chat_template.or_else(|| template_of(&config));
-        let template = source.map(|source| ChatTemplate::new(&source, tokens)).transpose()?.map(Arc::new);
+        let template = source.map(compile).transpose()?;
         let special_texts =
             tokenizer.get_added_tokens_decoder().into_values().filter(|t| t.special).map(|t| t.content).collect();
         let tokenizer = Arc::new(tokenizer);
@@ -150,10 +159,12 @@ impl TextModel {
             table: Arc::new(TokenTable::new(Arc::clone(&tokenizer), &tokenizer_json)),
             tokenizer,
             template,
+            tool_template,
             end_tokens: end_tokens.into_iter().collect(),
             special_texts,
             defaults: generation_defaults(&generation),
             workers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()).max(2))),
+            grammars: grammar::GrammarStore::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -177,26 +188,6 @@ impl TextModel {
                 inner.tokenizer.encode_char_offsets(text, add_special).map_err(|e| TextError::Encode(e.to_string()))?;
             let places = encoding.get_ids().iter().zip(encoding.get_offsets());
             Ok(places.map(|(&id, &(start, stop))| PlacedToken { id, start, stop }).collect())
-        })
-        .await
-    }
-
-    /// Renders a chat and encodes it. Special tokens of the *template* become tokens; those that a message spells stay
-    /// text.
-    ///
-    /// # Errors
-    /// [`TextError::NoTemplate`], [`TextError::Template`], or as [`Self::encode`].
-    pub async fn encode_chat(&self, mut chat: ChatPrompt, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let template = self.inner.template.clone().ok_or(TextError::NoTemplate)?;
-        self.on_worker(move |inner| {
-            let mark = inner.guard_specials(&mut chat.messages);
-            let text = template.render(&chat)?;
-            let Some(mark) = mark else { return inner.encode(&text, add_special) };
-            let mut tokens = Vec::new();
-            for (i, part) in text.split(mark).enumerate() {
-                tokens.extend(inner.encode(part, add_special && i == 0)?);
-            }
-            Ok(tokens)
         })
         .await
     }
@@ -280,39 +271,6 @@ impl Inner {
         let encoding = self.tokenizer.encode_fast(text, add_special).map_err(|e| TextError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
-
-    /// Breaks every special token that a message spells with a mark that occurs nowhere else; the rendered text is encoded
-    /// in parts, cut at the marks, so none of them can become the token. `None`: nothing had to be broken.
-    fn guard_specials(&self, messages: &mut [Json]) -> Option<char> {
-        let spelled = |text: &str| self.special_texts.iter().any(|special| text.contains(special.as_str()));
-        let mut texts = Vec::new();
-        messages.iter_mut().for_each(|message| collect_texts(message, &mut texts));
-        if !texts.iter().any(|text| spelled(text)) {
-            return None;
-        }
-        let mark = ('\u{FDD0}'..='\u{FDEF}').find(|&c| !texts.iter().any(|text| text.contains(c)))?;
-        for text in texts {
-            for special in &self.special_texts {
-                if let Some(first) = special.chars().next() {
-                    let (head, tail) = special.split_at(first.len_utf8());
-                    *text = text.replace(special.as_str(), &format!("{head}{mark}{tail}"));
-                }
-            }
-        }
-        Some(mark)
-    }
-}
-
-/// All strings of a message but its role.
-fn collect_texts<'a>(value: &'a mut Json, texts: &mut Vec<&'a mut String>) {
-    match value {
-        Json::String(text) => texts.push(text),
-        Json::Array(values) => values.iter_mut().for_each(|v| collect_texts(v, texts)),
-        Json::Object(map) => {
-            map.iter_mut().filter(|(key, _)| key.as_str() != "role").for_each(|(_, v)| collect_texts(v, texts));
-        }
-        _ => {}
-    }
 }
 
 /// A member of an object; null if there is none.
@@ -351,15 +309,16 @@ fn special_tokens(tokenizer: &Tokenizer, config: &Json, map: &Json, config_bos: 
 
 /// A string, or a list of named ones of which `default` is meant.
 fn template_of(config: &Json) -> Option<String> {
-    let named = |templates: &Vec<Json>| {
-        let default = templates.iter().find(|t| member(t, "name") == "default").or(templates.first())?;
-        member(default, "template").as_str().map(str::to_owned)
-    };
-    match member(config, "chat_template") {
-        Json::String(source) => Some(source.clone()),
-        Json::Array(templates) => named(templates),
-        _ => None,
-    }
+    let templates = member(config, "chat_template");
+    let first = || member(templates.get(0)?, "template").as_str().map(str::to_owned);
+    templates.as_str().map(str::to_owned).or_else(|| named_template(config, "default")).or_else(first)
+}
+
+/// One of a list of named templates.
+fn named_template(config: &Json, name: &str) -> Option<String> {
+    let templates = member(config, "chat_template").as_array()?;
+    let named = templates.iter().find(|template| member(template, "name") == name)?;
+    member(named, "template").as_str().map(str::to_owned)
 }
 
 fn generation_defaults(config: &Json) -> GenerationDefaults {

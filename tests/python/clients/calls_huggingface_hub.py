@@ -1,6 +1,7 @@
 """`huggingface_hub`: InferenceClient with `base_url`, its chat and its text generation, synchronous and not."""
 
 import asyncio
+import json
 
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
@@ -93,3 +94,26 @@ def test_the_asynchronous_client(server):
 
     whole, pieces, text, texts = asyncio.run(ask())
     assert whole == pieces and text == texts
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Paris"]}}, "required": ["city"], "additionalProperties": False}
+
+
+def test_structured_output(client, generator):
+    wanted = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA, "strict": True}}
+    reply = client.chat_completion(SEA, max_tokens=100, temperature=0, response_format=wanted)
+    assert json.loads(reply.choices[0].message.content)["city"] in ("Oslo", "Paris")
+    text = generator.text_generation(PROMPT, max_new_tokens=100, grammar={"type": "json", "value": SCHEMA})
+    assert json.loads(text)["city"] in ("Oslo", "Paris")
+    assert len(generator.text_generation(PROMPT, max_new_tokens=100, grammar={"type": "regex", "value": "[a-f]{4}"})) == 4
+
+
+def test_tools(client):
+    tool = {"type": "function", "function": {"name": "get_weather", "description": "The weather.", "parameters": SCHEMA}}
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        reply = client.chat_completion(SEA, max_tokens=100, temperature=0, tools=[tool], tool_choice=choice)
+        call = reply.choices[0].message.tool_calls[0]
+        assert call.function.name == "get_weather" and json.loads(call.function.arguments)["city"] in ("Oslo", "Paris")
+        chunks = list(client.chat_completion(SEA, max_tokens=100, temperature=0, tools=[tool], tool_choice=choice, stream=True))
+        parts = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or []]
+        assert json.loads("".join(part.function.arguments or "" for part in parts if part.index == 0)) == json.loads(call.function.arguments)

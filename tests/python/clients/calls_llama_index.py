@@ -71,7 +71,7 @@ def test_errors(llm, locked):
     with pytest.raises(openai.NotFoundError):
         llm("nobody").chat(ASK)
     with pytest.raises(openai.BadRequestError):
-        llm(temperature=-1).chat(ASK)
+        llm(additional_kwargs={"top_p": 7}).chat(ASK)
     with pytest.raises(openai.AuthenticationError):
         OpenAILike(model="demo", api_base=locked.v1, api_key="wrong", is_chat_model=True, max_retries=0).chat(ASK)
 

@@ -1,17 +1,38 @@
 """`openai` for Python: what its documentation shows, synchronous and not."""
 
 import asyncio
+import json
 import threading
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 SEA = [{"role": "user", "content": "Tell me about the sea."}]
 PROMPT = "Tell me about the sea.\n"
 ADAPTERS = ["pirate", "haiku", "sql", "shout"]
 # A text that does not end by itself.
 ENDLESS = dict(model="demo", prompt=PROMPT, max_tokens=1500, extra_body={"ignore_eos": True})
+
+
+GREEDY = dict(model="demo", messages=SEA, temperature=0, max_tokens=100)
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+    city: Literal["Oslo", "Paris"]
+    degrees: int = Field(ge=-50, le=50)
+
+
+def get_tool(name: str = "get_weather") -> dict:
+    return {"type": "function", "function": {"name": name, "description": "The weather of a city.", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "enum": ["Oslo", "Paris"]}}, "required": ["city"], "additionalProperties": False}}}
+
+
+def named(name: str) -> dict:
+    return {"type": "function", "function": {"name": name}}
 
 
 @pytest.fixture
@@ -188,3 +209,117 @@ def test_the_asynchronous_client(server, client):
     whole, streamed, models, many = run_async(server, ask)
     assert whole == streamed == expected and set(ADAPTERS) <= set(models)
     assert len({reply.choices[0].message.content for reply in many}) == len(ADAPTERS)
+
+
+def test_structured_output(client):
+    for model in ("demo", "shout"):
+        reply = client.chat.completions.parse(**{**GREEDY, "model": model}, response_format=Weather)
+        assert isinstance(reply.choices[0].message.parsed, Weather)
+    with client.chat.completions.stream(**GREEDY, response_format=Weather) as stream:
+        events = list(stream)
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Weather)
+    assert [event for event in events if event.type == "content.delta" and event.parsed]
+    schema = {"name": "weather", "schema": Weather.model_json_schema(), "strict": True}
+    plain = client.chat.completions.create(**GREEDY, response_format={"type": "json_schema", "json_schema": schema}, n=2, logprobs=True)
+    for choice in plain.choices:
+        Weather.model_validate_json(choice.message.content)
+        assert choice.finish_reason == "stop" and choice.logprobs.content
+    completion = client.completions.create(model="demo", prompt=PROMPT, max_tokens=100, extra_body={"structured_outputs": {"json": Weather.model_json_schema()}})
+    Weather.model_validate_json(completion.choices[0].text)
+    choice = client.chat.completions.create(**GREEDY, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert choice.choices[0].message.content in ("yes", "no")
+    regex = client.chat.completions.create(**GREEDY, extra_body={"guided_regex": "[a-f]{4}-[0-9]{2}"})
+    assert len(regex.choices[0].message.content) == 7
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**GREEDY, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}})
+    assert caught.value.code == "invalid_schema"
+
+
+def test_cut_structured_output_is_said_to_be_cut(client):
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**{**GREEDY, "max_tokens": 2}, response_format=Weather)
+
+
+@pytest.mark.parametrize("choice", ["required", named("get_weather")], ids=["required", "named"])
+def test_tools_that_must_be_called(client, choice):
+    given = dict(**GREEDY, tools=[get_tool(), get_tool("other")], tool_choice=choice, parallel_tool_calls=False)
+    reply = client.chat.completions.create(**given)
+    (call,) = reply.choices[0].message.tool_calls
+    assert call.id and call.type == "function" and json.loads(call.function.arguments)["city"] in ("Oslo", "Paris")
+    assert choice == "required" or call.function.name == "get_weather"
+    chunks = list(client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True}))
+    parts = [part for chunk in chunks for each in chunk.choices for part in each.delta.tool_calls or []]
+    assert [part.function.name for part in parts if part.function.name] == [call.function.name] and parts[0].id
+    assert "".join(part.function.arguments or "" for part in parts) == call.function.arguments
+    assert chunks[-1].usage == reply.usage
+    turn = [*SEA, reply.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
+    for more in ({}, {"tools": [get_tool()]}, {"tools": [get_tool()], "tool_choice": "none"}):
+        assert client.chat.completions.create(**{**GREEDY, "messages": turn}, **more).choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+def test_tools_from_types(client):
+    tool = openai.pydantic_function_tool(Weather)
+    given = dict(**GREEDY, tools=[tool], tool_choice=named("Weather"))
+    reply = client.chat.completions.parse(**given)
+    assert isinstance(reply.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+    with client.chat.completions.stream(**given) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion().choices[0].message.tool_calls[0].function
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    assert isinstance(final.parsed_arguments, Weather)
+
+
+def test_tools_that_may_be_called(client):
+    for choice in ("auto", "none"):
+        message = client.chat.completions.create(**GREEDY, tools=[get_tool()], tool_choice=choice).choices[0].message
+        assert message.content or message.tool_calls
+        assert choice == "auto" or not message.tool_calls
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**GREEDY, tools=[get_tool()], tool_choice=named("nothing"))
+    assert caught.value.param.startswith("tool_choice")
+
+
+def test_embeddings(client, server):
+    texts = ["The sea is deep.", "Coffee is hot."]
+    packed = client.embeddings.create(model="demo", input=texts)
+    assert [each.index for each in packed.data] == [0, 1] and packed.usage.prompt_tokens == packed.usage.total_tokens > 0
+    plain = client.embeddings.create(model="demo", input=texts, encoding_format="float")
+    for left, right in zip(packed.data, plain.data):
+        assert left.embedding == pytest.approx(right.embedding, abs=1e-6)
+    ids = client.completions.create(model="demo", prompt=texts[0], max_tokens=1, extra_body={"return_token_ids": True}).choices[0].prompt_token_ids
+    for given in (ids, [ids]):
+        assert client.embeddings.create(model="demo", input=given).data[0].embedding == pytest.approx(plain.data[0].embedding, abs=1e-4)
+    adapted = client.embeddings.create(model="shout", input=texts[0]).data[0].embedding
+    assert adapted != pytest.approx(plain.data[0].embedding, abs=1e-3)
+    assert run_async(server, lambda c: c.embeddings.create(model="demo", input=texts[0])).data[0].embedding == packed.data[0].embedding
+
+
+def test_responses(client, server):
+    given = dict(model="pirate", input="Tell me about the sea.", temperature=0, max_output_tokens=20)
+    reply = client.responses.create(**given)
+    assert reply.output_text and reply.usage.output_tokens > 0 and reply.status in ("completed", "incomplete")
+    events = list(client.responses.create(**given, stream=True))
+    assert events[0].type == "response.created" and [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == reply.output_text
+    with client.responses.stream(**given) as stream:
+        list(stream)
+        assert stream.get_final_response().output_text == reply.output_text
+    assert run_async(server, lambda c: c.responses.create(**given)).output_text == reply.output_text
+    items = client.responses.create(**{**given, "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hello!"}]}]}, instructions="Be kind.")
+    assert items.output_text
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(**given, previous_response_id="resp_1")
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(**{**given, "model": "nobody"})
+
+
+def test_responses_with_types_and_tools(client):
+    given = dict(model="demo", input="How is the weather?", temperature=0, max_output_tokens=100)
+    assert isinstance(client.responses.parse(**given, text_format=Weather).output_parsed, Weather)
+    tool = {"type": "function", "strict": True, **get_tool()["function"]}
+    reply = client.responses.create(**given, tools=[tool], tool_choice={"type": "function", "name": "get_weather"})
+    call = next(item for item in reply.output if item.type == "function_call")
+    assert json.loads(call.arguments)["city"] in ("Oslo", "Paris")
+    answer = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
+    turn = client.responses.create(**{**given, "input": [{"role": "user", "content": "How is the weather?"}, call, answer]})
+    assert turn.output_text

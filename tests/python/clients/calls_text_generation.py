@@ -1,11 +1,12 @@
 """`text-generation`, the client of TGI. Its `chat(stream=True)` cannot read `[DONE]`, TGI's own either, so it is not called."""
 
 import asyncio
+import json
 
 import pytest
 from text_generation import AsyncClient, Client
 from text_generation.errors import ValidationError
-from text_generation.types import Message
+from text_generation.types import Grammar, GrammarType, Message, Tool
 
 PROMPT = "Tell me about the sea."
 
@@ -58,9 +59,28 @@ def test_chat(client):
 
 
 def test_errors(client):
-    with pytest.raises(ValidationError, match="max_new_tokens"):
+    with pytest.raises(ValidationError, match="maximum context length"):
         client.generate(PROMPT, max_new_tokens=100_000)
     with pytest.raises(ValidationError, match="watermark"):
         client.generate(PROMPT, watermark=True)
     with pytest.raises(ValidationError):
         list(client.generate_stream(PROMPT, max_new_tokens=100_000))
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Paris"]}}, "required": ["city"], "additionalProperties": False}
+
+
+def test_grammars(client):
+    text = client.generate(PROMPT, max_new_tokens=100, grammar=Grammar(type=GrammarType.Json, value=SCHEMA)).generated_text
+    assert json.loads(text)["city"] in ("Oslo", "Paris")
+    text = client.generate(PROMPT, max_new_tokens=100, grammar=Grammar(type=GrammarType.Regex, value="[a-f]{4}")).generated_text
+    assert len(text) == 4
+    events = list(client.generate_stream(PROMPT, max_new_tokens=100, grammar=Grammar(type=GrammarType.Json, value=SCHEMA)))
+    assert json.loads(events[-1].generated_text)["city"] in ("Oslo", "Paris")
+
+
+def test_tools(client):
+    tool = Tool(type="function", function={"name": "get_weather", "description": "The weather.", "parameters": SCHEMA})
+    reply = client.chat([Message(role="user", content=PROMPT)], max_tokens=100, tools=[tool], tool_choice="required")
+    call = reply.choices[0].message.tool_calls[0]
+    assert call["function"]["name"] == "get_weather" and json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Paris")

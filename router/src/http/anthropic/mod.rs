@@ -6,6 +6,8 @@ mod events;
 mod messages;
 mod reply;
 mod request;
+#[cfg(test)]
+mod tests;
 mod tools;
 
 use axum::Json;

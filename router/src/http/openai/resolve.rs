@@ -17,6 +17,8 @@ use crate::http::error::{ApiError, Cause, shown};
 use crate::http::json::{Fields, type_name};
 
 const SCALE_MAX: f64 = 8.0;
+/// What clients of text-generation-inference and huggingface_hub send as `model` when they were told none.
+const NAMES_OF_NOTHING: [&str; 2] = ["tgi", "dummy"];
 
 /// What the request says about adapters besides `model`.
 #[derive(Clone, Debug)]
@@ -194,7 +196,10 @@ impl App {
     /// 400 for contradictions, 404 for unknown names, 422 and 503 from loading.
     pub(crate) async fn resolve(&self, params: &Params, asker: &Asker) -> Result<Vec<Variant>, ApiError> {
         let ask = &params.adapter;
-        let model = self.target(&params.model, ask, asker)?;
+        let model = match self.target(&params.model, ask, asker) {
+            Err(_) if NAMES_OF_NOTHING.contains(&params.model.as_str()) => Target::Base,
+            found => found?,
+        };
         let named = match (&model, &ask.adapter_id) {
             (Target::Base, None) => None,
             (Target::Base, Some(id)) => Some(self.adapter_target(id, ask, asker)?),

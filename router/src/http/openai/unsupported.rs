@@ -35,13 +35,9 @@ const COMMON: &[(&str, Set, &str)] = &[
 const COMPLETIONS: &[(&str, Set, &str)] = &[("suffix", Set::Truthy, "this server does not fill in the middle")];
 
 const CHAT: &[(&str, Set, &str)] = &[
-    ("tools", Set::Truthy, NOT_YET),
     ("functions", Set::Truthy, "use `tools`"),
     ("function_call", Set::Present, "use `tool_choice`"),
     ("chat_template", Set::Present, "templates are programs; only the model's own is run"),
-    ("echo", Set::Truthy, NOT_YET),
-    ("documents", Set::Truthy, NOT_YET),
-    ("reasoning_effort", Set::Present, NOT_YET),
 ];
 
 /// Refuses what `/v1/completions` cannot do.
@@ -55,12 +51,7 @@ pub(crate) fn check_completions(fields: &Fields<'_>) -> Result<(), ApiError> {
 pub(crate) fn check_chat(fields: &Fields<'_>) -> Result<(), ApiError> {
     check(fields, COMMON)?;
     check(fields, CHAT)?;
-    response_format(fields)?;
-    match fields.get("tool_choice") {
-        None => Ok(()),
-        Some(Value::String(choice)) if choice == "none" || choice == "auto" => Ok(()),
-        Some(_) => Err(ApiError::unsupported("tool_choice", NOT_YET)),
-    }
+    response_format(fields)
 }
 
 fn check(fields: &Fields<'_>, table: &[(&str, Set, &str)]) -> Result<(), ApiError> {

@@ -6,6 +6,8 @@ mod input;
 mod items;
 mod reply;
 mod request;
+#[cfg(test)]
+mod tests;
 mod tools;
 
 use axum::body::Body;

@@ -10,7 +10,7 @@ use crate::http::openai::chat::ChatStart;
 use crate::http::turn::{TurnStop, TurnUsage, WholeTurn};
 
 /// What every form of the response says about its request.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Echo {
     id: String,
     created_at: u64,

@@ -357,3 +357,14 @@ fn parse_events(text: &str) -> Vec<Value> {
     };
     text.split("\n\n").filter(|block| !block.is_empty()).map(event).collect()
 }
+
+/// The `data` of each event that has a name, which is its type.
+fn named_events(text: &str) -> Vec<Value> {
+    let event = |block: &str| {
+        let (name, data) = block.strip_prefix("event: ")?.split_once("\ndata: ")?;
+        let data: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["type"], name);
+        Some(data)
+    };
+    text.split("\n\n").filter_map(event).collect()
+}

@@ -276,7 +276,6 @@ const DEPENDENT: &[&str] = &[
     "ref",
     "revision",
     "versions",
-    "tools",
     "tool_choice",
     "reasoning",
 ];

@@ -5,17 +5,6 @@ use serde_json::json;
 
 const PATH: &str = "/v1/responses";
 
-/// The `data` of each event. Its name is its type.
-fn named_events(text: &str) -> Vec<Value> {
-    let event = |block: &str| {
-        let (name, data) = block.strip_prefix("event: ")?.split_once("\ndata: ")?;
-        let data: Value = serde_json::from_str(data).unwrap();
-        assert_eq!(data["type"], name);
-        Some(data)
-    };
-    text.split("\n\n").filter_map(event).collect()
-}
-
 async fn streamed(script: &Script, body: Value) -> Vec<Value> {
     let response = send(&app(script), post(PATH, body.to_string())).await;
     assert_eq!(response.status(), 200);

@@ -1,14 +1,27 @@
 //! Tool calls as text: how models write them, how they are found in what a model writes, and grammars that make it write
 //! one.
 
+mod forced;
 mod held;
 mod object;
+pub(super) mod plain;
 mod reader;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use forced::{Thought, grammar};
 pub(crate) use held::{Held, Match};
 pub(crate) use reader::{ToolDelta, ToolReader};
+
+use serde_json::Value as Json;
+
+/// A function that may be called.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Function {
+    pub(crate) name: String,
+    /// The JSON schema of its arguments, an object.
+    pub(crate) parameters: Json,
+}
 
 /// How a model writes its calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,5 +81,23 @@ impl ToolFormat {
     /// A reply that is an object may be a call without any mark.
     fn bare_objects(self) -> bool {
         self == Self::LlamaJson
+    }
+
+    /// Calls as the model would have written them: names and arguments as JSON.
+    fn write(self, calls: impl Iterator<Item = (String, String)>) -> String {
+        let key = if self == Self::LlamaJson { "parameters" } else { "arguments" };
+        let calls = calls.map(|(name, arguments)| match self {
+            Self::MistralArgs => format!("{}{name}{}{arguments}", Self::MISTRAL_START, Self::MISTRAL_ARGS),
+            _ => format!("{{\"name\": {}, \"{key}\": {arguments}}}", Json::from(name)),
+        });
+        match self {
+            Self::Hermes => {
+                let calls = calls.map(|call| format!("{}\n{call}\n{}", Self::HERMES_START, Self::HERMES_END));
+                calls.collect::<Vec<_>>().join("\n")
+            }
+            Self::LlamaJson => calls.collect::<Vec<_>>().join("; "),
+            Self::Mistral => format!("{} [{}]", Self::MISTRAL_START, calls.collect::<Vec<_>>().join(", ")),
+            Self::MistralArgs => calls.collect(),
+        }
     }
 }

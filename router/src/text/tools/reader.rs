@@ -61,6 +61,8 @@ pub(crate) struct ToolReader {
     whole_calls: usize,
     /// Some text was given out.
     has_text: bool,
+    /// Nothing but blank space came since the last call.
+    behind_call: bool,
 }
 
 impl ToolReader {
@@ -79,6 +81,7 @@ impl ToolReader {
             calls: 0,
             whole_calls: 0,
             has_text: false,
+            behind_call: false,
         }
     }
 
@@ -93,7 +96,7 @@ impl ToolReader {
     pub(crate) fn finish(&mut self, out: &mut Vec<ToolDelta>) {
         let held = self.held.take();
         // Blank space behind a call is no answer.
-        if !self.begun && (self.calls == 0 || !held.trim().is_empty()) {
+        if !self.begun && !(self.behind_call && held.trim().is_empty()) {
             self.give_text(&held, out);
         }
         self.state = State::Text;
@@ -148,6 +151,7 @@ impl ToolReader {
         }
         self.at_start &= text.trim().is_empty();
         self.has_text |= !text.trim().is_empty();
+        self.behind_call &= text.trim().is_empty();
         match out.last_mut() {
             Some(ToolDelta::Text(last)) => last.push_str(text),
             _ => out.push(ToolDelta::Text(text.to_owned())),
@@ -228,6 +232,7 @@ impl ToolReader {
             out.push(ToolDelta::Start { index: self.calls, name });
         }
         self.calls += 1;
+        self.behind_call = true;
     }
 
     fn give_arguments(&mut self, text: &str, out: &mut Vec<ToolDelta>) {

@@ -29,6 +29,23 @@ pub(in crate::http::openapi) struct ChatCompletionRequest {
     /// The last message is the start of the reply. Not with `add_generation_prompt`.
     #[schema(default = false)]
     continue_final_message: Option<bool>,
+    /// Functions that the model may call.
+    #[schema(max_items = 128)]
+    tools: Option<Vec<Tool>>,
+    tool_choice: Option<ToolChoice>,
+    /// False: one call at most.
+    #[schema(default = true)]
+    parallel_tool_calls: Option<bool>,
+    /// The last message first, if it is the assistant's.
+    #[schema(default = false)]
+    echo: Option<bool>,
+    /// For the model's chat template.
+    reasoning_effort: Option<ReasoningEffort>,
+    /// Thoughts are part of the reply.
+    #[schema(default = true)]
+    include_reasoning: Option<bool>,
+    /// For the model's chat template: objects, mostly with `title` and `text`.
+    documents: Option<Vec<Map<String, Value>>>,
     /// Variables for the model's chat template, 16 KiB at most.
     chat_template_kwargs: Option<Map<String, Value>>,
     #[serde(flatten)]
@@ -37,6 +54,98 @@ pub(in crate::http::openapi) struct ChatCompletionRequest {
     drawing: DrawingFields,
     #[serde(flatten)]
     adapter: AdapterFields,
+}
+
+/// A function that the model may call.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct Tool {
+    #[schema(rename = "type")]
+    kind: Option<ToolType>,
+    function: ToolFunction,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct ToolFunction {
+    #[schema(pattern = "^[A-Za-z0-9_-]{1,64}$", example = "get_weather")]
+    name: String,
+    description: Option<String>,
+    /// A JSON schema of an object, 64 KiB at most.
+    parameters: Option<Map<String, Value>>,
+    strict: Option<bool>,
+}
+
+/// Whether the reply may or must call a function, or which.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+pub(in crate::http::openapi) enum ToolChoice {
+    Mode(ToolChoiceMode),
+    Function(NamedToolChoice),
+    Allowed(AllowedToolChoice),
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::http::openapi) enum ToolChoiceMode {
+    None,
+    Auto,
+    Required,
+}
+
+/// This function is called.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct NamedToolChoice {
+    #[schema(rename = "type")]
+    kind: ToolType,
+    function: FunctionName,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct FunctionName {
+    name: String,
+}
+
+/// Only these functions may be called.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct AllowedToolChoice {
+    #[schema(rename = "type")]
+    kind: AllowedTools,
+    allowed_tools: AllowedToolList,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::http::openapi) enum AllowedTools {
+    AllowedTools,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct AllowedToolList {
+    mode: AllowedMode,
+    #[schema(min_items = 1)]
+    tools: Vec<AllowedTool>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::http::openapi) enum AllowedMode {
+    Auto,
+    Required,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct AllowedTool {
+    function: FunctionName,
+}
+
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::http::openapi) enum ReasoningEffort {
+    None,
+    Minimal,
+    Low,
+    Medium,
+    High,
+    Xhigh,
 }
 
 /// A message of a chat.
@@ -48,8 +157,11 @@ pub(in crate::http::openapi) struct ChatMessage {
     name: Option<String>,
     /// Calls of an assistant's earlier turn.
     tool_calls: Option<Vec<ToolCallRequest>>,
-    /// Which call a tool's message answers.
+    /// Which call a tool's message answers; needed there.
     tool_call_id: Option<String>,
+    refusal: Option<String>,
+    reasoning: Option<String>,
+    /// The same under its older name.
     reasoning_content: Option<String>,
 }
 

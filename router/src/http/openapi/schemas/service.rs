@@ -43,6 +43,9 @@ pub(in crate::http::openapi) struct TokenizeChat {
     add_generation_prompt: Option<bool>,
     #[schema(default = false)]
     continue_final_message: Option<bool>,
+    /// The template shows them.
+    #[schema(max_items = 128)]
+    tools: Option<Vec<super::chat::Tool>>,
     chat_template_kwargs: Option<Map<String, Value>>,
 }
 
