@@ -28,8 +28,7 @@ function kind(schema) {
   if (!schema) return "anything";
   if (schema.$ref) {
     const target = resolve(schema);
-    const isPlain = target.type && target.type !== "object" && !target.enum && target.type !== "array";
-    return isPlain || target.enum ? kind(target) : refName(schema);
+    return target.properties || target.allOf ? refName(schema) : kind(target);
   }
   const any = schema.oneOf ?? schema.anyOf;
   if (any) return [...new Set(any.filter((one) => one.type !== "null").map(kind))].join(" or ");
