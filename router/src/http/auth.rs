@@ -19,6 +19,9 @@ use crate::access::Caller;
 /// Routes that need no key. Every other one does, unknown ones included.
 const OPEN: &[&str] = &[
     "/",
+    "/docs",
+    "/docs/docs.css",
+    "/docs/docs.js",
     "/console",
     "/console/{file}",
     "/health",
@@ -109,6 +112,7 @@ pub(crate) async fn authenticate(
     let counted = meter.filter(|_| request.method() == Method::POST);
     let permit = counted.as_ref().map(|meter| meter.admit()).transpose()?;
     let extensions = request.extensions_mut();
+    extensions.insert(side);
     extensions.insert(caller);
     extensions.insert(UpstreamToken(token));
     if let Some(meter) = counted {
@@ -248,8 +252,8 @@ impl Visit<'_> {
         ["origin", "sec-fetch-site"].iter().any(|name| self.headers.contains_key(*name))
     }
 
-    /// The page came from here, as its browser says: no page can write `Sec-Fetch-Site`, and the only page of this origin is
-    /// the console, which runs no script of anybody else. Counts only where [`Self::names_this_machine`] is asked as well.
+    /// The page came from here, as its browser says: no page can write `Sec-Fetch-Site`, and the only pages of this origin
+    /// are the console and the document's, which run no script of anybody else. Counts only where [`Self::names_this_machine`] is asked as well.
     fn is_own_page(&self) -> bool {
         let text = |name| self.headers.get(name).map(|value| value.to_str().unwrap_or(""));
         let from_here = match (text("origin"), text("host")) {

@@ -68,7 +68,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
         let allow = response.headers_mut().remove(header::ALLOW); // set by the router with a 405
         response = respond(&app, &error, &id, shape);
         response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
-    } else if !is_plain(response.status()) && response.headers().get("x-request-id").is_none() {
+    } else if is_error(response.status()) && response.headers().get("x-request-id").is_none() {
         let error = ApiError::new(cause_of(response.status()), response.status().to_string());
         response = respond(&app, &error, &id, shape);
     }
@@ -83,9 +83,9 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     response
 }
 
-/// Needs no error body.
-fn is_plain(status: StatusCode) -> bool {
-    status.is_success() || status == StatusCode::NOT_MODIFIED
+/// 304 and redirects have no envelope.
+fn is_error(status: StatusCode) -> bool {
+    status.is_client_error() || status.is_server_error()
 }
 
 fn respond(app: &App, error: &ApiError, id: &str, shape: ErrorShape) -> Response {

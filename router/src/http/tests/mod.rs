@@ -8,6 +8,7 @@ mod envelope;
 mod keys;
 mod lorax;
 mod models;
+mod openapi;
 mod operator;
 mod responses;
 mod server;
