@@ -24,6 +24,8 @@ pub struct RouterConfig {
     pub trust_loopback_adapters: bool,
     /// `--allow-base-fallback`: a request may ask for the base model's answer while its adapter loads.
     pub allow_base_fallback: bool,
+    /// `--strict-fields`: a field that nobody reads is an error.
+    pub strict_fields: bool,
     /// Locator of the base model, shown as `root`.
     pub model_root: String,
     /// `--max-model-len`: at most this many tokens, prompt and completion.
@@ -51,6 +53,7 @@ impl Default for RouterConfig {
             allow_runtime_adapters: false,
             trust_loopback_adapters: false,
             allow_base_fallback: false,
+            strict_fields: false,
             model_root: String::new(),
             max_model_len: None,
             use_generation_config: true,

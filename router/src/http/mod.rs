@@ -11,6 +11,7 @@ mod envelope;
 mod error;
 mod json;
 mod keys;
+mod known_fields;
 mod leftover;
 mod lorax;
 mod openai;

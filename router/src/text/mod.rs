@@ -1,6 +1,7 @@
 //! Text on both sides of the model: tokenizer, chat template, detokenizer, stop strings.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod bad_words;
 mod detokenizer;
 pub mod grammar;
 mod growth;
@@ -24,8 +25,11 @@ pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatPrompt, ChatTemplate, TemplateError};
 
+use bad_words::BadWords;
 use detokenizer::TokenTable;
 use template::{SharedTemplate, SpecialTokens};
+
+use crate::engine::Grammar;
 
 /// The files of a model directory that concern text, as read.
 #[derive(Clone, Debug, Default)]
@@ -191,6 +195,35 @@ impl TextModel {
                 tokens.extend(inner.encode(part, add_special && i == 0)?);
             }
             Ok(tokens)
+        })
+        .await
+    }
+
+    /// The rule that none of `words` is generated, in addition to `other`. Each word counts with and without a space in
+    /// front. `allowed`: the only tokens that may come, unless it is empty. Tokens of the model are below `vocab`.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`].
+    pub async fn without_words(
+        &self,
+        words: Vec<String>,
+        allowed: Vec<u32>,
+        vocab: u32,
+        other: Option<Arc<dyn Grammar>>,
+    ) -> Result<Arc<dyn Grammar>, TextError> {
+        self.on_worker(move |inner| {
+            let mut spelled: Vec<Vec<u32>> = Vec::with_capacity(words.len() * 2);
+            for word in &words {
+                let alone = inner.encode(word.trim_start(), false)?;
+                let inside = inner.encode(&format!(" {}", word.trim_start()), false)?;
+                // Behind a space it is another word only if the space is part of its first token.
+                if inside.len() == alone.len() && inside.first() != alone.first() {
+                    spelled.push(inside);
+                }
+                spelled.push(alone);
+            }
+            spelled.retain(|word| !word.is_empty());
+            Ok(Arc::new(BadWords::new(spelled, &allowed, vocab, other)) as Arc<dyn Grammar>)
         })
         .await
     }

@@ -159,6 +159,7 @@ fn params(fields: &Fields<'_>, sampled: bool, stream: bool, bounds: &Bounds) -> 
     Ok(Params {
         model: String::new(),
         grammar: None,
+        bad_words: Vec::new(),
         sampling: sampling(fields, sampled, bounds)?,
         seed: Some(seed),
         n: 1,

@@ -24,6 +24,7 @@ use crate::http::body::json_object;
 use crate::http::envelope::RequestId;
 use crate::http::error::{ApiError, Cause};
 use crate::http::json::Fields;
+use crate::http::known_fields;
 use crate::http::server::ConnectionAbort;
 use crate::text::ChatPrompt;
 
@@ -113,8 +114,11 @@ impl App {
     /// # Errors
     /// Whatever stands in its way.
     pub(crate) async fn chat_completion(&self, parts: &Parts, body: &Map<String, Value>) -> Result<Response, ApiError> {
+        let ignored = self.ignored_fields(known_fields::Body::Chat, body)?;
         let chat = self.start_chat(parts, body).await?;
-        self.answer(chat.shape, chat.runs, &chat.params, &chat.variants, parts).await
+        let mut response = self.answer(chat.shape, chat.runs, &chat.params, &chat.variants, parts).await?;
+        ignored.name_in(&mut response);
+        Ok(response)
     }
 
     /// Checks a chat and hands it to the engine. `body` has the fields of `/v1/chat/completions`.
@@ -124,7 +128,7 @@ impl App {
     pub(crate) async fn start_chat(&self, parts: &Parts, body: &Map<String, Value>) -> Result<ChatStart, ApiError> {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
-        let asked = validate(&Fields::new(body), &bounds)?;
+        let mut asked = validate(&Fields::new(body), &bounds)?;
         let variants = self.resolve(&asked.params, &asker).await?;
         check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
         let tokens = self.text.encode_chat(asked.chat, asked.params.add_special.unwrap_or(false)).await?;
@@ -136,6 +140,7 @@ impl App {
             logprobs: asked.logprobs,
             prompt_logprobs: asked.params.prompt_logprobs,
         };
+        self.forbid_words(&mut asked.params, &bounds).await?;
         let runs = self.submit(vec![prompt], &variants, &asked.params, wanted, asker)?;
         Ok(ChatStart { shape, runs, params: asked.params, variants })
     }

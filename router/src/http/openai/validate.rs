@@ -16,6 +16,8 @@ use crate::text::GenerationDefaults;
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 256;
 const STOP_TOKENS_MAX: usize = 256;
+const BAD_WORDS_MAX: usize = 256;
+const BAD_WORD_BYTES_MAX: usize = 256;
 const LOGIT_BIAS_MAX: usize = 1024;
 /// Most alternatives with a logprob.
 pub(crate) const LOGPROBS_MAX: i64 = 20;
@@ -52,6 +54,8 @@ pub(crate) struct Params {
     pub(crate) sampling: Sampling,
     /// What may be generated. Compiled after the fields were read.
     pub(crate) grammar: Option<Arc<dyn Grammar>>,
+    /// Texts that must not be generated.
+    pub(crate) bad_words: Vec<String>,
     pub(crate) seed: Option<u64>,
     pub(crate) n: u32,
     pub(crate) max_tokens: Option<u32>,
@@ -89,6 +93,7 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
         model: fields.string("model")?.unwrap_or("").to_owned(),
         sampling: sampling(fields, bounds)?,
         grammar: None,
+        bad_words: bad_words(fields)?,
         seed: fields.integer("seed", "an integer of 64 bits", |_| true)?.map(|seed| seed as u64),
         n: small(fields, "n", 1, i64::from(bounds.limits.n_max))?.unwrap_or(1),
         max_tokens: None,
@@ -206,6 +211,24 @@ pub(crate) fn stops(fields: &Fields<'_>, stops_max: usize, flag: Option<&str>) -
         Some(Value::Array(values)) => values.iter().map(check).collect(),
         Some(value) => check(value).map(|text| vec![text]),
     }
+}
+
+/// Words that are not blank.
+fn bad_words(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+    const NAME: &str = "bad_words";
+    let Some(values) = fields.array(NAME)? else { return Ok(Vec::new()) };
+    if values.len() > BAD_WORDS_MAX {
+        return Err(ApiError::limit(NAME, values.len(), "strings", BAD_WORDS_MAX, None));
+    }
+    let check = |value: &Value| match value {
+        Value::String(text) if text.len() <= BAD_WORD_BYTES_MAX && !text.trim().is_empty() => Ok(text.clone()),
+        Value::String(text) => {
+            let rule = "strings of 1..256 bytes that are not blank";
+            Err(ApiError::invalid(NAME, rule, &format!("one of {} bytes", text.len())))
+        }
+        other => Err(ApiError::invalid(NAME, "an array of strings", type_name(other))),
+    };
+    values.iter().map(check).collect()
 }
 
 /// A list of at most `len_max` token ids.
