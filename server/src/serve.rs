@@ -29,6 +29,9 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
         keep_memory_private();
         raise_open_files();
     }
+    for notice in &args.notices {
+        tracing::warn!("{notice}");
+    }
     let env = Env::read();
     let mut config = Config::resolve(args, &env)?;
     let listener = bind(&config)?;
@@ -201,6 +204,11 @@ fn router_config(config: &Config) -> RouterConfig {
             composed_max: args.adapters.max_composed_adapters as usize,
             ..HttpLimits::default()
         },
+        strict_fields: args.network.strict_fields,
+        cors_origins: config.cors_origins.clone(),
+        metrics_keys: config.metrics_keys.clone(),
+        default_adapter: config.default_adapter.clone(),
+        settings: args.settings.clone(),
         ..RouterConfig::default()
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::cors::CorsOrigin;
 use super::keys::KeySpec;
 
 /// Settings of the HTTP side, as meant.
@@ -24,6 +25,14 @@ pub struct RouterConfig {
     pub trust_loopback_adapters: bool,
     /// `--allow-base-fallback`: a request may ask for the base model's answer while its adapter loads.
     pub allow_base_fallback: bool,
+    /// `--cors-allow-origin`: pages of these origins may read answers.
+    pub cors_origins: Vec<CorsOrigin>,
+    /// `--metrics-key`: `/metrics` needs one of these, or an admin key. None: it is open.
+    pub metrics_keys: Vec<KeySpec>,
+    /// `--adapter-id`: what answers under the base model's names.
+    pub default_adapter: Option<String>,
+    /// What every flag came to, without secrets, for `/server_info`.
+    pub settings: serde_json::Value,
     /// `--strict-fields`: a field that nobody reads is an error.
     pub strict_fields: bool,
     /// Locator of the base model, shown as `root`.
@@ -53,6 +62,10 @@ impl Default for RouterConfig {
             allow_runtime_adapters: false,
             trust_loopback_adapters: false,
             allow_base_fallback: false,
+            cors_origins: Vec::new(),
+            metrics_keys: Vec::new(),
+            default_adapter: None,
+            settings: serde_json::Value::Null,
             strict_fields: false,
             model_root: String::new(),
             max_model_len: None,

@@ -7,6 +7,7 @@ mod auth;
 mod backend;
 mod body;
 mod config;
+mod cors;
 mod envelope;
 mod error;
 mod json;
@@ -35,6 +36,7 @@ use tokio::sync::watch;
 pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
 pub use config::{HttpLimits, RouterConfig};
+pub use cors::CorsOrigin;
 pub use error::{ApiError, Cause, Row};
 pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
 pub use rate::Meter;
@@ -59,6 +61,7 @@ pub struct AppInner {
     pub(crate) registry: Registry,
     pub(crate) metrics: Arc<Metrics>,
     keys: RwLock<Arc<keys::KeyRing>>,
+    metrics_keys: keys::KeyRing,
     pub(crate) wrong_keys: rate::WrongKeys,
     /// Unix seconds.
     pub(crate) started: u64,
@@ -103,6 +106,7 @@ impl App {
         }
         let inner = AppInner {
             keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None).requiring(config.requires_key))),
+            metrics_keys: keys::KeyRing::new(&config.metrics_keys, None),
             wrong_keys: rate::WrongKeys::default(),
             config,
             text,
@@ -126,7 +130,7 @@ impl App {
     /// All routes with their layers, without a listener.
     pub fn router(&self) -> Router {
         let app = self.clone();
-        Router::new()
+        let router = Router::new()
             .route("/", get(service::ready).post(lorax::compat))
             .route("/generate", post(lorax::generate))
             .route("/generate_stream", post(lorax::generate_stream))
@@ -139,6 +143,7 @@ impl App {
             .route("/startup", get(service::startup))
             .route("/ping", get(service::ready).post(service::ready))
             .route("/metrics", get(service::metrics))
+            .route("/server_info", get(service::server_info))
             .route("/version", get(service::version))
             .route("/load", get(service::load))
             .route("/tokenize", post(tokenize::tokenize))
@@ -156,8 +161,11 @@ impl App {
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
-            .layer(from_fn_with_state(app.clone(), envelope::envelope))
-            .with_state(app)
+            .layer(from_fn_with_state(app.clone(), envelope::envelope));
+        match cors::layer(&self.config.cors_origins) {
+            Some(cors) => router.layer(cors).with_state(app),
+            None => router.with_state(app),
+        }
     }
 
     /// The operator's own routes with their layers, for a listener that only the operator reaches.
@@ -168,6 +176,7 @@ impl App {
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))
             .route("/metrics", get(service::metrics))
+            .route("/server_info", get(service::server_info))
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Admin), auth::authenticate))

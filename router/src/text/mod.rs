@@ -10,6 +10,8 @@ mod stop;
 mod strftime;
 mod template;
 #[cfg(test)]
+mod template_tests;
+#[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

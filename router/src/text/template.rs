@@ -127,8 +127,9 @@ impl ChatTemplate {
         let messages = chat.messages.iter().map(|message| self.with_known_role(message)).collect();
         variables.insert("messages".into(), Json::Array(messages));
         variables.insert("add_generation_prompt".into(), Json::Bool(chat.add_generation_prompt));
-        variables.insert("tools".into(), Json::Null);
-        variables.insert("documents".into(), Json::Null);
+        for name in ["tools", "documents"] {
+            variables.entry(name).or_insert(Json::Null);
+        }
         let tokens = &self.tokens;
         for (name, token) in [
             ("bos_token", &tokens.bos),

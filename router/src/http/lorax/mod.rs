@@ -129,7 +129,7 @@ impl App {
             if least > bounds.context_tokens as usize && asked.params.truncate.is_none() {
                 // Megabytes take seconds to encode; these cannot fit.
                 let wanted = asked.params.max_tokens.unwrap_or(1) as usize;
-                return Err(ApiError::context_length(bounds.context_tokens as usize, least, wanted));
+                return Err(asked.params.context_fields.over(bounds.context_tokens as usize, least, wanted));
             }
             self.text.encode(inputs, true).await?
         };

@@ -16,7 +16,7 @@ use super::run::Run;
 use super::stream::StreamContext;
 use super::submit::{Asker, Wanted, fit_prompt};
 use super::unsupported;
-use super::validate::{Bounds, LOGPROBS_MAX, Params, check_sequences, max_tokens, params, small};
+use super::validate::{Bounds, ContextFields, LOGPROBS_MAX, Params, check_sequences, max_tokens, params, small};
 use crate::access::Caller;
 use crate::http::App;
 use crate::http::auth::{Metered, UpstreamToken};
@@ -51,7 +51,12 @@ pub(crate) async fn chat_completions(State(app): State<App>, request: Request<Bo
 fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiError> {
     unsupported::check_chat(fields)?;
     let mut params = params(fields, bounds)?;
-    params.max_tokens = max_tokens(fields, "max_completion_tokens", 1)?.or(max_tokens(fields, "max_tokens", 1)?);
+    let completion = max_tokens(fields, "max_completion_tokens", 1)?;
+    params.context_fields = ContextFields {
+        prompt: "messages",
+        max_tokens: if completion.is_some() { "max_completion_tokens" } else { "max_tokens" },
+    };
+    params.max_tokens = completion.or(max_tokens(fields, "max_tokens", 1)?);
     let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
     let top = small(fields, "top_logprobs", 0, LOGPROBS_MAX)?;
     if !logprobs && top.is_some_and(|top| top > 0) {

@@ -97,7 +97,7 @@ impl App {
                 if least > bounds.context_tokens as usize && params.truncate.is_none() {
                     // Megabytes take seconds to encode; these cannot fit.
                     let wanted = params.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS) as usize;
-                    return Err(ApiError::context_length(bounds.context_tokens as usize, least, wanted));
+                    return Err(params.context_fields.over(bounds.context_tokens as usize, least, wanted));
                 }
                 let tokens = self.text.encode(text.clone(), params.add_special.unwrap_or(true)).await?;
                 (tokens, Some(text))

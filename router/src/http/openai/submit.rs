@@ -65,7 +65,7 @@ pub(crate) fn fit_prompt(
     }
     if tokens.is_empty() {
         return Err(ApiError::invalid(
-            "prompt",
+            params.context_fields.prompt,
             "at least one token long (this tokenizer adds no BOS)",
             "an empty prompt",
         ));

@@ -45,6 +45,24 @@ pub(crate) struct StreamOptions {
     pub(crate) continuous_usage: bool,
 }
 
+/// What a route calls the two fields that share the context.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ContextFields {
+    pub(crate) prompt: &'static str,
+    pub(crate) max_tokens: &'static str,
+}
+
+impl ContextFields {
+    /// Says which of the two has to give way.
+    pub(crate) fn over(self, context_tokens: usize, prompt_tokens: usize, completion_tokens: usize) -> ApiError {
+        let param = if prompt_tokens >= context_tokens { self.prompt } else { self.max_tokens };
+        ApiError {
+            param: Some(param.into()),
+            ..ApiError::context_length(context_tokens, prompt_tokens, completion_tokens)
+        }
+    }
+}
+
 /// A generation request without its prompt, in range.
 #[derive(Clone, Debug)]
 pub(crate) struct Params {
@@ -59,6 +77,7 @@ pub(crate) struct Params {
     pub(crate) seed: Option<u64>,
     pub(crate) n: u32,
     pub(crate) max_tokens: Option<u32>,
+    pub(crate) context_fields: ContextFields,
     pub(crate) stop: Vec<String>,
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) ignore_eos: bool,
@@ -97,6 +116,7 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
         seed: fields.integer("seed", "an integer of 64 bits", |_| true)?.map(|seed| seed as u64),
         n: small(fields, "n", 1, i64::from(bounds.limits.n_max))?.unwrap_or(1),
         max_tokens: None,
+        context_fields: ContextFields { prompt: "prompt", max_tokens: "max_tokens" },
         stop: stops(fields, STOPS_MAX, None)?,
         stop_tokens: token_list(fields, "stop_token_ids", STOP_TOKENS_MAX, bounds.vocab)?,
         ignore_eos: fields.boolean("ignore_eos")?.or(fields.boolean("ignore_eos_token")?).unwrap_or(false),
@@ -298,7 +318,7 @@ pub(crate) fn fit(
     bounds: &Bounds,
 ) -> Result<u32, ApiError> {
     let context = bounds.context_tokens as usize;
-    let over = |completion: usize| ApiError::context_length(context, prompt_tokens, completion);
+    let over = |completion: usize| params.context_fields.over(context, prompt_tokens, completion);
     let left = context.saturating_sub(prompt_tokens);
     let max_tokens = match wanted {
         Some(wanted) if wanted as usize > left || prompt_tokens > context => return Err(over(wanted as usize)),
