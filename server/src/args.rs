@@ -177,6 +177,10 @@ pub(crate) struct AdapterArgs {
     /// How long a request waits for its adapter to load, seconds
     #[arg(long, env = "LORAMUX_ADAPTER_LOAD_TIMEOUT", default_value = "30", value_parser = parse_seconds)]
     pub(crate) adapter_load_timeout: std::time::Duration,
+    /// Use the chat template that an adapter brings (chat_template.jinja, tokenizer_config.json) for chats under it, where its
+    /// files lie in a folder of this machine
+    #[arg(long, env = "LORAMUX_ADAPTER_CHAT_TEMPLATE", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) adapter_chat_template: bool,
     /// Adapters one request may compose
     #[arg(long, env = "LORAMUX_MAX_COMPOSED_ADAPTERS", default_value_t = 4)]
     pub(crate) max_composed_adapters: u32,

@@ -33,6 +33,10 @@ pub struct RouterConfig {
     pub default_adapter: Option<String>,
     /// What every flag came to, without secrets, for `/server_info`.
     pub settings: serde_json::Value,
+    /// `--trust-request-chat-template`: requests may bring their own template.
+    pub trust_request_chat_template: bool,
+    /// `--adapter-chat-template`: an adapter's own template is used for chats under it alone.
+    pub use_adapter_templates: bool,
     /// `--strict-fields`: a field that nobody reads is an error.
     pub strict_fields: bool,
     /// Locator of the base model, shown as `root`.
@@ -66,6 +70,8 @@ impl Default for RouterConfig {
             metrics_keys: Vec::new(),
             default_adapter: None,
             settings: serde_json::Value::Null,
+            trust_request_chat_template: false,
+            use_adapter_templates: false,
             strict_fields: false,
             model_root: String::new(),
             max_model_len: None,

@@ -37,6 +37,7 @@ pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
 pub use config::{HttpLimits, RouterConfig};
 pub use cors::CorsOrigin;
+pub(crate) use error::cut;
 pub use error::{ApiError, Cause, Row};
 pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
 pub use rate::Meter;
@@ -251,6 +252,7 @@ impl App {
             defaults: if self.config.use_generation_config { self.text.defaults() } else { Default::default() },
             adapter_load_timeout: self.config.adapter_load_timeout,
             allow_base_fallback: self.config.allow_base_fallback,
+            trust_request_chat_template: self.config.trust_request_chat_template,
         })
     }
 

@@ -1,6 +1,7 @@
 //! Text on both sides of the model: tokenizer, chat template, detokenizer, stop strings.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod adapter;
 mod bad_words;
 mod detokenizer;
 pub mod grammar;
@@ -25,11 +26,11 @@ use tokio::sync::Semaphore;
 
 pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutcome};
-pub use template::{ChatPrompt, ChatTemplate, TemplateError};
+pub use template::{ChatPrompt, ChatTemplate, SharedTemplate, TemplateChoice, TemplateError};
 
 use bad_words::BadWords;
 use detokenizer::TokenTable;
-use template::{SharedTemplate, SpecialTokens};
+use template::{SpecialTokens, Trust};
 
 use crate::engine::Grammar;
 
@@ -109,16 +110,31 @@ pub struct TextModel {
     inner: Arc<Inner>,
 }
 
+impl std::fmt::Debug for TextModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TextModel").field("len_tokens", &self.len_tokens()).finish_non_exhaustive()
+    }
+}
+
 struct Inner {
     tokenizer: Arc<Tokenizer>,
     table: Arc<TokenTable>,
     template: Option<SharedTemplate>,
+    adapter_templates: adapter::Templates,
+    /// As templates know them.
+    special: SpecialTokens,
     end_tokens: Vec<u32>,
     special_texts: Vec<String>,
     defaults: GenerationDefaults,
     /// Bounds how many threads of the blocking pool text processing takes.
     workers: Arc<Semaphore>,
+    /// The same for templates that are not the operator's.
+    strangers: Arc<Semaphore>,
 }
+
+/// Templates of adapters and requests that run at the same time. One of them may keep a thread busy for seconds, and then
+/// it is in the way of its like alone.
+const STRANGERS_MAX: usize = 2;
 
 impl TextModel {
     /// Parses the files of a model directory.
@@ -142,7 +158,8 @@ impl TextModel {
         end_tokens.extend(ids(member(&generation, "eos_token_id")));
         end_tokens.extend(tokens.eos.as_deref().and_then(|token| tokenizer.token_to_id(token)));
         let source = files.chat_template.or_else(|| template_of(&config));
-        let template = source.map(|source| ChatTemplate::new(&source, tokens)).transpose()?.map(Arc::new);
+        let compile = |source: String| ChatTemplate::new(&source, tokens.clone(), Trust::Operator);
+        let template = source.map(compile).transpose()?.map(Arc::new);
         let special_texts =
             tokenizer.get_added_tokens_decoder().into_values().filter(|t| t.special).map(|t| t.content).collect();
         let tokenizer = Arc::new(tokenizer);
@@ -150,9 +167,12 @@ impl TextModel {
             table: Arc::new(TokenTable::new(Arc::clone(&tokenizer), &tokenizer_json)),
             tokenizer,
             template,
+            adapter_templates: Default::default(),
+            special: tokens,
             end_tokens: end_tokens.into_iter().collect(),
             special_texts,
             defaults: generation_defaults(&generation),
+            strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
             workers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()).max(2))),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -187,8 +207,18 @@ impl TextModel {
     /// # Errors
     /// [`TextError::NoTemplate`], [`TextError::Template`], or as [`Self::encode`].
     pub async fn encode_chat(&self, mut chat: ChatPrompt, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let template = self.inner.template.clone().ok_or(TextError::NoTemplate)?;
-        self.on_worker(move |inner| {
+        let (workers, template) = match std::mem::take(&mut chat.template) {
+            TemplateChoice::Base => {
+                (&self.inner.workers, Ok(self.inner.template.clone().ok_or(TextError::NoTemplate)?))
+            }
+            TemplateChoice::Compiled(template) => (&self.inner.strangers, Ok(template)),
+            TemplateChoice::Source(source) => (&self.inner.strangers, Err(source)),
+        };
+        self.on_worker_of(workers, move |inner| {
+            let template = match template {
+                Ok(template) => template,
+                Err(source) => Arc::new(ChatTemplate::new(&source, inner.special.clone(), Trust::Stranger)?),
+            };
             let mark = inner.guard_specials(&mut chat.messages);
             let text = template.render(&chat)?;
             let Some(mark) = mark else { return inner.encode(&text, add_special) };
@@ -294,7 +324,15 @@ impl TextModel {
         &self,
         work: impl FnOnce(&Inner) -> Result<T, TextError> + Send + 'static,
     ) -> Result<T, TextError> {
-        let permit = Arc::clone(&self.inner.workers).acquire_owned().await.map_err(|_| TextError::Panicked)?;
+        self.on_worker_of(&self.inner.workers, work).await
+    }
+
+    async fn on_worker_of<T: Send + 'static>(
+        &self,
+        workers: &Arc<Semaphore>,
+        work: impl FnOnce(&Inner) -> Result<T, TextError> + Send + 'static,
+    ) -> Result<T, TextError> {
+        let permit = Arc::clone(workers).acquire_owned().await.map_err(|_| TextError::Panicked)?;
         let inner = Arc::clone(&self.inner);
         let run = move || {
             let _permit = permit; // with the thread, not with the caller: one that leaves does not free the thread

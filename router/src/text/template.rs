@@ -14,6 +14,8 @@ use super::{growth, member, python};
 
 /// Instructions one rendering may execute: about 4096 messages of a long template.
 const FUEL: u64 = 2_000_000;
+/// The same of a template that is not the operator's.
+const STRANGER_FUEL: u64 = 200_000;
 /// Bytes of template source.
 const SOURCE_BYTES_MAX: usize = 256 * 1024;
 /// Bytes of one printed value.
@@ -47,11 +49,39 @@ pub(crate) struct SpecialTokens {
     pub(crate) pad: Option<String>,
 }
 
+/// Whose program a template is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trust {
+    /// The base model's, or the operator's own.
+    Operator,
+    /// A request's or an adapter's.
+    Stranger,
+}
+
+/// Which template a chat is rendered with.
+#[derive(Clone, Debug, Default)]
+pub enum TemplateChoice {
+    /// The base model's.
+    #[default]
+    Base,
+    /// This one, compiled for this chat alone.
+    Source(String),
+    /// This one.
+    Compiled(SharedTemplate),
+}
+
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     tokens: SpecialTokens,
     knows_developer: bool,
+    trust: Trust,
+}
+
+impl std::fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChatTemplate").field("trust", &self.trust).finish_non_exhaustive()
+    }
 }
 
 /// One chat to render.
@@ -65,6 +95,8 @@ pub struct ChatPrompt {
     pub continue_final_message: bool,
     /// Extra variables. They cannot replace the ones above.
     pub kwargs: serde_json::Map<String, Json>,
+    /// What turns it into text.
+    pub template: TemplateChoice,
     /// Output longer than this is refused.
     pub output_bytes_max: usize,
 }
@@ -74,7 +106,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TemplateError::Failed`] if it is no Jinja, too long, or can grow a value without bound.
-    pub(crate) fn new(source: &str, tokens: SpecialTokens) -> Result<Self, TemplateError> {
+    pub(crate) fn new(source: &str, tokens: SpecialTokens, trust: Trust) -> Result<Self, TemplateError> {
         if source.len() > SOURCE_BYTES_MAX {
             return Err(TemplateError::Failed(format!(
                 "{} bytes; at most {SOURCE_BYTES_MAX} are accepted",
@@ -82,13 +114,13 @@ impl ChatTemplate {
             )));
         }
         let source = without_generation_tags(source);
-        growth::check(&source).map_err(TemplateError::Failed)?;
+        growth::check(&source, trust).map_err(TemplateError::Failed)?;
         let knows_developer = source.contains("developer");
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(failed)?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_fuel(Some(FUEL));
+        environment.set_fuel(Some(if trust == Trust::Operator { FUEL } else { STRANGER_FUEL }));
         environment.set_recursion_limit(64);
         environment.set_unknown_method_callback(python::method);
         environment.set_formatter(python_formatter);
@@ -98,7 +130,7 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", |format: &str| super::strftime::now(format));
         environment.add_template_owned("chat", source).map_err(failed)?;
-        Ok(Self { environment, tokens, knows_developer })
+        Ok(Self { environment, tokens, knows_developer, trust })
     }
 
     /// Renders `chat`. May take a quarter of a second: call it on a thread that may block.
@@ -106,6 +138,9 @@ impl ChatTemplate {
     /// # Errors
     /// See [`TemplateError`]; all are the request's fault (400).
     pub fn render(&self, chat: &ChatPrompt) -> Result<String, TemplateError> {
+        if self.trust == Trust::Stranger && bytes_of(chat) > chat.output_bytes_max {
+            return Err(TemplateError::Limit("input")); // each of its instructions may copy all of it
+        }
         let template = self.environment.get_template("chat").map_err(failed)?;
         let mut sink = Sink {
             text: Vec::new(),
@@ -351,5 +386,11 @@ fn cut_after_last_message(mut text: String, chat: &ChatPrompt) -> Result<String,
     Ok(text)
 }
 
+/// Bytes that a template may read.
+fn bytes_of(chat: &ChatPrompt) -> usize {
+    let messages = chat.messages.iter().map(|message| message.to_string().len()).sum::<usize>();
+    messages + chat.kwargs.values().map(|value| value.to_string().len()).sum::<usize>()
+}
+
 /// A template shared by requests.
-pub(crate) type SharedTemplate = Arc<ChatTemplate>;
+pub type SharedTemplate = Arc<ChatTemplate>;

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value as Json};
 use sha2::{Digest, Sha256};
 
-use super::template::SpecialTokens;
+use super::template::{SpecialTokens, Trust};
 use super::{ChatPrompt, ChatTemplate, TemplateError};
 
 fn folder() -> &'static Path {
@@ -55,10 +55,13 @@ fn templates_of_known_families_render_as_in_python() {
         let [file, chat, variables] = name.split(" / ").collect::<Vec<_>>()[..] else { panic!("{name}") };
         let source = std::fs::read_to_string(folder().join(format!("{file}.jinja"))).unwrap();
         let variables = cases["variables"][variables.parse::<usize>().unwrap()].as_object().unwrap();
-        let template = ChatTemplate::new(&without_dates(&source), tokens()).unwrap_or_else(|e| panic!("{file}: {e}"));
-        let (got, text) = shown(template.render(&prompt(&cases["chats"][chat], variables)));
-        if got != want.as_str().unwrap() {
-            wrong.push(format!("{name}: {got}, not {want}: {text:?}"));
+        for trust in [Trust::Operator, Trust::Stranger] {
+            let template = ChatTemplate::new(&without_dates(&source), tokens(), trust);
+            let template = template.unwrap_or_else(|e| panic!("{file}: {e}"));
+            let (got, text) = shown(template.render(&prompt(&cases["chats"][chat], variables)));
+            if got != want.as_str().unwrap() {
+                wrong.push(format!("{name} ({trust:?}): {got}, not {want}: {text:?}"));
+            }
         }
     }
     let shown = wrong.iter().take(20).cloned().collect::<Vec<_>>().join("\n");

@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::holds::Holds;
 use super::merged_dir::MergedDirs;
-use super::settings::{Files, FilesHere};
+use super::settings::{AdapterSettings, Files, FilesHere};
 use super::stage::Stage;
 use super::table::{Asker, Attempt, Content, Lease, Ready, Table};
 use super::{AdapterState, failure};
@@ -129,6 +129,8 @@ pub(super) struct Shared {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) holds: Arc<Holds>,
     pub(super) prepares: Semaphore,
+    /// What the tokens that an adapter adds are compared with.
+    pub(super) tokenizer: Option<TextModel>,
     pub(super) times: LoadTimes,
     table: Mutex<Table>,
 }
@@ -145,9 +147,9 @@ impl Contents {
         files: Option<Arc<dyn Files>>,
         merges: Arc<MergedDirs>,
         clock: Arc<dyn Clock>,
-        prepares_max: usize,
+        settings: &AdapterSettings,
     ) -> Self {
-        let (holds, prepares) = (Holds::new(Arc::clone(&engine)), Semaphore::new(prepares_max.max(1)));
+        let (holds, prepares) = (Holds::new(Arc::clone(&engine)), Semaphore::new(settings.loads_max.max(1)));
         Self {
             shared: Arc::new(Shared {
                 engine,
@@ -156,6 +158,7 @@ impl Contents {
                 clock,
                 holds,
                 prepares,
+                tokenizer: settings.tokenizer.clone(),
                 times: LoadTimes::default(),
                 table: Mutex::default(),
             }),

@@ -22,11 +22,11 @@ use crate::http::App;
 use crate::http::auth::{Metered, UpstreamToken};
 use crate::http::body::json_object;
 use crate::http::envelope::RequestId;
-use crate::http::error::{ApiError, Cause};
+use crate::http::error::{ApiError, Cause, shown};
 use crate::http::json::Fields;
 use crate::http::known_fields;
 use crate::http::server::ConnectionAbort;
-use crate::text::ChatPrompt;
+use crate::text::{ChatPrompt, TemplateChoice};
 
 /// Bytes of `chat_template_kwargs`.
 const KWARGS_BYTES_MAX: usize = 16 * 1024;
@@ -66,18 +66,14 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiErro
             &top.unwrap_or(0).to_string(),
         ));
     }
-    Ok(ChatRequest {
-        logprobs: logprobs.then_some(top.unwrap_or(0)),
-        chat: chat_prompt(fields, bounds.context_tokens)?,
-        params,
-    })
+    Ok(ChatRequest { logprobs: logprobs.then_some(top.unwrap_or(0)), chat: chat_prompt(fields, bounds)?, params })
 }
 
 /// Reads what the template needs.
 ///
 /// # Errors
 /// 400 that names the field.
-pub(crate) fn chat_prompt(fields: &Fields<'_>, context_tokens: u32) -> Result<ChatPrompt, ApiError> {
+pub(crate) fn chat_prompt(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatPrompt, ApiError> {
     let messages = messages(fields)?;
     let add_generation_prompt = fields.boolean("add_generation_prompt")?;
     let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);
@@ -96,8 +92,22 @@ pub(crate) fn chat_prompt(fields: &Fields<'_>, context_tokens: u32) -> Result<Ch
         add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
         continue_final_message,
         kwargs,
-        output_bytes_max: prompt_bytes_max(context_tokens),
+        template: request_template(fields, bounds)?,
+        output_bytes_max: prompt_bytes_max(bounds.context_tokens),
     })
+}
+
+/// The request's own template, where the operator lets it bring one.
+fn request_template(fields: &Fields<'_>, bounds: &Bounds) -> Result<TemplateChoice, ApiError> {
+    const NAME: &str = "chat_template";
+    match fields.string(NAME)? {
+        None => Ok(TemplateChoice::Base),
+        Some(source) if bounds.trust_request_chat_template => Ok(TemplateChoice::Source(source.to_owned())),
+        Some(_) => {
+            let why = "templates are programs; only the model's own is run (--trust-request-chat-template)";
+            Err(ApiError::unsupported(NAME, why))
+        }
+    }
 }
 
 /// Bytes that a rendered prompt may have.
@@ -136,6 +146,7 @@ impl App {
         let mut asked = validate(&Fields::new(body), &bounds)?;
         let variants = self.resolve(&asked.params, &asker).await?;
         check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
+        self.choose_template(&mut asked.chat, &variants).await?;
         let tokens = self.text.encode_chat(asked.chat, asked.params.add_special.unwrap_or(false)).await?;
         let prompt = fit_prompt(tokens, asked.params.max_tokens, None, &asked.params, &bounds)?;
         let mut shape = Shape::new(self, Kind::Chat, &asked.params);
@@ -148,6 +159,26 @@ impl App {
         self.forbid_words(&mut asked.params, &bounds).await?;
         let runs = self.submit(vec![prompt], &variants, &asked.params, wanted, asker)?;
         Ok(ChatStart { shape, runs, params: asked.params, variants })
+    }
+
+    /// One adapter's own template for a chat under it alone. The request's own wins, and where there are several adapters
+    /// they share the base model's.
+    async fn choose_template(&self, chat: &mut ChatPrompt, variants: &[Variant]) -> Result<(), ApiError> {
+        let [Variant { adapters, .. }] = variants else { return Ok(()) };
+        let ([adapter], TemplateChoice::Base, true) = (&**adapters, &chat.template, self.config.use_adapter_templates)
+        else {
+            return Ok(());
+        };
+        let Some((identity, dir)) = adapter.local_files() else { return Ok(()) };
+        let found = self.text.adapter_template(identity, dir.to_owned()).await;
+        let found = found.map_err(|error| {
+            let message = format!("adapter `{}`: {error} (--adapter-chat-template)", shown(&adapter.name));
+            ApiError::at(Cause::AdapterInvalid, "model", message)
+        })?;
+        if let Some(template) = found {
+            chat.template = TemplateChoice::Compiled(template);
+        }
+        Ok(())
     }
 
     /// Who asks, and how long they wait: `x-request-timeout`, but never longer than the server's own limit.

@@ -37,7 +37,6 @@ const CHAT: &[(&str, Set, &str)] = &[
     ("tools", Set::Truthy, NOT_YET),
     ("functions", Set::Truthy, "use `tools`"),
     ("function_call", Set::Present, "use `tool_choice`"),
-    ("chat_template", Set::Present, "templates are programs; only the model's own is run"),
     ("echo", Set::Truthy, NOT_YET),
     ("documents", Set::Truthy, NOT_YET),
     ("reasoning_effort", Set::Present, NOT_YET),

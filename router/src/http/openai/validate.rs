@@ -36,6 +36,8 @@ pub(crate) struct Bounds {
     pub(crate) adapter_load_timeout: Duration,
     /// A request may prefer the base model to waiting.
     pub(crate) allow_base_fallback: bool,
+    /// A request may bring its own `chat_template`.
+    pub(crate) trust_request_chat_template: bool,
 }
 
 /// `stream_options`.
