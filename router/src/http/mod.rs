@@ -5,6 +5,7 @@ mod activity;
 mod admin;
 mod auth;
 mod backend;
+mod bare_error;
 mod body;
 mod config;
 mod cors;

@@ -165,7 +165,7 @@ impl Server {
             let response = router.clone().oneshot(request.map(Body::new));
             async move { response.await.map(|response| response.map(|body| TrackedBody { body, _running: running })) }
         });
-        let io = TrackedIo { io: stream, activity: activity.clone() };
+        let io = TrackedIo::new(stream, activity.clone());
         let connection = builder(&limits).serve_connection(TokioIo::new(io), service).into_owned();
         let connection = graceful.watch(connection);
         tokio::spawn(async move {

@@ -2,6 +2,7 @@
 
 mod adapters;
 mod aliases;
+mod query;
 mod report;
 mod status;
 

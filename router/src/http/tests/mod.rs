@@ -3,6 +3,7 @@
 mod chat;
 mod completions;
 mod envelope;
+mod fields;
 mod keys;
 mod lorax;
 mod models;
