@@ -39,6 +39,7 @@ pub(super) enum Message {
     Pin { content: ContentId, level: Option<PinLevel>, reply: PinReply },
     Forget { content: ContentId, mode: ForgetMode },
     Prefetch { content: ContentId },
+    ForgetPrefixes,
     GiveUp { content: ContentId, reason: String },
     Wake,
     ShutDown,
@@ -241,6 +242,7 @@ impl Engine {
             Message::Forget { content, mode } => self.forget(content, mode),
             Message::Prefetch { content } => self.prefetch(content),
             Message::GiveUp { content, reason } => self.give_up(content, &reason),
+            Message::ForgetPrefixes => self.forget_prefixes(),
             Message::Wake => {}
             Message::ShutDown => return Ok(false),
             Message::Shard { incarnation, message } if incarnation == self.link.incarnation => self.report(*message)?,

@@ -30,6 +30,7 @@ pub(crate) fn routes() -> Router<App> {
         .route("/admin/v1/aliases/{name}/rollback", post(aliases::rollback))
         .route("/admin/v1/status", get(status::status))
         .route("/admin/v1/drain", post(status::drain))
+        .route("/admin/v1/cache/reset", post(status::reset_cache))
 }
 
 /// Reads a reference, with the revision that was sent beside it.
