@@ -16,7 +16,7 @@ const ASSIGNMENTS_MAX: usize = 1000;
 /// How often a value may hold another one, along a chain of assignments.
 const COPIES_MAX: u64 = 4096;
 /// The same in a stranger's template.
-const STRANGER_COPIES_MAX: u64 = 64;
+const STRANGER_COPIES_MAX: u64 = 32;
 /// Marks of an expression that puts values together.
 const GROWING: &[&str] = &["~", "+", "%", "join", "format", "replace"];
 
@@ -36,9 +36,13 @@ pub(super) fn check(source: &str, trust: Trust) -> Result<(), String> {
     let mut assignments: Vec<Assignment> = tags(source).filter_map(assignment).collect();
     let mut copies_max = COPIES_MAX;
     if trust == Trust::Stranger {
+        if tags(source).chain(prints(source)).any(|code| without_strings(code).contains('*')) {
+            return Err("`*` repeats values, which this server does not do for this template".into());
+        }
         assignments.extend(tags(source).filter_map(loop_variable));
         assignments.extend(arguments(source));
         assignments.extend(tags(source).filter_map(literal));
+        by_root(&mut assignments);
         copies_max = STRANGER_COPIES_MAX;
     }
     if assignments.len() > ASSIGNMENTS_MAX {
@@ -62,6 +66,26 @@ pub(super) fn check(source: &str, trust: Trust) -> Result<(), String> {
 /// The insides of `{% .. %}`.
 fn tags(source: &str) -> impl Iterator<Item = &str> {
     source.split("{%").skip(1).map(|rest| rest.split("%}").next().unwrap_or(rest))
+}
+
+/// A part of a value counts as the value: `x.a` as `x`. Namespaces are the exception, because templates write to their parts.
+fn by_root(assignments: &mut [Assignment]) {
+    let namespaces: HashSet<String> =
+        assignments.iter().filter_map(|a| a.target.split_once('.')).map(|(root, _)| root.to_owned()).collect();
+    for assignment in assignments {
+        let mut names: HashMap<String, u64> = HashMap::new();
+        for (name, times) in assignment.names.drain() {
+            let root = name.split('.').next().unwrap_or("");
+            let name = if namespaces.contains(root) { name.as_str() } else { root };
+            *names.entry(name.to_owned()).or_default() += times;
+        }
+        assignment.names = names;
+    }
+}
+
+/// The insides of `{{ .. }}`.
+fn prints(source: &str) -> impl Iterator<Item = &str> {
+    source.split("{{").skip(1).map(|rest| rest.split("}}").next().unwrap_or(rest))
 }
 
 /// Reads `set x = ..` and `with x = ..`.
@@ -260,6 +284,7 @@ mod tests {
             "{% macro f(x, n) %}{{ f(n=n - 1, x=[x, x]) }}{% endmacro %}{{ f('xxxx', 40) }}".to_owned(),
             "{% macro f(x) %}{{ g(x) }}{% endmacro %}{% macro g(y) %}{{ f(y + y) }}{% endmacro %}{{ f('x') }}"
                 .to_owned(),
+            "{% macro f(x) %}{{ f({'a': x.a ~ x.a}) }}{% endmacro %}{{ f({'a': 'xxxx'}) }}".to_owned(),
             "{% for s in [s ~ s] %}{% set s = s %}{% endfor %}".to_owned(),
             format!("{lists}{{{{ a39 | tojson }}}}"),
         ];

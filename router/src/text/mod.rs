@@ -8,6 +8,7 @@ pub mod grammar;
 mod growth;
 mod python;
 mod stop;
+mod stranger;
 mod strftime;
 mod template;
 #[cfg(test)]

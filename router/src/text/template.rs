@@ -1,5 +1,6 @@
 //! Chat templates: Jinja as Hugging Face runs it, with bounds on time, instructions and output.
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,12 +11,10 @@ use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior,
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use super::{growth, member, python};
+use super::{growth, member, python, stranger};
 
 /// Instructions one rendering may execute: about 4096 messages of a long template.
 const FUEL: u64 = 2_000_000;
-/// The same of a template that is not the operator's.
-const STRANGER_FUEL: u64 = 200_000;
 /// Bytes of template source.
 const SOURCE_BYTES_MAX: usize = 256 * 1024;
 /// Bytes of one printed value.
@@ -120,10 +119,13 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(failed)?);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_fuel(Some(if trust == Trust::Operator { FUEL } else { STRANGER_FUEL }));
+        environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(64);
         environment.set_unknown_method_callback(python::method);
         environment.set_formatter(python_formatter);
+        if trust == Trust::Stranger {
+            stranger::restrict(&mut environment);
+        }
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
@@ -141,7 +143,11 @@ impl ChatTemplate {
         if self.trust == Trust::Stranger && bytes_of(chat) > chat.output_bytes_max {
             return Err(TemplateError::Limit("input")); // each of its instructions may copy all of it
         }
-        let template = self.environment.get_template("chat").map_err(failed)?;
+        let mut environment = Cow::Borrowed(&self.environment);
+        if self.trust == Trust::Stranger {
+            environment.to_mut().set_fuel(Some(stranger::fuel(chat)));
+        }
+        let template = environment.get_template("chat").map_err(failed)?;
         let mut sink = Sink {
             text: Vec::new(),
             bytes_max: chat.output_bytes_max,
@@ -249,6 +255,20 @@ fn python_formatter(out: &mut Output, state: &mut State, value: &Value) -> Resul
     out.write_str(text).map_err(Error::from)
 }
 
+/// Counts bytes down, and stops at none: a list that holds another one many times is small only until it is written.
+struct Bounded(usize);
+
+impl Write for Bounded {
+    fn write(&mut self, piece: &[u8]) -> std::io::Result<usize> {
+        self.0 = self.0.checked_sub(piece.len()).ok_or_else(|| std::io::Error::other("a value is too long"))?;
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// `json.dumps(value, ensure_ascii=False)` with Python's spacing.
 fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get::<Option<usize>>("indent")?;
@@ -257,6 +277,7 @@ fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let separators: Option<Vec<String>> = options.get("separators")?;
     options.assert_all_used()?;
     let bad = |e: serde_json::Error| Error::new(ErrorKind::InvalidOperation, format!("tojson: {e}"));
+    serde_json::to_writer(Bounded(VALUE_BYTES_MAX), value).map_err(bad)?;
     let mut json = serde_json::to_value(value).map_err(bad)?;
     if sort {
         json.sort_all_objects();
