@@ -18,6 +18,7 @@ use crate::adapters::{Credential, Origin, Resolved, SourceKind, Tenant};
 use crate::engine::{AdapterFailure, ContentId, MergeAsk, PreparedAdapter, Tier};
 use crate::http::Backend;
 use crate::metrics::LoadTimes;
+use crate::text::TextModel;
 
 /// How long "not there" and other failures of a moment answer for the next requests.
 const FAILURE_KEPT: Duration = Duration::from_secs(5);
