@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that must be green. Installs what it needs into .venv/, .venv-clients/ and .cache/ (and cargo-deny with cargo).
+# Everything that must be green. Installs what it needs into .venv/, .venv-clients*/, tests/node/ and .cache/ (and cargo-deny
+# with cargo).
 #
 #   ./test.sh            all of it
 #   ./test.sh NAME...    only these steps: fmt clippy deny doc unit kernels emulator build real blackbox
@@ -124,7 +125,7 @@ run_blackbox() {
   need_python
   need_real_model
   run_build
-  # Clients of other projects, in `.venv-clients`; set it to nothing to skip their tests where they cannot be installed.
+  # Clients of other projects, in `.venv-clients*` and `tests/node`; set it to nothing to skip their tests where they cannot be installed.
   export LORAMUX_REQUIRE_CLIENTS=${LORAMUX_REQUIRE_CLIENTS-1}
   .venv/bin/python -m pytest -q -p no:cacheprovider tests/python
 }

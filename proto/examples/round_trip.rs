@@ -17,6 +17,7 @@ fn step(sequences: u64, blocks: u32) -> ToShard {
         adapters: vec![AdapterRef { slot: seq as u32, generation: 1, scale: 1.0 }],
         sample: true,
         prompt_logprobs: false,
+        mask: None,
     };
     let step = Step { id: 1, chunks: (0..sequences).map(chunk).collect(), ..Step::default() };
     ToShard { body: Some(to_shard::Body::Step(step)) }

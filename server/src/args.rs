@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use crate::adapters_cli::args::AdaptersArgs;
+use crate::config::parsers::{ReasoningParserArg, ToolCallParser};
 use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
@@ -141,6 +142,12 @@ pub(crate) struct ModelArgs {
     /// Let requests bring their own `chat_template`. Templates are programs; these run with limits on time, memory and output
     #[arg(long, env = "LORAMUX_TRUST_REQUEST_CHAT_TEMPLATE", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub(crate) trust_request_chat_template: bool,
+    /// How the model writes tool calls; auto: as its chat template says
+    #[arg(long, env = "LORAMUX_TOOL_CALL_PARSER", value_enum, default_value = "auto", value_name = "FORMAT")]
+    pub(crate) tool_call_parser: ToolCallParser,
+    /// How thoughts are told from the answer; auto: as the chat template says, think: <think>..</think>
+    #[arg(long, env = "LORAMUX_REASONING_PARSER", value_enum, default_value = "auto", value_name = "PARSER")]
+    pub(crate) reasoning_parser: ReasoningParserArg,
     /// Sampling defaults of the model's generation_config.json: auto (use them) or none
     #[arg(long, env = "LORAMUX_GENERATION_CONFIG", default_value = "auto", value_name = "auto|none")]
     pub(crate) generation_config: String,

@@ -3,6 +3,7 @@
 
 pub(crate) mod adapters;
 mod keys;
+pub(crate) mod parsers;
 mod sources;
 
 use std::collections::HashMap;

@@ -186,6 +186,8 @@ fn router_config(config: &Config) -> RouterConfig {
         model_root: model_root(config),
         max_model_len: args.model.max_model_len,
         use_generation_config: config.use_generation_config,
+        tool_call_parser: args.model.tool_call_parser.format(),
+        reasoning_parser: args.model.reasoning_parser.into(),
         keys: config.keys.clone(),
         requires_key: config.args.network.keys_file.is_some(),
         allow_runtime_adapters: config.allow_runtime_adapters,

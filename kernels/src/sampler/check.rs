@@ -69,7 +69,7 @@ fn repeats() -> Vec<Case> {
                     (0..16u8).map(|token| [1.0, 10.0, 5.5][usize::from(token.saturating_sub(2).min(2))]).collect();
                 (case.temperature, case.penalties, case.pending, case.target) = (0.0, penalties, pending, None);
                 (case.prompt, case.generated) = (prompt.to_vec(), generated.to_vec());
-                (case.ban, case.bias, case.allowed) = Default::default();
+                (case.ban, case.bias, case.allowed, case.mask) = Default::default();
                 cases.push(case);
             }
         }
@@ -91,6 +91,7 @@ struct Case {
     ban: Vec<u32>,
     bias: Vec<(u32, f32)>,
     allowed: Vec<u32>,
+    mask: Option<Vec<u32>>,
     prompt: Vec<u32>,
     generated: Vec<u32>,
     /// The last generated token is only on the device.
@@ -108,6 +109,24 @@ fn any<T: Copy>(random: &mut Random, of: &[T]) -> T {
 fn tokens(random: &mut Random, most: usize, vocab: usize) -> Vec<u32> {
     let count = if random.below(3) == 0 { random.below(most + 1) } else { 0 };
     (0..count).map(|_| random.below(vocab + 2) as u32).collect()
+}
+
+/// What a grammar may leave: a few tokens, most of them, one, the banned ones alone; words at the end may be missing.
+fn mask(random: &mut Random, vocab: usize) -> Option<Vec<u32>> {
+    let words = match random.below(8) {
+        0..5 => return None,
+        5 => vocab.div_ceil(32),
+        _ => random.below(vocab.div_ceil(32)) + 1,
+    };
+    let mut mask = vec![any(random, &[0, 0, 0x8000_0001, 0xffff_fffe]); words];
+    for _ in 0..=random.below(3) {
+        let token = random.below(vocab.min(words * 32));
+        mask[token / 32] |= 1 << (token % 32);
+    }
+    if words * 32 > vocab {
+        mask[words - 1] &= u32::MAX >> (words * 32 - vocab);
+    }
+    Some(mask)
 }
 
 /// Logits of several kinds: peaked and flat, with ties, holes, both zeros, or far from zero.
@@ -166,7 +185,7 @@ impl Case {
         if random.below(2) == 0 {
             prompt.extend(generated.last());
         }
-        let case = Self {
+        let mut case = Self {
             logits,
             temperature: any(random, &[0.0, 9e-6, 1e-5, 0.1, 0.7, 1.0, 1.0, 1.3, 5.0]),
             top_k: any(random, &[0, 0, 0, 1, 2, 40, 1000, vocab as u32, vocab as u32 + 5]),
@@ -178,12 +197,18 @@ impl Case {
             ban: tokens(random, 5, vocab),
             bias,
             allowed: tokens(random, 300, vocab),
+            mask: mask(random, vocab),
             prompt,
             pending: !generated.is_empty() && random.below(2) == 0,
             generated,
             logprobs: any(random, &[None, None, Some(0), Some(1), Some(5), Some(TOP_MAX as u32)]),
             target: (random.below(6) == 0).then(|| random.below(vocab + 1) as u32),
         };
+        if let Some(&token) = case.ban.first().filter(|token| (**token as usize) < vocab && random.below(3) == 0) {
+            let mut mask = vec![0; token as usize / 32 + 1]; // the grammar is at its end, min_tokens is not reached
+            mask[token as usize / 32] = 1 << (token % 32);
+            case.mask = Some(mask);
+        }
         if random.below(3) == 0 { Self { top_k: 0, top_p: 1.0, min_p: 0.0, ..case } } else { case }
     }
 
@@ -200,6 +225,7 @@ impl Case {
             ban: &self.ban,
             logit_bias: &self.bias,
             allowed: &self.allowed,
+            mask: self.mask.as_deref(),
         }
     }
 
@@ -212,11 +238,12 @@ impl Case {
     fn compare(&self, got: &Got) -> Result<f32, CheckError> {
         let wrong = |what: &str| {
             let Self { temperature, top_k, top_p, min_p, penalties, pending, .. } = self;
-            let (vocab, edits) = (self.logits.len(), (self.ban.len(), self.bias.len(), self.allowed.len()));
+            let edits = (self.ban.len(), self.bias.len(), self.allowed.len(), self.mask.is_some());
+            let vocab = self.logits.len();
             format!(
                 "sampler: vocabulary {vocab}: {what}; got {:?}, last token {}; temperature {temperature}, top_k {top_k}, \
-                 top_p {top_p}, min_p {min_p}, penalties {penalties:?}, pending {pending}, {} generated, bans, biases and \
-                 allowed tokens {edits:?}",
+                 top_p {top_p}, min_p {min_p}, penalties {penalties:?}, pending {pending}, {} generated, bans, biases, \
+                 allowed tokens, mask {edits:?}",
                 got.out,
                 got.last_token,
                 self.generated.len(),
@@ -311,9 +338,9 @@ fn run(checker: &Checker, cases: &[Case], vocab: usize, blocks: usize) -> Result
         row.edits = edits.len() as u32;
         let history = History { prompt: &case.prompt, generated: case.known() };
         row.edit_count = push_edits(&mut edits, &params, &history) as u32;
-        if !case.allowed.is_empty() {
-            row.mask = masks.len() as u32;
-            push_mask(&mut masks, &case.allowed, vocab);
+        let first = masks.len() as u32;
+        if push_mask(&mut masks, &params, vocab) {
+            row.mask = first;
         }
         row.pending = u32::from(case.pending);
         row.logprobs = case.logprobs.unwrap_or(NONE);

@@ -8,7 +8,7 @@ pub fn push_edits(edits: &mut Vec<TokenEdit>, params: &SampleParams, history: &H
     let first = edits.len();
     let edit = |token, flags, bias| TokenEdit { token, flags, bias, raw: 0.0 };
     edits.extend(params.logit_bias.iter().map(|&(token, bias)| edit(token, 0, bias)));
-    edits.extend(params.ban.iter().map(|&token| edit(token, TokenEdit::BAN, 0.0)));
+    edits.extend(params.ban_in_force().iter().map(|&token| edit(token, TokenEdit::BAN, 0.0)));
     if params.repetition_penalty != 1.0 {
         edits.extend(history.prompt.iter().map(|&token| edit(token, TokenEdit::SEEN, 0.0)));
     }
@@ -34,13 +34,24 @@ pub fn push_edits(edits: &mut Vec<TokenEdit>, params: &SampleParams, history: &H
     end - first
 }
 
-/// Appends the mask of `allowed` tokens, one bit for each of `vocab`; those outside are left out.
-pub fn push_mask(masks: &mut Vec<u32>, allowed: &[u32], vocab: usize) {
-    let first = masks.len();
-    masks.resize(first + vocab.div_ceil(32), 0);
-    for &token in allowed.iter().filter(|&&token| (token as usize) < vocab) {
-        masks[first + token as usize / 32] |= 1 << (token % 32);
+/// Appends what may come, one bit for each of `vocab`: the mask's tokens that are allowed too. False, and nothing, where
+/// every token may.
+pub fn push_mask(masks: &mut Vec<u32>, params: &SampleParams, vocab: usize) -> bool {
+    let (first, words) = (masks.len(), vocab.div_ceil(32));
+    if let Some(mask) = params.mask.filter(|_| params.allowed.is_empty()) {
+        masks.extend(mask.iter().copied().chain(std::iter::repeat(0)).take(words));
+        return true;
     }
+    if params.allowed.is_empty() {
+        return false;
+    }
+    masks.resize(first + words, 0);
+    for &token in params.allowed.iter().filter(|&&token| (token as usize) < vocab) {
+        let (word, bit) = (token as usize / 32, 1 << (token % 32));
+        let may = params.mask.is_none_or(|mask| mask.get(word).is_some_and(|word| word & bit != 0));
+        masks[first + word] |= if may { bit } else { 0 };
+    }
+    true
 }
 
 #[cfg(test)]
@@ -68,7 +79,15 @@ mod tests {
     #[test]
     fn a_mask_has_a_bit_for_each_token() {
         let mut masks = vec![5];
-        push_mask(&mut masks, &[0, 33, 39, 40, 900], 40);
+        let allowed = SampleParams { allowed: &[0, 33, 39, 40, 900], ..SampleParams::default() };
+        assert!(push_mask(&mut masks, &allowed, 40));
         assert_eq!(masks, [5, 1, 0x82]);
+        masks.clear();
+        assert!(push_mask(&mut masks, &SampleParams { mask: Some(&[6]), ..SampleParams::default() }, 40));
+        assert_eq!(masks, [6, 0], "words that are missing are 0");
+        masks.clear();
+        assert!(push_mask(&mut masks, &SampleParams { mask: Some(&[7, 0x80]), ..allowed }, 40));
+        assert_eq!(masks, [1, 0x80], "both must agree");
+        assert!(!push_mask(&mut masks, &SampleParams::default(), 40) && masks.len() == 2);
     }
 }

@@ -1,6 +1,6 @@
 //! From one row of logits to a token.
 //!
-//! Order: bias, allowed and banned tokens, penalties, temperature, top-k, top-p, min-p, draw. Below a temperature of 1e-5
+//! Order: bias, masked, allowed and banned tokens, penalties, temperature, top-k, top-p, min-p, draw. Below a temperature of 1e-5
 //! the largest logit wins, the lowest id among equals. Otherwise the draw is Gumbel-max: the token with the largest
 //! `logit / T - ln(-ln u)`, where `u` depends on (seed, position, token) only, so a draw is the same in every batch and
 //! whatever the filters left beside the token.
@@ -48,6 +48,25 @@ pub struct SampleParams<'a> {
     pub logit_bias: &'a [(u32, f32)],
     /// The only tokens that may come; empty: all.
     pub allowed: &'a [u32],
+    /// Token t may come if bit t % 32 of word t / 32 is set; words that are missing are 0. None: all. No bit stands for a
+    /// token beyond the vocabulary.
+    pub mask: Option<&'a [u32]>,
+}
+
+impl<'a> SampleParams<'a> {
+    /// The ban, or nothing where the mask would leave no other token: what must come is not held back.
+    pub fn ban_in_force(&self) -> &'a [u32] {
+        let Some(mask) = self.mask.filter(|_| !self.ban.is_empty()) else { return self.ban };
+        let may = |token: u32| mask.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1);
+        let others = if self.allowed.is_empty() {
+            let first = |at: usize| !self.ban[..at].contains(&self.ban[at]);
+            let banned = (0..self.ban.len()).filter(|&at| may(self.ban[at]) && first(at)).count();
+            mask.iter().map(|word| word.count_ones() as usize).sum::<usize>() > banned
+        } else {
+            self.allowed.iter().any(|&token| may(token) && !self.ban.contains(&token))
+        };
+        if others { self.ban } else { &[] }
+    }
 }
 
 impl Default for SampleParams<'_> {
@@ -65,6 +84,7 @@ impl Default for SampleParams<'_> {
             ban: &[],
             logit_bias: &[],
             allowed: &[],
+            mask: None,
         }
     }
 }
@@ -142,7 +162,7 @@ pub fn sample(
     }
 }
 
-/// Takes away banned tokens and those that are not allowed.
+/// Takes away banned tokens and those that the mask or the list of allowed ones leaves out.
 fn restrict(logits: &mut [f32], params: &SampleParams, kept: &mut Vec<(u32, f32)>) {
     if !params.allowed.is_empty() {
         kept.clear();
@@ -152,7 +172,17 @@ fn restrict(logits: &mut [f32], params: &SampleParams, kept: &mut Vec<(u32, f32)
             logits[token as usize] = logit;
         }
     }
-    for &token in params.ban {
+    if let Some(mask) = params.mask {
+        let words = mask.iter().copied().chain(std::iter::repeat(0));
+        for (logits, word) in logits.chunks_mut(32).zip(words) {
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                if word >> bit & 1 == 0 {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+    for &token in params.ban_in_force() {
         if let Some(logit) = logits.get_mut(token as usize) {
             *logit = f32::NEG_INFINITY;
         }

@@ -15,6 +15,7 @@ use super::adapters::{AdapterCheck, ForgetMode, MergeAsk, PinLevel, PreparedAdap
 use super::asks::{Ask, Asks, Reply};
 use super::contents::{Contents, PinReply};
 use super::handle::{EngineHandle, Shared, queue_tokens};
+use super::masks::{self, Masks};
 use super::prepare::Parked;
 use super::shard::{ShardExit, ShardLauncher};
 use super::status::{ContentsView, EngineCounters, EngineStatus};
@@ -45,6 +46,7 @@ pub(super) enum Message {
     ShutDown,
     Shard { incarnation: u64, message: Box<FromShard> },
     ShardGone { incarnation: u64, exit: ShardExit },
+    Masked(Box<masks::Answer>),
 }
 
 /// Settings of the engine.
@@ -103,6 +105,12 @@ pub(super) struct Client {
     open: Vec<bool>,
 }
 
+impl Client {
+    pub(super) fn is_open(&self, index: u32) -> bool {
+        self.open.get(index as usize).copied().unwrap_or(false)
+    }
+}
+
 pub(super) struct Engine {
     pub(super) inbox: Receiver<Message>,
     pub(super) inbox_sender: Sender<Message>,
@@ -118,6 +126,9 @@ pub(super) struct Engine {
     pub(super) contents: Contents,
     pub(super) parked: Vec<Parked>,
     pub(super) asks: Asks,
+    pub(super) masks: Masks,
+    /// What the shard took for its last step.
+    pub(super) last_step: Duration,
     contents_view: ContentsView,
     pub(super) counters: EngineCounters,
     pub(super) epoch: Instant,
@@ -145,6 +156,8 @@ pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::i
     let now = Instant::now();
     let engine = Engine {
         inbox,
+        masks: Masks::new(inbox_sender.clone()),
+        last_step: Duration::ZERO,
         inbox_sender,
         shared,
         options,
@@ -200,6 +213,10 @@ impl Engine {
             }
             self.watch()?;
             self.expire_parked();
+            self.watch_masks();
+            if !self.wait_for_masks()? {
+                return Ok(());
+            }
             self.step();
             self.settle_drains();
             if self.published.elapsed() >= PUBLISH_EVERY || self.link.in_flight.is_empty() {
@@ -215,11 +232,12 @@ impl Engine {
     fn wait(&self) -> Duration {
         let deadline = self.scheduler.as_ref().and_then(Scheduler::next_deadline_ms);
         let until = deadline.map_or(TICK_MAX, |at| Duration::from_millis(at.saturating_sub(self.now_ms())));
-        until.clamp(Duration::from_millis(1), TICK_MAX)
+        let most = if self.masks.are_out() { masks::LOOK_EVERY } else { TICK_MAX };
+        until.clamp(Duration::from_millis(1), most)
     }
 
     /// False when the thread should end.
-    fn handle(&mut self, message: Message) -> Result<bool, EngineError> {
+    pub(super) fn handle(&mut self, message: Message) -> Result<bool, EngineError> {
         match message {
             Message::Submit { id, request, events } => self.submit(id, *request, events),
             Message::FinishSequence { id, index } => {
@@ -243,6 +261,7 @@ impl Engine {
             Message::Prefetch { content } => self.prefetch(content),
             Message::GiveUp { content, reason } => self.give_up(content, &reason),
             Message::ForgetPrefixes => self.forget_prefixes(),
+            Message::Masked(answer) => self.masked(*answer),
             Message::Wake => {}
             Message::ShutDown => return Ok(false),
             Message::Shard { incarnation, message } if incarnation == self.link.incarnation => self.report(*message)?,
@@ -284,6 +303,7 @@ impl Engine {
             }
             let events = scheduler.take_events();
             self.deliver_all(events);
+            self.send_mask_asks();
         }
     }
 
@@ -320,6 +340,7 @@ impl Engine {
         if let Some(open) = client.open.get_mut(index as usize) {
             *open = false;
         }
+        self.masks.forget(id, index);
         if client.open.iter().all(|open| !open) {
             self.client_ended(id);
         }
@@ -328,6 +349,8 @@ impl Engine {
     fn client_ended(&mut self, id: RequestId) {
         if let Some(mut client) = self.clients.remove(&id) {
             release_queue(&self.shared, &mut client);
+            let sequences = if self.masks.is_empty() { 0 } else { client.open.len() as u32 };
+            (0..sequences).for_each(|index| self.masks.forget(id, index));
         }
     }
 
@@ -342,7 +365,8 @@ impl Engine {
             ..EngineStatus::default()
         };
         (status.host_adapters, status.host_bytes) = self.contents.host();
-        status.contents = self.contents_view.get(&self.contents, &self.parked, self.scheduler.as_ref());
+        status.host_bytes_max = self.options.host_adapter_bytes;
+        (status.contents, status.batch) = self.contents_view.get(&self.contents, &self.parked, self.scheduler.as_ref());
         if let Some(scheduler) = &self.scheduler {
             let stats = scheduler.stats();
             counters.preemptions = stats.preemptions;
@@ -359,6 +383,7 @@ impl Engine {
             status.pages_pinned = stats.pages_pinned;
             status.pages_adapters = stats.pages_adapters;
             status.blocks_used = stats.blocks_used;
+            status.blocks_cached = stats.blocks_cached;
             status.blocks_total = stats.blocks_total;
             status.resident = stats.resident;
             status.waiting_for_load = stats.waiting_for_adapter;

@@ -138,6 +138,7 @@ impl Engine {
         self.counters.steps += 1;
         self.counters.step_tokens += in_flight.positions;
         self.counters.step_us += result.compute_us;
+        self.last_step = Duration::from_micros(result.compute_us);
         let now_ms = self.now_ms();
         if let Some(scheduler) = &mut self.scheduler {
             let events = scheduler.commit(now_ms, result);

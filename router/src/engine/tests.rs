@@ -13,6 +13,7 @@ use loramux_proto::{
 
 use super::*;
 
+mod grammars;
 mod keeping;
 
 /// How the next shards misbehave.
@@ -166,7 +167,7 @@ fn fake_step(script: &Script, step: &Step, sequences: &mut HashMap<u64, Vec<u32>
     for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
         let tokens = sequences.get_mut(&chunk.seq).expect("started");
         assert_eq!((chunk.start + chunk.len) as usize, tokens.len(), "a sample follows the last token there is");
-        let token = next_token(tokens);
+        let token = grammars::masked(next_token(tokens), chunk.mask.as_deref());
         tokens.push(token);
         result.samples.push(Sample { seq: chunk.seq, token, ..Sample::default() });
     }

@@ -10,14 +10,24 @@ use axum::middleware::Next;
 use axum::response::Response;
 use secrecy::SecretString;
 
-use super::App;
 use super::error::{ApiError, Cause};
 use super::keys::{Key, KeyRing};
 use super::rate::Meter;
+use super::{App, anthropic};
 use crate::access::Caller;
 
 /// Routes that need no key. Every other one does, unknown ones included.
-const OPEN: &[&str] = &["/", "/health", "/health/live", "/health/ready", "/health/startup", "/startup", "/ping"];
+const OPEN: &[&str] = &[
+    "/",
+    "/console",
+    "/console/{file}",
+    "/health",
+    "/health/live",
+    "/health/ready",
+    "/health/startup",
+    "/startup",
+    "/ping",
+];
 /// Open too, as long as no key is set for it.
 const METRICS: &str = "/metrics";
 /// Routes that load and unload adapters for other servers' clients.
@@ -25,6 +35,8 @@ const RUNTIME: &[&str] =
     &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"];
 /// What a trusted peer of this machine may call without a key.
 const LOOPBACK: &[&str] = &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"];
+/// Routes of the main port that the console's playground needs on the operator's listener too, by the same keys.
+const PLAYGROUND: &[&str] = &["/v1/models", "/v1/completions", "/v1/chat/completions"];
 /// Where the admin API begins.
 const ADMIN: &str = "/admin/v1";
 /// What the operator set, shown like the admin API.
@@ -98,7 +110,7 @@ pub(crate) async fn authenticate(
         ring: &ring,
         path: &path,
         peer: request.extensions().get::<Peer>().map(|peer| peer.0),
-        bearer: bearer(request.headers()),
+        bearer: bearer(request.headers()).or_else(|| anthropic_key(&path, request.headers())),
         headers: request.headers(),
     };
     let (caller, meter) = visit.caller(Class::of(&path, request.method()), side)?;
@@ -124,6 +136,11 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
+/// Anthropic's clients send their key in a header of its own. It counts on their routes alone.
+fn anthropic_key<'a>(path: &str, headers: &'a HeaderMap) -> Option<&'a [u8]> {
+    anthropic::is_here(path).then(|| anthropic::key(headers)).flatten()
+}
+
 /// What is known of a request before its handler.
 struct Visit<'a> {
     app: &'a App,
@@ -142,6 +159,10 @@ impl Visit<'_> {
             (Class::Open, _) => Ok((Caller::default(), None)),
             (Class::Metrics, Side::Main) if self.app.metrics_keys.has_keys => self.metrics(),
             (Class::Metrics, _) => Ok((Caller::default(), None)),
+            (Class::Keyed, Side::Admin) if PLAYGROUND.contains(&self.path) => {
+                self.no_other_page()?;
+                self.keyed()
+            }
             (_, Side::Admin) => self.admin_listener(),
             (Class::Admin, Side::Main) if self.ring.has_admin => self.admin(),
             (Class::Runtime, Side::Main) => self.runtime(),
@@ -200,15 +221,22 @@ impl Visit<'_> {
         Ok(admitted(key))
     }
 
-    /// Without an admin key, whoever reaches the operator's listener is the operator; but a page in their browser is not.
+    /// Without an admin key, whoever reaches the operator's listener is the operator; but a page in their browser is not,
+    /// unless it is the console that this listener serves.
     fn admin_listener(&self) -> Result<Admitted, ApiError> {
         if self.ring.has_admin {
             return self.admin();
         }
-        if self.is_web_page() || !self.names_this_machine() {
+        self.no_other_page()?;
+        Ok((Caller { is_admin: true, ..Caller::default() }, None))
+    }
+
+    /// Refuses what a web page sends that this listener did not serve.
+    fn no_other_page(&self) -> Result<(), ApiError> {
+        if (self.is_web_page() && !self.is_own_page()) || !self.names_this_machine() {
             return Err(forbidden("requests of web pages need an admin key (--admin-key)"));
         }
-        Ok((Caller { is_admin: true, ..Caller::default() }, None))
+        Ok(())
     }
 
     /// With an admin key on this server, these routes are the admin's; else everybody's who has a key.
@@ -239,6 +267,18 @@ impl Visit<'_> {
     /// Browsers say so with every request that changes something.
     fn is_web_page(&self) -> bool {
         ["origin", "sec-fetch-site"].iter().any(|name| self.headers.contains_key(*name))
+    }
+
+    /// The page came from here, as its browser says: no page can write `Sec-Fetch-Site`, and the only page of this origin is
+    /// the console, which runs no script of anybody else. Counts only where [`Self::names_this_machine`] is asked as well.
+    fn is_own_page(&self) -> bool {
+        let text = |name| self.headers.get(name).map(|value| value.to_str().unwrap_or(""));
+        let from_here = match (text("origin"), text("host")) {
+            (None, _) => true,
+            (Some(origin), Some(host)) => ["http", "https"].iter().any(|scheme| origin == format!("{scheme}://{host}")),
+            (Some(_), None) => false,
+        };
+        text("sec-fetch-site") == Some("same-origin") && from_here
     }
 
     /// A page whose name was made to mean this machine reads what its own origin answers, and says nothing of itself but the

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::cors::CorsOrigin;
 use super::keys::KeySpec;
+use crate::text::ToolFormat;
 
 /// Settings of the HTTP side, as meant.
 #[derive(Clone, Debug)]
@@ -45,6 +46,10 @@ pub struct RouterConfig {
     pub max_model_len: Option<u32>,
     /// Use the sampling defaults of `generation_config.json`.
     pub use_generation_config: bool,
+    /// `--tool-call-parser`: how the model writes tool calls; `None`: as its chat template says.
+    pub tool_call_parser: Option<ToolFormat>,
+    /// `--reasoning-parser`: whether the model thinks before it answers.
+    pub reasoning_parser: ReasoningParser,
     /// Bounds on connections, bodies and requests.
     pub limits: HttpLimits,
     /// How long a request waits for its adapter.
@@ -76,10 +81,35 @@ impl Default for RouterConfig {
             model_root: String::new(),
             max_model_len: None,
             use_generation_config: true,
+            tool_call_parser: None,
+            reasoning_parser: ReasoningParser::Auto,
             limits: HttpLimits::default(),
             adapter_load_timeout: Duration::from_secs(30),
             request_timeout: None,
             drain_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// How thoughts are found in a reply.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReasoningParser {
+    /// As the chat template says.
+    #[default]
+    Auto,
+    /// Not at all: they are part of the answer.
+    None,
+    /// Between `<think>` and `</think>`.
+    Think,
+}
+
+impl ReasoningParser {
+    /// Whether the model thinks; `None`: ask its template.
+    pub(crate) fn thinks(self) -> Option<bool> {
+        match self {
+            Self::Auto => None,
+            Self::None => Some(false),
+            Self::Think => Some(true),
         }
     }
 }

@@ -11,6 +11,7 @@ use axum::response::Response;
 use futures_util::FutureExt;
 
 use super::App;
+use super::anthropic::{self, error::anthropic_response};
 use super::error::{ApiError, Cause};
 use super::leftover::Leftover;
 use super::lorax::error::lorax_response;
@@ -26,6 +27,8 @@ pub(crate) enum ErrorShape {
     OpenAi,
     /// What LoRAX's clients read.
     Lorax,
+    /// What Anthropic's clients read.
+    Anthropic,
 }
 
 impl ErrorShape {
@@ -36,6 +39,8 @@ impl ErrorShape {
             Some("/generate" | "/generate_stream" | "/invocations" | "/embed" | "/classify" | "/classify_batch") => {
                 Self::Lorax
             }
+            // Also where there is no route: it is the client that counts.
+            _ if anthropic::is_here(request.uri().path()) => Self::Anthropic,
             _ => Self::OpenAi,
         }
     }
@@ -94,6 +99,7 @@ fn respond(app: &App, error: &ApiError, id: &str, shape: ErrorShape) -> Response
     let mut response: axum::http::Response<Body> = match shape {
         ErrorShape::OpenAi => error.response(id),
         ErrorShape::Lorax => lorax_response(error, id),
+        ErrorShape::Anthropic => anthropic_response(error, id),
     };
     // Marks the body as an envelope, so that it is not wrapped twice.
     if let Ok(value) = HeaderValue::from_str(id) {

@@ -376,6 +376,7 @@ impl From<Failure> for ApiError {
             Failure::DeadlineExceeded => Cause::DeadlineExceeded,
             Failure::ShardFault => Cause::ShardFault,
             Failure::Numerics(_) => Cause::AdapterNumerics,
+            Failure::Grammar(_) => Cause::InternalError,
             Failure::AdapterGone(..) => Cause::AdapterLoadFailed,
             Failure::TooLarge { .. } => Cause::ContextLengthExceeded,
             Failure::Draining => Cause::Draining,

@@ -3,11 +3,13 @@
 
 mod activity;
 mod admin;
+mod anthropic;
 mod auth;
 mod backend;
 mod bare_error;
 mod body;
 mod config;
+mod console;
 mod cors;
 mod envelope;
 mod error;
@@ -18,12 +20,14 @@ mod leftover;
 mod lorax;
 mod openai;
 mod rate;
+mod responses;
 mod runtime;
 mod server;
 mod service;
 #[cfg(test)]
 mod tests;
 mod tokenize;
+mod turn;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -36,7 +40,7 @@ use tokio::sync::watch;
 
 pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
-pub use config::{HttpLimits, RouterConfig};
+pub use config::{HttpLimits, ReasoningParser, RouterConfig};
 pub use cors::CorsOrigin;
 pub(crate) use error::cut;
 pub use error::{ApiError, Cause, Row};
@@ -69,6 +73,8 @@ pub struct AppInner {
     pub(crate) started: u64,
     /// Bodies of `/v1/models`.
     pub(crate) models: openai::models::Bodies,
+    /// What the console plots.
+    pub(crate) recorder: console::Recorder,
     draining: AtomicBool,
     stop_asked: watch::Sender<bool>,
     /// True: requests that still run end now.
@@ -117,6 +123,7 @@ impl App {
             metrics: Arc::default(),
             started: unix_seconds(),
             models: Default::default(),
+            recorder: console::Recorder::default(),
             draining: AtomicBool::new(false),
             stop_asked: watch::Sender::new(false),
             ending: watch::Sender::new(false),
@@ -133,7 +140,8 @@ impl App {
     pub fn router(&self) -> Router {
         let app = self.clone();
         let router = Router::new()
-            .route("/", get(service::ready).post(lorax::compat))
+            .route("/", get(console::front).post(lorax::compat))
+            .merge(console::routes())
             .route("/generate", post(lorax::generate))
             .route("/generate_stream", post(lorax::generate_stream))
             .route("/invocations", post(lorax::invocations))
@@ -157,6 +165,9 @@ impl App {
             .route("/v1/models/{*id}", get(openai::models::one))
             .route("/v1/completions", post(openai::completions::completions))
             .route("/v1/chat/completions", post(openai::chat::chat_completions))
+            .route("/v1/responses", post(responses::responses))
+            .route("/v1/messages", post(anthropic::messages))
+            .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
             .route("/v1/embeddings", post(service::no_embeddings))
             .route("/v1/load_lora_adapter", post(runtime::load))
             .route("/v1/unload_lora_adapter", post(runtime::unload))
@@ -177,6 +188,11 @@ impl App {
     pub fn admin_router(&self) -> Router {
         let app = self.clone();
         admin::routes()
+            .merge(console::routes())
+            .route("/", get(console::front))
+            .route("/v1/models", get(openai::models::list))
+            .route("/v1/completions", post(openai::completions::completions))
+            .route("/v1/chat/completions", post(openai::chat::chat_completions))
             .route("/health", get(service::ready))
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))

@@ -55,6 +55,7 @@ impl ConnectionAbort {
 pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output = ()>) -> std::io::Result<()> {
     tracing::info!(address = %listener.local_addr()?, "listening");
     app.preload();
+    app.record();
     let server = Server { app: app.clone(), router: app.router(), open: Arc::default() };
     let graceful = GracefulShutdown::new();
     let listener = Listener::Tcp(listener);

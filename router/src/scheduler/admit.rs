@@ -45,7 +45,9 @@ impl Scheduler {
         self.can_admit(draft) && self.admit(key, draft) && {
             let pending = self.seq(key).pending();
             let len = pending.len().min(draft.budget);
-            self.plan_chunk(key, len, false, draft);
+            if len > 0 {
+                self.plan_chunk(key, len, false, draft);
+            }
             draft.outstanding_blocks += self.blocks_lacking(key);
             true
         }
@@ -94,6 +96,7 @@ impl Scheduler {
         let fair = seq.key;
         self.running.push(key);
         self.no_longer_starving(key);
+        self.ask_first_mask(key);
         // Pins keep the adapters now.
         let served: Vec<SeqKey> = self.claims.iter().copied().filter(|c| self.seq(*c).key == fair).collect();
         for claim in served {

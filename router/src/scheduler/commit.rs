@@ -101,8 +101,9 @@ impl Scheduler {
             None
         };
         self.emit(id, GenerateEvent::Token { index, token, logprob, top });
-        if let Some(reason) = reason {
-            self.finish_index(id, index, reason);
+        match reason {
+            Some(reason) => self.finish_index(id, index, reason),
+            None => self.ask_next_mask(key, token),
         }
     }
 

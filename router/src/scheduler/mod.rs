@@ -26,6 +26,7 @@
 //! | `keep` | adapters that are brought there for nobody: pinned, or ahead of need |
 //! | `admit` | Waiting -> Running, prefix hits, forks of `n` |
 //! | `plan`, `commit` | the two halves of a step |
+//! | `masks` | grammars: whose next token waits for a mask |
 //! | `replay` | death of the shard, and whose fault it was |
 //!
 //! Every admitted request ends: the sequence that runs longest can take the memory of all others, it fits the arena alone
@@ -39,6 +40,7 @@ mod ids;
 mod keep;
 mod limits;
 mod load;
+mod masks;
 mod memory;
 mod pages;
 mod plan;
@@ -59,6 +61,7 @@ pub use ids::{RequestId, SeqId};
 pub use limits::SchedulerLimits;
 #[cfg(doc)]
 use loramux_proto::Step;
+pub use masks::{MaskAsk, MaskStep};
 use pages::PagePool;
 use queue::FairQueue;
 use requests::Request;
@@ -150,6 +153,8 @@ pub struct Scheduler {
     /// Runs that the shard may forget; told with the next step.
     finishes: Vec<u64>,
     events: Vec<SchedulerEvent>,
+    /// Told with [`Self::take_mask_asks`].
+    mask_asks: Vec<MaskAsk>,
     /// Plans made: the scheduler's only notion of time besides `now_ms`.
     plans: u64,
     next_step: u64,
@@ -183,6 +188,7 @@ impl Scheduler {
             in_flight: VecDeque::new(),
             finishes: Vec::new(),
             events: Vec::new(),
+            mask_asks: Vec::new(),
             plans: 0,
             next_step: 1,
             next_seq: 1,

@@ -70,17 +70,21 @@ impl Scheduler {
 
     /// A step with nobody but the suspect whose turn it is, and the upload of its adapters.
     fn plan_solo(&mut self, draft: &mut Draft) -> bool {
-        // The one that was begun with goes on: it runs, or its adapters are kept for it.
+        // The one that was begun with goes on: it runs, or its adapters are kept for it. While it waits for a mask, another
+        // may be tried.
         let find = |wanted: &dyn Fn(&SeqKey) -> bool| self.suspects.iter().copied().find(wanted);
-        let running = find(&|key| self.seq(*key).is_running());
+        let running = find(&|key| self.seq(*key).is_running() && !self.seq(*key).pending().is_empty());
         let begun = running.or_else(|| find(&|key| self.claims.contains(key)));
-        let ready = |key: &SeqKey| self.adapters.residency(&self.seq(*key).job.contents) != Residency::Parked;
+        let ready = |key: &SeqKey| {
+            let seq = self.seq(*key);
+            !seq.is_running() && self.adapters.residency(&seq.job.contents) != Residency::Parked
+        };
         let Some(key) = begun.or_else(|| find(&ready)) else { return false };
         if running.is_none() && !self.start_suspect(key, draft) {
             return draft.solo.is_some();
         }
         let len = self.seq(key).pending().len().min(draft.budget);
-        if !self.plan_chunk(key, len, true, draft) {
+        if len == 0 || !self.plan_chunk(key, len, true, draft) {
             return false;
         }
         draft.solo = Some(key);
@@ -136,7 +140,8 @@ impl Scheduler {
     pub(super) fn blocks_lacking(&self, key: SeqKey) -> u64 {
         let seq = self.seq(key);
         let held = seq.holding().map_or(0, |holding| holding.blocks.len());
-        self.limits.blocks_for(seq.pending().end).saturating_sub(held) as u64
+        let end = if seq.leaving { 0 } else { seq.end_in_sight() };
+        self.limits.blocks_for(end).saturating_sub(held) as u64
     }
 
     /// Positions for each running sequence that is no suspect and does not end in a step in flight, in the order of start.
@@ -226,8 +231,9 @@ impl Scheduler {
             let logprobs = self.owes_logprobs(member);
             let blocks = self.limits.blocks_for(member.start + member.len);
             let seq = self.seq_mut(member.key);
-            let is_last = member.start + member.len == seq.pending().end;
+            let is_last = member.start + member.len == seq.end_in_sight();
             member.samples = is_last && seq.job.request.max_tokens > 0;
+            let mask = if member.samples { seq.mask_bytes() } else { None };
             seq.depart(member.len, member.samples);
             let start = seq.holding().is_some_and(|holding| !holding.announced).then(|| seq_start(seq));
             let holding = seq.holding_mut().expect("a member of a step runs");
@@ -240,6 +246,7 @@ impl Scheduler {
                 adapters: holding.adapters.clone(),
                 sample: member.samples,
                 prompt_logprobs: logprobs,
+                mask,
             });
             step.starts.extend(start);
         }

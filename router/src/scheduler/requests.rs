@@ -73,7 +73,12 @@ impl Scheduler {
         let sequences = (0..siblings).map(|index| Some(self.add_sequence(&job, index))).collect();
         let request =
             Request { job, sequences, admitted: false, cost_tokens, deadline_at_ms, logprobs_next: 1, strikes: 0 };
+        let leader = request.sequences.first().copied().flatten();
         self.requests.insert(id, request);
+        // It will start at once: its prompt need not be computed in two parts.
+        if let Some(leader) = leader.filter(|_| self.running.len() + self.queued_requests <= self.limits.seats()) {
+            self.ask_first_mask(leader);
+        }
         Ok(())
     }
 

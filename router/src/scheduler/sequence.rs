@@ -79,6 +79,19 @@ pub(super) struct Suspect {
     pub(super) strikes: u32,
 }
 
+/// What the next token of a sequence may be. It belongs to the tokens before it, so preemptions and replays keep it.
+#[derive(Clone, Debug)]
+pub(super) enum Mask {
+    /// The request has no grammar, or generates nothing.
+    NotNeeded,
+    /// The first one, which nobody was asked for yet.
+    Unasked,
+    /// Somebody works on it.
+    Awaited,
+    /// Bit t % 32 of word t / 32: token t may come.
+    Ready(Arc<[u32]>),
+}
+
 /// What the steps in flight add to a sequence once their results come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Ahead {
@@ -106,12 +119,15 @@ pub(super) struct Sequence {
     /// Positions already charged to its pair: work done twice is charged once.
     pub(super) charged: usize,
     pub(super) ahead: Ahead,
+    pub(super) mask: Mask,
     /// It ended while in flight: its blocks come back with the result of the last step that names it.
     pub(super) leaving: bool,
 }
 
 impl Sequence {
     pub(super) fn new(job: Arc<Job>, index: u32, key: FairKey, wait: Wait) -> Self {
+        let draws = job.request.max_tokens > 0;
+        let mask = if draws && job.request.grammar.is_some() { Mask::Unasked } else { Mask::NotNeeded };
         Self {
             job,
             index,
@@ -123,6 +139,7 @@ impl Sequence {
             prefix_keys: Vec::new(),
             charged: 0,
             ahead: Ahead::default(),
+            mask,
             leaving: false,
         }
     }
@@ -151,12 +168,33 @@ impl Sequence {
 
     /// Positions that no step has computed or is computing: one while decoding, more while prefilling. The token at the
     /// last one may still be unknown. Empty for a sequence that ended, or surely ends with a step in flight.
+    ///
+    /// Under a grammar, the last position waits for the mask of the token that is drawn there, and nothing is foreseen: what
+    /// may follow a token is known only once the token is.
     pub(super) fn pending(&self) -> Range<usize> {
         let start = self.computed + self.ahead.positions;
         if self.leaving {
             return start..start;
         }
-        start..(self.len_tokens() + self.ahead.tokens).min(self.job.positions_max())
+        let end = match self.mask {
+            Mask::NotNeeded => self.end_in_sight(),
+            Mask::Ready(_) => self.len_tokens(),
+            Mask::Unasked | Mask::Awaited => self.len_tokens() - 1,
+        };
+        start..end.max(start)
+    }
+
+    /// Positions of the tokens it has, and of those that steps in flight sample. A chunk that ends here samples the next.
+    pub(super) fn end_in_sight(&self) -> usize {
+        (self.len_tokens() + self.ahead.tokens).min(self.job.positions_max())
+    }
+
+    /// The words of its mask, as the wire has them.
+    pub(super) fn mask_bytes(&self) -> Option<Vec<u8>> {
+        let Mask::Ready(words) = &self.mask else { return None };
+        let mut bytes = Vec::with_capacity(words.len() * 4);
+        words.iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+        Some(bytes)
     }
 
     /// A step with this part of the sequence goes into flight.

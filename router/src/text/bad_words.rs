@@ -5,14 +5,46 @@
 
 use std::sync::Arc;
 
+use super::{TextError, TextModel};
 use crate::engine::{Allowed, Grammar, GrammarFailure, GrammarState};
 
 /// Bits of one word of a mask.
 const BITS: usize = u32::BITS as usize;
 
+impl TextModel {
+    /// The rule that none of `words` is generated, in addition to `other`. Each word counts with and without a space in
+    /// front. `allowed`: the only tokens that may come, unless it is empty. Tokens of the model are below `vocab`.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`].
+    pub async fn without_words(
+        &self,
+        words: Vec<String>,
+        allowed: Vec<u32>,
+        vocab: u32,
+        other: Option<Arc<dyn Grammar>>,
+    ) -> Result<Arc<dyn Grammar>, TextError> {
+        self.on_worker(move |inner| {
+            let mut spelled: Vec<Vec<u32>> = Vec::with_capacity(words.len() * 2);
+            for word in &words {
+                let alone = inner.encode(word.trim_start(), false)?;
+                let inside = inner.encode(&format!(" {}", word.trim_start()), false)?;
+                // Behind a space it is another word only if the space is part of its first token.
+                if inside.len() == alone.len() && inside.first() != alone.first() {
+                    spelled.push(inside);
+                }
+                spelled.push(alone);
+            }
+            spelled.retain(|word| !word.is_empty());
+            Ok(Arc::new(BadWords::new(spelled, &allowed, vocab, other)) as Arc<dyn Grammar>)
+        })
+        .await
+    }
+}
+
 /// What may come besides the forbidden words, and the other rule that holds, if there is one.
 #[derive(Debug)]
-pub(super) struct BadWords {
+struct BadWords {
     /// Token ids of words with two tokens or more.
     words: Arc<[Vec<u32>]>,
     /// Tokens that may come where no longer word is about to end.
@@ -23,7 +55,7 @@ pub(super) struct BadWords {
 impl BadWords {
     /// `words` in tokens, none of them empty; `allowed` are the only tokens that may come, unless it is empty. Tokens are
     /// below `vocab`.
-    pub(super) fn new(words: Vec<Vec<u32>>, allowed: &[u32], vocab: u32, other: Option<Arc<dyn Grammar>>) -> Self {
+    fn new(words: Vec<Vec<u32>>, allowed: &[u32], vocab: u32, other: Option<Arc<dyn Grammar>>) -> Self {
         let mut mask = if allowed.is_empty() { full_mask(vocab) } else { mask_of(allowed, vocab) };
         let (short, words): (Vec<_>, Vec<_>) = words.into_iter().partition(|word| word.len() < 2);
         short.iter().flatten().for_each(|&token| forbid(&mut mask, token));

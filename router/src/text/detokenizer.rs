@@ -96,6 +96,17 @@ impl TokenTable {
         self.raw(id).to_vec()
     }
 
+    /// The bytes a token adds to a text that has begun.
+    pub(crate) fn text_bytes(&self, id: u32) -> Vec<u8> {
+        let bytes = self.token_bytes(id);
+        match self.rule {
+            Rule::Metaspace { replacement, .. } => {
+                String::from_utf8_lossy(&bytes).replace(replacement, " ").into_bytes()
+            }
+            _ => bytes,
+        }
+    }
+
     /// True for tokens that `skip_special_tokens` leaves out.
     pub(crate) fn is_special(&self, id: u32) -> bool {
         self.special.get(id as usize).copied().unwrap_or(false)
@@ -118,6 +129,8 @@ impl TokenTable {
 pub struct Detokenizer {
     table: Arc<TokenTable>,
     skip_special: bool,
+    /// Special tokens that are text all the same.
+    shown: Arc<[u32]>,
     /// Bytes that are not a whole scalar yet.
     pending: Vec<u8>,
     /// Spaces that may still be dropped from the front of the text.
@@ -137,12 +150,26 @@ struct Window {
 impl Detokenizer {
     pub(crate) fn new(table: Arc<TokenTable>, skip_special: bool) -> Self {
         let strip = if let Rule::Pieces { strip, .. } = table.rule { strip } else { 0 };
-        Self { table, skip_special, pending: Vec::new(), strip, first: true, window: Window::default() }
+        Self {
+            table,
+            skip_special,
+            shown: Arc::default(),
+            pending: Vec::new(),
+            strip,
+            first: true,
+            window: Window::default(),
+        }
+    }
+
+    /// Takes `shown` for text although they are special tokens.
+    pub(crate) fn showing(self, shown: Arc<[u32]>) -> Self {
+        Self { shown, ..self }
     }
 
     /// Appends what token `id` makes certain to `out`: whole scalars only.
     pub fn push(&mut self, id: u32, out: &mut String) {
-        if (self.skip_special && self.table.is_special(id)) || !self.table.is_known(id) {
+        let skipped = self.skip_special && self.table.is_special(id) && !self.shown.contains(&id);
+        if skipped || !self.table.is_known(id) {
             return;
         }
         let table = Arc::clone(&self.table);

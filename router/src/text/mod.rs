@@ -3,10 +3,12 @@
 
 mod adapter;
 mod bad_words;
+mod chat;
 mod detokenizer;
 pub mod grammar;
 mod growth;
 mod python;
+mod reasoning;
 mod stop;
 mod stranger;
 mod strftime;
@@ -17,6 +19,7 @@ mod template_tests;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod tools;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -25,15 +28,18 @@ use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 use tokio::sync::Semaphore;
 
+pub use chat::PreparedChat;
 pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatPrompt, ChatTemplate, SharedTemplate, TemplateChoice, TemplateError};
 
-use bad_words::BadWords;
+pub(crate) use reasoning::{ReasoningDelta, ReasoningReader};
+use reasoning::{THINK_END, THINK_START};
+pub use tools::ToolFormat;
+pub(crate) use tools::{Function, Thought, ToolDelta, ToolReader};
+
 use detokenizer::TokenTable;
 use template::{SpecialTokens, Trust};
-
-use crate::engine::Grammar;
 
 /// The files of a model directory that concern text, as read.
 #[derive(Clone, Debug, Default)]
@@ -121,6 +127,8 @@ struct Inner {
     tokenizer: Arc<Tokenizer>,
     table: Arc<TokenTable>,
     template: Option<SharedTemplate>,
+    /// The one for chats with tools, where the model has two.
+    tool_template: Option<SharedTemplate>,
     adapter_templates: adapter::Templates,
     /// As templates know them.
     special: SpecialTokens,
@@ -131,6 +139,7 @@ struct Inner {
     workers: Arc<Semaphore>,
     /// The same for templates that are not the operator's.
     strangers: Arc<Semaphore>,
+    grammars: grammar::GrammarStore,
 }
 
 /// Templates of adapters and requests that run at the same time. One of them may keep a thread busy for seconds, and then
@@ -158,9 +167,11 @@ impl TextModel {
         let mut end_tokens: BTreeSet<u32> = files.config_eos.iter().copied().collect();
         end_tokens.extend(ids(member(&generation, "eos_token_id")));
         end_tokens.extend(tokens.eos.as_deref().and_then(|token| tokenizer.token_to_id(token)));
+        let own = files.chat_template.is_none();
+        let compile = |source: String| ChatTemplate::new(&source, tokens.clone(), Trust::Operator).map(Arc::new);
+        let tool_template = named_template(&config, "tool_use").filter(|_| own).map(compile).transpose()?;
         let source = files.chat_template.or_else(|| template_of(&config));
-        let compile = |source: String| ChatTemplate::new(&source, tokens.clone(), Trust::Operator);
-        let template = source.map(compile).transpose()?.map(Arc::new);
+        let template = source.map(compile).transpose()?;
         let special_texts =
             tokenizer.get_added_tokens_decoder().into_values().filter(|t| t.special).map(|t| t.content).collect();
         let tokenizer = Arc::new(tokenizer);
@@ -168,6 +179,7 @@ impl TextModel {
             table: Arc::new(TokenTable::new(Arc::clone(&tokenizer), &tokenizer_json)),
             tokenizer,
             template,
+            tool_template,
             adapter_templates: Default::default(),
             special: tokens,
             end_tokens: end_tokens.into_iter().collect(),
@@ -175,6 +187,7 @@ impl TextModel {
             defaults: generation_defaults(&generation),
             strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
             workers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()).max(2))),
+            grammars: grammar::GrammarStore::default(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -198,65 +211,6 @@ impl TextModel {
                 inner.tokenizer.encode_char_offsets(text, add_special).map_err(|e| TextError::Encode(e.to_string()))?;
             let places = encoding.get_ids().iter().zip(encoding.get_offsets());
             Ok(places.map(|(&id, &(start, stop))| PlacedToken { id, start, stop }).collect())
-        })
-        .await
-    }
-
-    /// Renders a chat and encodes it. Special tokens of the *template* become tokens; those that a message spells stay
-    /// text.
-    ///
-    /// # Errors
-    /// [`TextError::NoTemplate`], [`TextError::Template`], or as [`Self::encode`].
-    pub async fn encode_chat(&self, mut chat: ChatPrompt, add_special: bool) -> Result<Vec<u32>, TextError> {
-        let (workers, template) = match std::mem::take(&mut chat.template) {
-            TemplateChoice::Base => {
-                (&self.inner.workers, Ok(self.inner.template.clone().ok_or(TextError::NoTemplate)?))
-            }
-            TemplateChoice::Compiled(template) => (&self.inner.strangers, Ok(template)),
-            TemplateChoice::Source(source) => (&self.inner.strangers, Err(source)),
-        };
-        self.on_worker_of(workers, move |inner| {
-            let template = match template {
-                Ok(template) => template,
-                Err(source) => Arc::new(ChatTemplate::new(&source, inner.special.clone(), Trust::Stranger)?),
-            };
-            let mark = inner.guard_specials(&mut chat.messages);
-            let text = template.render(&chat)?;
-            let Some(mark) = mark else { return inner.encode(&text, add_special) };
-            let mut tokens = Vec::new();
-            for (i, part) in text.split(mark).enumerate() {
-                tokens.extend(inner.encode(part, add_special && i == 0)?);
-            }
-            Ok(tokens)
-        })
-        .await
-    }
-
-    /// The rule that none of `words` is generated, in addition to `other`. Each word counts with and without a space in
-    /// front. `allowed`: the only tokens that may come, unless it is empty. Tokens of the model are below `vocab`.
-    ///
-    /// # Errors
-    /// [`TextError::Encode`].
-    pub async fn without_words(
-        &self,
-        words: Vec<String>,
-        allowed: Vec<u32>,
-        vocab: u32,
-        other: Option<Arc<dyn Grammar>>,
-    ) -> Result<Arc<dyn Grammar>, TextError> {
-        self.on_worker(move |inner| {
-            let mut spelled: Vec<Vec<u32>> = Vec::with_capacity(words.len() * 2);
-            for word in &words {
-                let alone = inner.encode(word.trim_start(), false)?;
-                let inside = inner.encode(&format!(" {}", word.trim_start()), false)?;
-                // Behind a space it is another word only if the space is part of its first token.
-                if inside.len() == alone.len() && inside.first() != alone.first() {
-                    spelled.push(inside);
-                }
-                spelled.push(alone);
-            }
-            spelled.retain(|word| !word.is_empty());
-            Ok(Arc::new(BadWords::new(spelled, &allowed, vocab, other)) as Arc<dyn Grammar>)
         })
         .await
     }
@@ -348,39 +302,6 @@ impl Inner {
         let encoding = self.tokenizer.encode_fast(text, add_special).map_err(|e| TextError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
-
-    /// Breaks every special token that a message spells with a mark that occurs nowhere else; the rendered text is encoded
-    /// in parts, cut at the marks, so none of them can become the token. `None`: nothing had to be broken.
-    fn guard_specials(&self, messages: &mut [Json]) -> Option<char> {
-        let spelled = |text: &str| self.special_texts.iter().any(|special| text.contains(special.as_str()));
-        let mut texts = Vec::new();
-        messages.iter_mut().for_each(|message| collect_texts(message, &mut texts));
-        if !texts.iter().any(|text| spelled(text)) {
-            return None;
-        }
-        let mark = ('\u{FDD0}'..='\u{FDEF}').find(|&c| !texts.iter().any(|text| text.contains(c)))?;
-        for text in texts {
-            for special in &self.special_texts {
-                if let Some(first) = special.chars().next() {
-                    let (head, tail) = special.split_at(first.len_utf8());
-                    *text = text.replace(special.as_str(), &format!("{head}{mark}{tail}"));
-                }
-            }
-        }
-        Some(mark)
-    }
-}
-
-/// All strings of a message but its role.
-fn collect_texts<'a>(value: &'a mut Json, texts: &mut Vec<&'a mut String>) {
-    match value {
-        Json::String(text) => texts.push(text),
-        Json::Array(values) => values.iter_mut().for_each(|v| collect_texts(v, texts)),
-        Json::Object(map) => {
-            map.iter_mut().filter(|(key, _)| key.as_str() != "role").for_each(|(_, v)| collect_texts(v, texts));
-        }
-        _ => {}
-    }
 }
 
 /// A member of an object; null if there is none.
@@ -419,15 +340,16 @@ fn special_tokens(tokenizer: &Tokenizer, config: &Json, map: &Json, config_bos: 
 
 /// A string, or a list of named ones of which `default` is meant.
 fn template_of(config: &Json) -> Option<String> {
-    let named = |templates: &Vec<Json>| {
-        let default = templates.iter().find(|t| member(t, "name") == "default").or(templates.first())?;
-        member(default, "template").as_str().map(str::to_owned)
-    };
-    match member(config, "chat_template") {
-        Json::String(source) => Some(source.clone()),
-        Json::Array(templates) => named(templates),
-        _ => None,
-    }
+    let templates = member(config, "chat_template");
+    let first = || member(templates.get(0)?, "template").as_str().map(str::to_owned);
+    templates.as_str().map(str::to_owned).or_else(|| named_template(config, "default")).or_else(first)
+}
+
+/// One of a list of named templates.
+fn named_template(config: &Json, name: &str) -> Option<String> {
+    let templates = member(config, "chat_template").as_array()?;
+    let named = templates.iter().find(|template| member(template, "name") == name)?;
+    member(named, "template").as_str().map(str::to_owned)
 }
 
 fn generation_defaults(config: &Json) -> GenerationDefaults {

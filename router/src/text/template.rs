@@ -11,7 +11,8 @@ use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior,
 use serde::Serialize;
 use serde_json::Value as Json;
 
-use super::{growth, member, python, stranger};
+use super::tools::ToolFormat;
+use super::{THINK_START, growth, member, python, stranger};
 
 /// Instructions one rendering may execute: about 4096 messages of a long template.
 const FUEL: u64 = 2_000_000;
@@ -74,6 +75,9 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     tokens: SpecialTokens,
     knows_developer: bool,
+    knows_tools: bool,
+    tool_format: ToolFormat,
+    thinks: bool,
     trust: Trust,
 }
 
@@ -88,6 +92,12 @@ impl std::fmt::Debug for ChatTemplate {
 pub struct ChatPrompt {
     /// Messages as JSON objects with `role` and `content`.
     pub messages: Vec<Json>,
+    /// Functions that the model may call, as JSON objects with `type` and `function`.
+    pub tools: Vec<Json>,
+    /// How it writes calls; `None`: as its template says.
+    pub tool_format: Option<ToolFormat>,
+    /// Whether it thinks before it answers; `None`: as its template says.
+    pub thinks: Option<bool>,
     /// Ask for the assistant's turn.
     pub add_generation_prompt: bool,
     /// End the prompt inside the last message.
@@ -115,6 +125,8 @@ impl ChatTemplate {
         let source = without_generation_tags(source);
         growth::check(&source, trust).map_err(TemplateError::Failed)?;
         let knows_developer = source.contains("developer");
+        let knows_tools = source.contains("tools");
+        let (tool_format, thinks) = (ToolFormat::of_template(&source), source.contains(THINK_START));
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(failed)?);
@@ -132,7 +144,7 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", |format: &str| super::strftime::now(format));
         environment.add_template_owned("chat", source).map_err(failed)?;
-        Ok(Self { environment, tokens, knows_developer, trust })
+        Ok(Self { environment, tokens, knows_developer, knows_tools, tool_format, thinks, trust })
     }
 
     /// Renders `chat`. May take a quarter of a second: call it on a thread that may block.
@@ -161,6 +173,21 @@ impl ChatTemplate {
         result.map_err(failed)?;
         let text = String::from_utf8_lossy(&sink.text).into_owned();
         if chat.continue_final_message { cut_after_last_message(text, chat) } else { Ok(text) }
+    }
+
+    /// It shows tools, calls and their results itself.
+    pub(crate) fn knows_tools(&self) -> bool {
+        self.knows_tools
+    }
+
+    /// How calls are written, by its own words.
+    pub(crate) fn tool_format(&self) -> ToolFormat {
+        self.tool_format
+    }
+
+    /// It speaks of thoughts.
+    pub(crate) fn thinks(&self) -> bool {
+        self.thinks
     }
 
     fn variables(&self, chat: &ChatPrompt) -> Value {

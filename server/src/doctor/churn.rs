@@ -258,6 +258,7 @@ impl Churn {
                 adapters,
                 sample: true,
                 prompt_logprobs: false,
+                mask: None,
             });
             self.expected.insert(seq, (adapter, text, blocks));
             seqs.push(seq);

@@ -270,6 +270,7 @@ impl Runner {
                 adapters: job.adapters.clone(),
                 sample,
                 prompt_logprobs: matches!(job.mode, Mode::PromptLogprobs { .. }),
+                mask: None,
             });
         }
         chunks

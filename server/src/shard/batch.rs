@@ -40,8 +40,8 @@ pub(super) struct LogitRow {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Want {
-    /// Draw the next token.
-    Sample,
+    /// Draw the next token; `mask`: the first word of those that say what may come.
+    Sample { mask: Option<u32> },
     /// Report the logprob of the prompt token at this position.
     PromptLogprob { position: u32 },
 }
@@ -51,6 +51,8 @@ pub(super) enum Want {
 pub(super) struct BatchBuffers {
     pub(super) batch: Batch,
     pub(super) logit_rows: Vec<LogitRow>,
+    /// Of samples; one bit for each token of the vocabulary.
+    pub(super) masks: Vec<u32>,
     adapters: Vec<SlotScale>,
     /// (first row, end row, range of `adapters`)
     segments: Vec<(usize, usize, std::ops::Range<usize>)>,
@@ -61,6 +63,7 @@ pub(super) struct BatchLimits {
     pub(super) layout: KvLayout,
     pub(super) blocks_total: u32,
     pub(super) step_tokens_max: usize,
+    pub(super) vocab: usize,
 }
 
 impl BatchBuffers {
@@ -73,6 +76,7 @@ impl BatchBuffers {
     ) -> Result<(), ShardFault> {
         self.batch.clear();
         self.logit_rows.clear();
+        self.masks.clear();
         self.adapters.clear();
         self.segments.clear();
         let mut previous: &[AdapterRef] = &[];
@@ -80,7 +84,7 @@ impl BatchBuffers {
             let seq = sequences.get(&chunk.seq).ok_or(ShardFault::UnknownSequence(chunk.seq))?;
             let first = self.batch.tokens.len();
             self.push_rows(chunk, seq, limits)?;
-            self.push_logit_rows(chunk, seq, first);
+            self.push_logit_rows(chunk, seq, first, limits.vocab)?;
             let end = self.batch.tokens.len();
             match self.segments.last_mut() {
                 Some(last) if previous == chunk.adapters => last.1 = end,
@@ -125,7 +129,7 @@ impl BatchBuffers {
         Ok(())
     }
 
-    fn push_logit_rows(&mut self, chunk: &Chunk, seq: &SeqState, first: usize) {
+    fn push_logit_rows(&mut self, chunk: &Chunk, seq: &SeqState, first: usize, vocab: usize) -> Result<(), ShardFault> {
         if chunk.prompt_logprobs {
             for offset in 0..chunk.len {
                 let position = chunk.start + offset + 1;
@@ -137,9 +141,30 @@ impl BatchBuffers {
         }
         if chunk.sample {
             let row = (first as u32 + chunk.len) - 1;
-            self.logit_rows.push(LogitRow { seq: chunk.seq, row, want: Want::Sample });
+            let mask = push_mask(&mut self.masks, chunk, vocab)?;
+            self.logit_rows.push(LogitRow { seq: chunk.seq, row, want: Want::Sample { mask } });
         }
+        Ok(())
     }
+}
+
+/// Appends a chunk's mask, one bit for each token of the vocabulary, and returns the place of its first word.
+pub(super) fn push_mask(masks: &mut Vec<u32>, chunk: &Chunk, vocab: usize) -> Result<Option<u32>, ShardFault> {
+    let Some(bytes) = &chunk.mask else { return Ok(None) };
+    let (first, words) = (masks.len(), vocab.div_ceil(32));
+    let (given, rest) = bytes.as_chunks::<4>();
+    if !rest.is_empty() || given.len() > words {
+        let (seq, len) = (chunk.seq, bytes.len());
+        return Err(ShardFault::Malformed(format!(
+            "chunk of sequence {seq}: a mask of {len} bytes for {vocab} tokens"
+        )));
+    }
+    masks.extend(given.iter().map(|word| u32::from_le_bytes(*word)));
+    masks.resize(first + words, 0);
+    if let Some(last) = masks.last_mut() {
+        *last &= u32::MAX >> (words * 32 - vocab);
+    }
+    Ok(Some(first as u32))
 }
 
 fn slot_scale(adapter: &AdapterRef) -> SlotScale {

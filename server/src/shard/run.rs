@@ -127,6 +127,7 @@ impl Executor {
         let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
         let base = BaseFiles::new(&options.model, &load, content_id);
         let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes, base));
+        let vocab = decoder.spec().vocab;
         let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
         let info = Info {
             model_id: options.model_id.clone(),
@@ -160,7 +161,7 @@ impl Executor {
             slab,
             sequences: HashMap::new(),
             buffers: BatchBuffers::default(),
-            limits: BatchLimits { layout, blocks_total, step_tokens_max },
+            limits: BatchLimits { layout, blocks_total, step_tokens_max, vocab },
             sampler: Sampler::default(),
             results: VecDeque::new(),
             info,
@@ -200,7 +201,7 @@ impl Executor {
             self.sampler.rows.clear();
             self.sampler.rows.extend(rows.iter().map(|row| row.row));
             let logits = self.decoder.logits(&self.sampler.rows, &self.buffers.batch, &self.arena, &self.table)?;
-            super::sampling::sample_rows(logits, rows, &self.sequences, result);
+            super::sampling::sample_rows(logits, rows, &self.buffers.masks, &self.sequences, result);
         }
         Ok(())
     }

@@ -22,10 +22,11 @@ enum Outcome {
     Fault(SeqFault),
 }
 
-/// Works `logits` (`[rows.len(), vocab]`, overwritten) off into `result`.
+/// Works `logits` (`[rows.len(), vocab]`, overwritten) off into `result`. `masks` has the words that rows name.
 pub(super) fn sample_rows(
     logits: &mut Rows,
     rows: &[LogitRow],
+    masks: &[u32],
     sequences: &HashMap<u64, SeqState>,
     result: &mut StepResult,
 ) {
@@ -35,7 +36,7 @@ pub(super) fn sample_rows(
         .par_chunks_mut(vocab)
         .zip(rows.par_iter())
         .map_init(SampleScratch::default, |scratch, (logits, row)| {
-            sequences.get(&row.seq).map(|seq| one_row(logits, row, seq, scratch))
+            sequences.get(&row.seq).map(|seq| one_row(logits, row, masks, seq, scratch))
         })
         .collect();
     for outcome in outcomes.into_iter().flatten() {
@@ -50,9 +51,13 @@ pub(super) fn sample_rows(
     }
 }
 
-fn one_row(logits: &mut [f32], row: &LogitRow, seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
+fn one_row(logits: &mut [f32], row: &LogitRow, masks: &[u32], seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
     match row.want {
-        Want::Sample => draw(logits, row.seq, seq, scratch),
+        Want::Sample { mask } => {
+            let words = logits.len().div_ceil(32);
+            let mask = mask.and_then(|first| masks.get(first as usize..)?.get(..words));
+            draw(logits, mask, row.seq, seq, scratch)
+        }
         Want::PromptLogprob { position } => {
             let token = seq.tokens.get(position as usize).copied().unwrap_or_default();
             let top = alternatives(logits, seq.sampling.prompt_logprobs.unwrap_or(0));
@@ -77,11 +82,12 @@ pub(super) fn params(sampling: &Sampling) -> SampleParams<'static> {
     }
 }
 
-fn draw(logits: &mut [f32], id: u64, seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
+fn draw(logits: &mut [f32], mask: Option<&[u32]>, id: u64, seq: &SeqState, scratch: &mut SampleScratch) -> Outcome {
     let sampling = &seq.sampling;
     let (prompt, generated) = seq.tokens.split_at(seq.prompt_tokens);
     let ban = if seq.generated() < sampling.min_tokens as usize { sampling.end_tokens.as_slice() } else { &[] };
-    let params = SampleParams { ban, logit_bias: &seq.bias, allowed: &sampling.allowed_tokens, ..params(sampling) };
+    let params =
+        SampleParams { ban, logit_bias: &seq.bias, allowed: &sampling.allowed_tokens, mask, ..params(sampling) };
     // The raw distribution is reported, so it is read before penalties and temperature change the row.
     let raw = sampling.logprobs.map(|k| (logits.to_vec(), k));
     let position = seq.tokens.len() as u64;

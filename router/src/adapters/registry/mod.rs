@@ -22,6 +22,7 @@ mod load;
 mod merge;
 mod merged_dir;
 mod names;
+mod ranked;
 mod resolve;
 mod restore;
 mod revive;
@@ -36,6 +37,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+pub use ranked::{RankBy, RankedFilter};
 pub use settings::{AdapterSettings, Files, FilesHere, RegistryError, Supply};
 pub use types::{
     AdapterCard, AdapterState, AdapterView, AliasAsk, AliasView, Ask, ErrorView, ListFilter, LoadAsk, MergeSpec,

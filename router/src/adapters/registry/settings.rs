@@ -8,8 +8,8 @@ use futures_util::future::BoxFuture;
 use globset::GlobSet;
 
 use crate::adapters::{
-    AdapterRef, Credential, FetchError, Fetcher, Progress, Resolved, Source, SourceDefaults, SourceKind, Store, Stored,
-    Tenant,
+    AdapterRef, Credential, FetchError, Fetcher, Progress, Resolved, Source, SourceDefaults, SourceKind, Store,
+    StoreStatus, Stored, Tenant,
 };
 use crate::engine::ContentId;
 use crate::text::TextModel;
@@ -99,6 +99,10 @@ pub trait Files: Send + Sync + 'static {
     fn disk_bytes_max(&self) -> Option<u64> {
         None
     }
+    /// How full the disk store is, if there is one.
+    fn disk_status(&self) -> Option<StoreStatus> {
+        None
+    }
     /// The disk keeps them, whatever else it drops.
     fn set_pinned(&self, identity: &str, is_pinned: bool);
 }
@@ -142,6 +146,10 @@ impl Files for Downloads {
 
     fn disk_bytes_max(&self) -> Option<u64> {
         Some(self.store.status().quota_bytes)
+    }
+
+    fn disk_status(&self) -> Option<StoreStatus> {
+        Some(self.store.status())
     }
 
     fn set_pinned(&self, identity: &str, is_pinned: bool) {

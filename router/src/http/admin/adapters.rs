@@ -12,7 +12,9 @@ use serde_json::{Value, json};
 
 use super::query::Asked;
 use super::{credential, reference, report};
-use crate::adapters::{AdapterState, AdapterView, ListFilter, LoadAsk, UnloadAsk, Wait, is_valid_name};
+use crate::adapters::{
+    AdapterState, AdapterView, ListFilter, LoadAsk, RankBy, RankedFilter, UnloadAsk, Wait, is_valid_name,
+};
 use crate::engine::{AdapterFailure, ForgetMode, PinLevel};
 use crate::http::App;
 use crate::http::auth::UpstreamToken;
@@ -36,9 +38,12 @@ pub(super) struct ListQuery {
     namespace: Option<String>,
     limit: Option<String>,
     after: Option<String>,
+    contains: Option<String>,
+    sort: Option<String>,
+    offset: Option<String>,
 }
 
-/// One page, by name.
+/// One page: by name after another one, or as people look for it (`contains`, `sort`, `offset`).
 pub(super) async fn list(State(app): State<App>, Asked(query): Asked<ListQuery>) -> Result<Json<Value>, ApiError> {
     let state = match query.state.as_deref().filter(|state| !state.is_empty()) {
         None => None,
@@ -55,8 +60,22 @@ pub(super) async fn list(State(app): State<App>, Asked(query): Asked<ListQuery>)
             .filter(|limit| (1..=LIMIT_MAX).contains(limit))
             .ok_or_else(|| ApiError::invalid("limit", &format!("1..{LIMIT_MAX}"), text))?,
     };
+    let namespace = query.namespace.map(checked_namespace).transpose()?;
+    if query.contains.is_some() || query.sort.is_some() || query.offset.is_some() {
+        if query.after.is_some() || query.prefix.is_some() {
+            let message = "`contains`, `sort` and `offset` cannot be combined with `after` and `prefix`";
+            return Err(ApiError::at(Cause::InvalidValue, "sort", message));
+        }
+        let (by, descending) = order(query.sort.as_deref().unwrap_or_default())?;
+        let offset = query.offset.as_deref().unwrap_or("0");
+        let offset = offset.parse().map_err(|_| ApiError::invalid("offset", "an integer of at least 0", offset))?;
+        let contains = query.contains.unwrap_or_default();
+        let filter = RankedFilter { namespace, state, contains, by, descending, offset, limit };
+        let (data, total) = app.registry.ranked(&filter);
+        return Ok(Json(json!({"data": data, "total": total})));
+    }
     let filter = ListFilter {
-        namespace: query.namespace.map(checked_namespace).transpose()?,
+        namespace,
         state,
         prefix: query.prefix.filter(|prefix| !prefix.is_empty()),
         limit,
@@ -68,6 +87,19 @@ pub(super) async fn list(State(app): State<App>, Asked(query): Asked<ListQuery>)
         page.insert("next".into(), Value::String(next));
     }
     Ok(Json(page))
+}
+
+/// Reads `sort`: a name of [`RankBy`], behind a `-` for the largest first.
+fn order(text: &str) -> Result<(RankBy, bool), ApiError> {
+    let (name, descending) = text.strip_prefix('-').map_or((text, false), |name| (name, true));
+    if name.is_empty() && !descending {
+        return Ok((RankBy::Name, false));
+    }
+    let by = RankBy::parse(name).ok_or_else(|| {
+        let rule = RankBy::ALL.map(|(name, _)| name).join(", ");
+        ApiError::invalid("sort", &format!("one of {rule}, with `-` in front for the largest first"), text)
+    })?;
+    Ok((by, descending))
 }
 
 /// Whose name is meant.

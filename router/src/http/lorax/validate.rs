@@ -171,6 +171,7 @@ fn params(fields: &Fields<'_>, sampled: bool, stream: bool, bounds: &Bounds) -> 
         prompt_logprobs: None,
         stream: stream.then(StreamOptions::default),
         skip_special: true,
+        shown_special: std::sync::Arc::default(),
         // A stop sequence is part of LoRAX's text; clients that do not want it cut it off.
         include_stop: true,
         add_special: Some(true),

@@ -7,14 +7,16 @@ use axum::extract::State;
 use axum::http::Request;
 use axum::http::request::Parts;
 use axum::response::Response;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use super::message::{MessageRules, ReasoningRules};
 use super::messages::messages;
 use super::reply::{Kind, Shape, name_the_source};
 use super::resolve::Variant;
 use super::run::Run;
 use super::stream::StreamContext;
 use super::submit::{Asker, Wanted, fit_prompt};
+use super::tools::Tools;
 use super::unsupported;
 use super::validate::{Bounds, ContextFields, LOGPROBS_MAX, Params, check_sequences, max_tokens, params, small};
 use crate::access::Caller;
@@ -23,13 +25,15 @@ use crate::http::auth::{Metered, UpstreamToken};
 use crate::http::body::json_object;
 use crate::http::envelope::RequestId;
 use crate::http::error::{ApiError, Cause, shown};
-use crate::http::json::Fields;
+use crate::http::json::{Fields, type_name};
 use crate::http::known_fields;
 use crate::http::server::ConnectionAbort;
-use crate::text::{ChatPrompt, TemplateChoice};
+use crate::text::grammar::GrammarSpec;
+use crate::text::{ChatPrompt, PreparedChat, TemplateChoice, Thought};
 
 /// Bytes of `chat_template_kwargs`.
 const KWARGS_BYTES_MAX: usize = 16 * 1024;
+const DOCUMENTS_MAX: usize = 256;
 /// Bytes of rendered prompt per token of context, at most.
 const PROMPT_BYTES_PER_TOKEN: usize = 4;
 /// A short context still allows templates with a long preamble.
@@ -40,6 +44,10 @@ struct ChatRequest {
     params: Params,
     chat: ChatPrompt,
     logprobs: Option<u32>,
+    tools: Option<Tools>,
+    /// Text in front of the reply.
+    echo: Option<String>,
+    include_reasoning: bool,
 }
 
 /// The handler.
@@ -66,7 +74,17 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiErro
             &top.unwrap_or(0).to_string(),
         ));
     }
-    Ok(ChatRequest { logprobs: logprobs.then_some(top.unwrap_or(0)), chat: chat_prompt(fields, bounds)?, params })
+    let tools = Tools::read(fields)?;
+    let chat = chat_prompt_with(fields, bounds, tools.as_ref())?;
+    let echo = fields.boolean("echo")?.unwrap_or(false);
+    Ok(ChatRequest {
+        logprobs: logprobs.then_some(top.unwrap_or(0)),
+        echo: echo.then(|| answer_so_far(&chat)).flatten(),
+        include_reasoning: fields.boolean("include_reasoning")?.unwrap_or(true),
+        chat,
+        tools,
+        params,
+    })
 }
 
 /// Reads what the template needs.
@@ -74,6 +92,10 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiErro
 /// # Errors
 /// 400 that names the field.
 pub(crate) fn chat_prompt(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatPrompt, ApiError> {
+    chat_prompt_with(fields, bounds, Tools::read(fields)?.as_ref())
+}
+
+fn chat_prompt_with(fields: &Fields<'_>, bounds: &Bounds, tools: Option<&Tools>) -> Result<ChatPrompt, ApiError> {
     let messages = messages(fields)?;
     let add_generation_prompt = fields.boolean("add_generation_prompt")?;
     let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);
@@ -82,13 +104,19 @@ pub(crate) fn chat_prompt(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatPr
         return Err(ApiError::at(Cause::InvalidValue, "continue_final_message", message));
     }
     fields.object("chat_template_kwargs")?;
-    let kwargs = fields.get("chat_template_kwargs").and_then(|value| value.as_object()).cloned().unwrap_or_default();
+    let mut kwargs =
+        fields.get("chat_template_kwargs").and_then(|value| value.as_object()).cloned().unwrap_or_default();
     let kwargs_bytes = serde_json::to_string(&kwargs).map_or(0, |text| text.len());
     if kwargs_bytes > KWARGS_BYTES_MAX {
         return Err(ApiError::limit("chat_template_kwargs", kwargs_bytes, "bytes", KWARGS_BYTES_MAX, None));
     }
+    reasoning_effort(fields, &mut kwargs)?;
+    documents(fields, &mut kwargs)?;
     Ok(ChatPrompt {
         messages,
+        tools: tools.map(|tools| tools.shown.clone()).unwrap_or_default(),
+        tool_format: None,
+        thinks: None,
         add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
         continue_final_message,
         kwargs,
@@ -108,6 +136,41 @@ fn request_template(fields: &Fields<'_>, bounds: &Bounds) -> Result<TemplateChoi
             Err(ApiError::unsupported(NAME, why))
         }
     }
+}
+
+/// `reasoning_effort` is a variable of templates; `none` is what they call `enable_thinking: false`.
+fn reasoning_effort(fields: &Fields<'_>, kwargs: &mut Map<String, Value>) -> Result<(), ApiError> {
+    const NAME: &str = "reasoning_effort";
+    const EFFORTS: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
+    let Some(effort) = fields.string(NAME)? else { return Ok(()) };
+    if !EFFORTS.contains(&effort) {
+        return Err(ApiError::invalid(NAME, &format!("one of {}", EFFORTS.join(", ")), effort));
+    }
+    kwargs.entry(NAME).or_insert_with(|| effort.into());
+    if effort == "none" {
+        kwargs.entry("enable_thinking").or_insert(Value::Bool(false));
+    }
+    Ok(())
+}
+
+/// `documents` are a variable of templates: objects, mostly with `title` and `text`.
+fn documents(fields: &Fields<'_>, kwargs: &mut Map<String, Value>) -> Result<(), ApiError> {
+    const NAME: &str = "documents";
+    let Some(documents) = fields.array(NAME)? else { return Ok(()) };
+    if documents.len() > DOCUMENTS_MAX {
+        return Err(ApiError::limit(NAME, documents.len(), "documents", DOCUMENTS_MAX, None));
+    }
+    if let Some((i, other)) = documents.iter().enumerate().find(|(_, document)| !document.is_object()) {
+        return Err(ApiError::invalid(&format!("{NAME}[{i}]"), "an object", type_name(other)));
+    }
+    kwargs.insert(NAME.into(), Value::Array(documents.clone()));
+    Ok(())
+}
+
+/// The content of a last message that the assistant wrote.
+fn answer_so_far(chat: &ChatPrompt) -> Option<String> {
+    let last = chat.messages.last().filter(|message| message.get("role") == Some(&json!("assistant")))?;
+    last.get("content")?.as_str().map(str::to_owned)
 }
 
 /// Bytes that a rendered prompt may have.
@@ -147,10 +210,22 @@ impl App {
         let variants = self.resolve(&asked.params, &asker).await?;
         check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
         self.choose_template(&mut asked.chat, &variants).await?;
-        let tokens = self.text.encode_chat(asked.chat, asked.params.add_special.unwrap_or(false)).await?;
-        let prompt = fit_prompt(tokens, asked.params.max_tokens, None, &asked.params, &bounds)?;
+        let mut chat = asked.chat;
+        (chat.tool_format, chat.thinks) = (self.config.tool_call_parser, self.config.reasoning_parser.thinks());
+        let chat = self.text.prepare_chat(chat, asked.params.add_special.unwrap_or(false)).await?;
+        let rules = self.message_rules(&chat, asked.tools.as_ref(), asked.include_reasoning, asked.echo);
+        asked.params.shown_special =
+            self.text.mark_tokens(rules.tools.as_ref().map(|tools| tools.format), rules.reasoning.is_some());
+        if let Some(tools) = asked.tools.filter(Tools::is_forced) {
+            let (functions, calls_max) = tools.callable();
+            let grammar = GrammarSpec::Lark(self.text.tool_grammar(&chat, functions, calls_max));
+            let compiled = self.text.compile_grammar(grammar).await;
+            asked.params.grammar =
+                Some(compiled.map_err(|error| ApiError::at(Cause::InvalidValue, "tools", error.to_string()))?);
+        }
+        let prompt = fit_prompt(chat.tokens, asked.params.max_tokens, None, &asked.params, &bounds)?;
         let mut shape = Shape::new(self, Kind::Chat, &asked.params);
-        shape.logprobs = asked.logprobs;
+        (shape.logprobs, shape.message) = (asked.logprobs, rules);
         let wanted = Wanted {
             sequences: asked.params.n,
             logprobs: asked.logprobs,
@@ -179,6 +254,22 @@ impl App {
             chat.template = TemplateChoice::Compiled(template);
         }
         Ok(())
+    }
+
+    /// How the reply to a chat is to be read.
+    fn message_rules(
+        &self,
+        chat: &PreparedChat,
+        tools: Option<&Tools>,
+        shown: bool,
+        echo: Option<String>,
+    ) -> MessageRules {
+        let opened = chat.thought == Thought::Begun;
+        MessageRules {
+            echo: echo.map(Into::into),
+            reasoning: (chat.thought != Thought::Never).then_some(ReasoningRules { opened, shown }),
+            tools: tools.map(|tools| tools.rules(chat.format)),
+        }
     }
 
     /// Who asks, and how long they wait: `x-request-timeout`, but never longer than the server's own limit.

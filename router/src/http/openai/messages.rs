@@ -33,14 +33,28 @@ fn message(value: &Value, path: String) -> Result<Value, ApiError> {
     let mut message = Map::new();
     message.insert("role".into(), role.into());
     let calls = tool_calls(&fields)?.filter(|_| role == "assistant");
-    message.insert("content".into(), content(&fields, calls.is_some())?);
+    let said_otherwise = role == "assistant" && fields.get("refusal").is_some();
+    message.insert("content".into(), content(&fields, calls.is_some() || said_otherwise)?);
+    if said_otherwise && let Some(refusal) = fields.string("refusal")? {
+        let content = message.entry("content").or_insert(Value::Null);
+        if content.is_null() {
+            *content = refusal.into();
+        }
+    }
     if let Some(calls) = calls {
         message.insert("tool_calls".into(), calls);
     }
-    for extra in ["name", "tool_call_id", "reasoning_content"] {
+    if role == "tool" {
+        fields.string("tool_call_id")?.ok_or_else(|| ApiError::missing(&fields.param("tool_call_id")))?;
+    }
+    for extra in ["name", "tool_call_id"] {
         if let Some(text) = fields.string(extra)? {
             message.insert(extra.into(), text.into());
         }
+    }
+    // A reply has it under both names; templates read the second one.
+    if let Some(text) = fields.string("reasoning")?.or(fields.string("reasoning_content")?) {
+        message.insert("reasoning_content".into(), text.into());
     }
     Ok(Value::Object(message))
 }
@@ -83,9 +97,17 @@ fn tool_calls(fields: &Fields<'_>) -> Result<Option<Value>, ApiError> {
         let call = Fields::nested(map, path);
         let function = call.object("function")?.ok_or_else(|| ApiError::missing(&call.param("function")))?;
         let name = function.string("name")?.ok_or_else(|| ApiError::missing(&function.param("name")))?;
+        if let Some(other) = call.string("type")?.filter(|kind| *kind != "function") {
+            return Err(ApiError::invalid(&call.param("type"), "function", other));
+        }
         let arguments = match function.get("arguments") {
+            Some(Value::String(text)) if text.trim().is_empty() => json!({}),
             Some(Value::String(text)) => serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.clone())),
-            other => other.cloned().unwrap_or_else(|| json!({})),
+            None => json!({}),
+            Some(object @ Value::Object(_)) => object.clone(),
+            Some(other) => {
+                return Err(ApiError::invalid(&function.param("arguments"), "JSON as a string", type_name(other)));
+            }
         };
         Ok(json!({
             "id": call.string("id")?.unwrap_or(""),

@@ -13,6 +13,7 @@ pub(crate) mod sequence;
 pub(crate) mod sse;
 pub(crate) mod stream;
 pub(crate) mod submit;
+pub(crate) mod tools;
 pub(crate) mod types;
 pub(crate) mod unsupported;
 pub(crate) mod validate;

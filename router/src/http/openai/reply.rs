@@ -7,12 +7,12 @@ use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
 use loramux_proto::{PositionLogprobs, TokenLogprob};
 
-use super::message::{MessageDelta, MessageRules};
+use super::message::MessageRules;
 use super::resolve::Variant;
 use super::run::{Progress, Run};
 use super::sequence::{End, TokenEntry};
 use super::types::{
-    ChatChoice, ChatLogprob, ChatLogprobs, ChatMessage, ChoiceExtras, CompletionChoice, CompletionLogprobs, LogprobMap,
+    ChatChoice, ChatLogprob, ChatLogprobs, ChoiceExtras, CompletionChoice, CompletionLogprobs, LogprobMap,
     PromptLogprob, PromptPosition, Reply, TokenLogprobText, Usage,
 };
 use super::validate::Params;
@@ -175,16 +175,9 @@ impl Shape {
     fn chat_choice(&self, run: &Run, index: usize, parts: ChoiceParts) -> ChatChoice {
         let extras = self.extras(run, &parts, true);
         let logprobs = self.logprobs.map(|_| self.chat_logprobs(&parts.entries));
-        let finish_reason = parts.end.as_ref().map(|end| end.reason);
         let mut reader = self.message.reader();
-        let mut content = String::new();
-        for delta in reader.push(&parts.text).into_iter().chain(reader.finish()) {
-            if let MessageDelta::Content(text) = delta {
-                content.push_str(&text);
-            }
-        }
-        let finish_reason = finish_reason.map(|reason| if reader.has_called() { "tool_calls" } else { reason });
-        let message = ChatMessage { role: "assistant", content: Some(content), refusal: None };
+        let message = reader.message(&parts.text);
+        let finish_reason = parts.end.as_ref().map(|end| reader.finish_reason(end.reason));
         ChatChoice { index, message, logprobs, finish_reason, extras }
     }
 

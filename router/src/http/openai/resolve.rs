@@ -19,6 +19,8 @@ use crate::http::json::{Fields, type_name};
 const SCALE_MAX: f64 = 8.0;
 /// `adapter_id` of LoRAX for the base model itself.
 const BASE_MODEL: &str = "__base_model__";
+/// What clients of text-generation-inference and huggingface_hub send as `model` when they were told none.
+const NAMES_OF_NOTHING: [&str; 2] = ["tgi", "dummy"];
 
 /// What the request says about adapters besides `model`.
 #[derive(Clone, Debug)]
@@ -196,7 +198,10 @@ impl App {
     /// 400 for contradictions, 404 for unknown names, 422 and 503 from loading.
     pub(crate) async fn resolve(&self, params: &Params, asker: &Asker) -> Result<Vec<Variant>, ApiError> {
         let ask = &params.adapter;
-        let model = self.target(&params.model, ask, asker)?;
+        let model = match self.target(&params.model, ask, asker) {
+            Err(_) if NAMES_OF_NOTHING.contains(&params.model.as_str()) => Target::Base,
+            found => found?,
+        };
         let named = match (&model, &ask.adapter_id) {
             (Target::Base, None) => self.config.default_adapter.clone().filter(|_| !ask.names_any()),
             (Target::Base, Some(id)) if id == BASE_MODEL => None,

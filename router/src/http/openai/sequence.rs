@@ -18,6 +18,8 @@ pub(crate) struct TextRules {
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) include_stop: bool,
     pub(crate) skip_special: bool,
+    /// Special tokens that are text all the same: marks of tool calls and thoughts.
+    pub(crate) shown_special: Arc<[u32]>,
     pub(crate) min_tokens: u32,
 }
 
@@ -72,7 +74,7 @@ pub(crate) struct SequenceText {
 
 impl SequenceText {
     pub(crate) fn new(rules: Arc<TextRules>, text: &TextModel) -> Self {
-        let detokenizer = text.detokenizer(rules.skip_special);
+        let detokenizer = text.detokenizer(rules.skip_special).showing(Arc::clone(&rules.shown_special));
         let matcher = StopMatcher::new(rules.stop.clone());
         Self {
             rules,

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use axum::response::Response;
 
+use super::message::MessageReader;
 use super::reply::{ChoiceParts, Kind, Shape, usage};
 use super::run::{Progress, Run};
 use super::sequence::Piece;
@@ -36,6 +37,7 @@ impl Shape {
             events,
             runs,
             pending: Vec::new(),
+            readers: Vec::new(),
             started: HashSet::new(),
             done: Vec::new(),
         };
@@ -51,6 +53,8 @@ struct Producer {
     runs: Runs,
     /// By choice: what the next chunk shows.
     pending: Vec<ChoiceParts>,
+    /// By choice: makes a chat's text into parts of a message.
+    readers: Vec<MessageReader>,
     /// Choices that have sent their first chunk.
     started: HashSet<usize>,
     /// Runs that ended, for usage.
@@ -104,7 +108,7 @@ impl Producer {
             return Ok(());
         }
         for index in 0..run.sequences.len() {
-            let delta = ChatDelta { role: Some("assistant"), content: Some(String::new()) };
+            let delta = ChatDelta { role: Some("assistant"), content: Some(String::new()), ..ChatDelta::default() };
             let choice = self.chat_chunk(run, run.first_choice + index, delta, &ChoiceParts::default());
             self.send_chunk(run, "chat.completion.chunk", choice).await?;
         }
@@ -116,6 +120,7 @@ impl Producer {
         let choice = run.first_choice + index;
         if self.pending.len() <= choice {
             self.pending.resize(choice + 1, ChoiceParts::default());
+            self.readers.resize(choice + 1, self.shape.message.reader());
         }
         let Some(pending) = self.pending.get_mut(choice) else { return Ok(()) };
         pending.text.push_str(&piece.text);
@@ -151,12 +156,20 @@ impl Producer {
         self.send_chunk(run, "text_completion", choice).await
     }
 
-    /// The end is a chunk of its own with an empty delta; it also carries the logprobs of an end token.
+    /// A chunk for each part of the message. The end is a chunk of its own with an empty delta; it also carries the
+    /// logprobs of an end token.
     async fn chat(&mut self, run: &Run, index: usize, mut parts: ChoiceParts) -> Result<(), Gone> {
-        let end = parts.end.take();
-        if !parts.text.is_empty() {
-            let content = Some(std::mem::take(&mut parts.text));
-            let choice = self.chat_chunk(run, index, ChatDelta { role: None, content }, &parts);
+        let mut end = parts.end.take();
+        let mut deltas = Vec::new();
+        if let Some(reader) = self.readers.get_mut(index) {
+            deltas = reader.push(&parts.text);
+            if let Some(end) = &mut end {
+                deltas.extend(reader.finish());
+                end.reason = reader.finish_reason(end.reason);
+            }
+        }
+        for delta in deltas {
+            let choice = self.chat_chunk(run, index, delta.into(), &parts);
             self.send_chunk(run, "chat.completion.chunk", choice).await?;
             parts.entries.clear();
         }
@@ -164,6 +177,9 @@ impl Producer {
             parts.end = end;
             let choice = self.chat_chunk(run, index, ChatDelta::default(), &parts);
             self.send_chunk(run, "chat.completion.chunk", choice).await?;
+        } else if let Some(pending) = self.pending.get_mut(index) {
+            // All of the text is held back: its tokens wait with it.
+            pending.entries.splice(0..0, parts.entries);
         }
         Ok(())
     }

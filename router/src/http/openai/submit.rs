@@ -133,6 +133,7 @@ impl App {
             stop_tokens: params.stop_tokens.clone(),
             include_stop: params.include_stop,
             skip_special: params.skip_special,
+            shown_special: Arc::clone(&params.shown_special),
             min_tokens: params.sampling.min_tokens,
         });
         let mut runs = Vec::with_capacity(prompts.len() * variants.len());

@@ -33,14 +33,8 @@ const COMMON: &[(&str, Set, &str)] = &[
 
 const COMPLETIONS: &[(&str, Set, &str)] = &[("suffix", Set::Truthy, "this server does not fill in the middle")];
 
-const CHAT: &[(&str, Set, &str)] = &[
-    ("tools", Set::Truthy, NOT_YET),
-    ("functions", Set::Truthy, "use `tools`"),
-    ("function_call", Set::Present, "use `tool_choice`"),
-    ("echo", Set::Truthy, NOT_YET),
-    ("documents", Set::Truthy, NOT_YET),
-    ("reasoning_effort", Set::Present, NOT_YET),
-];
+const CHAT: &[(&str, Set, &str)] =
+    &[("functions", Set::Truthy, "use `tools`"), ("function_call", Set::Present, "use `tool_choice`")];
 
 /// Refuses what `/v1/completions` cannot do.
 pub(crate) fn check_completions(fields: &Fields<'_>) -> Result<(), ApiError> {
@@ -53,12 +47,7 @@ pub(crate) fn check_completions(fields: &Fields<'_>) -> Result<(), ApiError> {
 pub(crate) fn check_chat(fields: &Fields<'_>) -> Result<(), ApiError> {
     check(fields, COMMON)?;
     check(fields, CHAT)?;
-    response_format(fields)?;
-    match fields.get("tool_choice") {
-        None => Ok(()),
-        Some(Value::String(choice)) if choice == "none" || choice == "auto" => Ok(()),
-        Some(_) => Err(ApiError::unsupported("tool_choice", NOT_YET)),
-    }
+    response_format(fields)
 }
 
 fn check(fields: &Fields<'_>, table: &[(&str, Set, &str)]) -> Result<(), ApiError> {

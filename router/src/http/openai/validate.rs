@@ -86,6 +86,8 @@ pub(crate) struct Params {
     pub(crate) prompt_logprobs: Option<u32>,
     pub(crate) stream: Option<StreamOptions>,
     pub(crate) skip_special: bool,
+    /// Special tokens that are text all the same.
+    pub(crate) shown_special: Arc<[u32]>,
     pub(crate) include_stop: bool,
     pub(crate) add_special: Option<bool>,
     /// -1 = what fits.
@@ -125,6 +127,7 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
         prompt_logprobs,
         stream,
         skip_special: fields.boolean("skip_special_tokens")?.unwrap_or(true),
+        shown_special: Arc::default(),
         include_stop: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
         add_special: fields.boolean("add_special_tokens")?,
         truncate: fields.integer("truncate_prompt_tokens", &format!("-1 or 1..{context}"), |k| {

@@ -1,5 +1,6 @@
 //! The HTTP side with a scripted engine in the place of the real one.
 
+mod anthropic;
 mod chat;
 mod completions;
 mod envelope;
@@ -8,6 +9,7 @@ mod keys;
 mod lorax;
 mod models;
 mod operator;
+mod responses;
 mod server;
 mod stream;
 mod validation;
@@ -354,4 +356,15 @@ fn parse_events(text: &str) -> Vec<Value> {
         None => Value::String(block.into()),
     };
     text.split("\n\n").filter(|block| !block.is_empty()).map(event).collect()
+}
+
+/// The `data` of each event that has a name, which is its type.
+fn named_events(text: &str) -> Vec<Value> {
+    let event = |block: &str| {
+        let (name, data) = block.strip_prefix("event: ")?.split_once("\ndata: ")?;
+        let data: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["type"], name);
+        Some(data)
+    };
+    text.split("\n\n").filter_map(event).collect()
 }

@@ -47,6 +47,7 @@ impl Client {
         match failure {
             Failure::DeadlineExceeded => assert!(self.deadline_at_ms.is_some_and(|at| at <= now_ms)),
             Failure::Numerics(_) => assert!(self.numerics_due),
+            Failure::Grammar(_) => assert!(self.oracles.iter().any(|oracle| oracle.broken), "its grammar is sound"),
             Failure::ShardFault => assert!(self.blame >= 4, "a bystander was blamed"),
             other => panic!("unexpected {other:?}"),
         }

@@ -33,6 +33,7 @@ impl World {
         let died = (0..executed).find_map(|at| Some((at, self.execute(at).err()?)));
         if !self.calm {
             self.messages();
+            self.move_grammars();
         }
         match died {
             None => self.deliver_result(),

@@ -1,5 +1,6 @@
 //! What "computing" means in the simulation: marks that depend on everything a real forward pass would read.
 
+use super::grammar::has;
 use crate::engine::ContentId;
 
 /// What freed memory is filled with.
@@ -40,12 +41,14 @@ pub(super) fn attend(sum: u64, position: usize, kv: u64) -> u64 {
     sum.wrapping_add(mix(kv, position as u64))
 }
 
-/// The token drawn at `position` (the number of tokens before it).
-pub(super) fn draw(attended: u64, seed: u64, position: usize, forbidden: &[u32]) -> u32 {
+/// The token drawn at `position` (the number of tokens before it). Where a mask has none but forbidden ones, they may come.
+pub(super) fn draw(attended: u64, seed: u64, position: usize, forbidden: &[u32], mask: Option<&[u32]>) -> u32 {
     let mut x = mix(mix(attended, seed), position as u64);
+    let may = |token: u32| mask.is_none_or(|words| has(words, token));
+    let none_left = (0..VOCAB as u32).all(|token| !may(token) || forbidden.contains(&token));
     loop {
         let token = (x % VOCAB) as u32;
-        if !forbidden.contains(&token) {
+        if may(token) && (none_left || !forbidden.contains(&token)) {
             return token;
         }
         x = mix(x, 7);

@@ -1,7 +1,7 @@
 //! What a request must give, computed from the request alone: no blocks, no slots, no scheduler.
 
 use super::marker::{adapters_mark, attend, draw, image_mark, kv_mark, logprob, owner_mark, page_mark};
-use crate::engine::{ContentId, FinishReason, GenerateRequest};
+use crate::engine::{Allowed, ContentId, FinishReason, GenerateRequest, GrammarState};
 
 /// One sibling, token by token.
 pub(super) struct Oracle {
@@ -17,6 +17,10 @@ pub(super) struct Oracle {
     generated: u32,
     /// How the sequence must end right after the last token, if it must.
     pub(super) pending: Option<FinishReason>,
+    grammar: Option<Box<dyn GrammarState>>,
+    mask: Option<Allowed>,
+    /// The grammar cannot go on from here.
+    pub(super) broken: bool,
     /// Of prompt position i + 1.
     pub(super) prompt_logprobs: Vec<f32>,
 }
@@ -45,6 +49,9 @@ impl Oracle {
             positions: 0,
             generated: 0,
             pending: None,
+            grammar: request.grammar.as_ref().filter(|_| request.max_tokens > 0).map(|grammar| grammar.start()),
+            mask: None,
+            broken: false,
             prompt_logprobs: Vec::new(),
         };
         for (at, token) in request.prompt.iter().enumerate() {
@@ -53,7 +60,19 @@ impl Oracle {
             }
             oracle.push(*token);
         }
+        if oracle.look() {
+            oracle.pending = Some(FinishReason::Stop);
+        }
         oracle
+    }
+
+    /// Asks the grammar what may come. True if the text is complete.
+    fn look(&mut self) -> bool {
+        let Some(grammar) = &mut self.grammar else { return false };
+        let allowed = grammar.next();
+        self.broken = allowed.is_err();
+        self.mask = allowed.ok();
+        self.mask == Some(Allowed::End)
     }
 
     fn push(&mut self, token: u32) {
@@ -65,7 +84,13 @@ impl Oracle {
     /// The next token that must come.
     pub(super) fn next(&mut self) -> Expected {
         let forbidden: &[u32] = if self.generated < self.min_tokens { &self.end_tokens } else { &[] };
-        let token = draw(self.attended, self.seed, self.positions, forbidden);
+        let mask = match &self.mask {
+            Some(Allowed::Tokens(words)) => Some(&**words),
+            Some(Allowed::End) => panic!("a token after the end"),
+            None => None,
+        };
+        assert!(!self.broken && self.pending.is_none(), "a token where none may come");
+        let token = draw(self.attended, self.seed, self.positions, forbidden, mask);
         let logprob = logprob(self.attended, token);
         self.generated += 1;
         let then = if self.end_tokens.contains(&token) {
@@ -73,7 +98,8 @@ impl Oracle {
         } else if self.generated >= self.max_tokens {
             Some(FinishReason::Length)
         } else {
-            None
+            self.grammar.as_mut().map(|grammar| grammar.accept(token)).transpose().expect("the mask has it");
+            self.look().then_some(FinishReason::Stop)
         };
         self.push(token);
         Expected { token, logprob, then }

@@ -6,6 +6,7 @@ use loramux_proto::{
     AdapterUpload, Chunk, PositionLogprobs, PromptLogprobs, Sample, Sampling, SlotGeneration, Step, StepResult,
 };
 
+use super::grammar::words_of;
 use super::marker::{POISON, adapters_mark, attend, draw, image_mark, kv_mark, logprob, page_mark};
 use crate::engine::ContentId;
 
@@ -147,12 +148,14 @@ impl FakeShard {
         if !positions.is_empty() {
             result.prompt_logprobs.push(PromptLogprobs { seq: chunk.seq, positions });
         }
+        assert!(chunk.sample || chunk.mask.is_none(), "a mask of nothing");
         if chunk.sample {
             assert_eq!(end, seq.tokens.len(), "a sample follows the last known token");
             let generated = end - seq.prompt_tokens;
             let sampling = &seq.sampling;
             let forbidden: &[u32] = if generated < sampling.min_tokens as usize { &sampling.end_tokens } else { &[] };
-            let token = draw(attended, sampling.seed, end, forbidden);
+            let mask = chunk.mask.as_deref().map(words_of);
+            let token = draw(attended, sampling.seed, end, forbidden, mask.as_deref());
             seq.tokens.push(token);
             result.samples.push(Sample { seq: chunk.seq, token, logprob: logprob(attended, token), top: Vec::new() });
         }

@@ -88,6 +88,7 @@ fn check_ci(depth: u32) {
     let rare = [totals.deaths, totals.cancels, totals.preemptions, totals.evictions, totals.deadlines, totals.numerics];
     assert!(rare.iter().all(|count| *count > seeds / 2), "{totals:?}");
     assert!(totals.shard_faults > 0 && totals.forks > seeds && totals.prefix_hit_tokens > seeds, "{totals:?}");
+    assert!(totals.masks > seeds * 100 && totals.grammar_failures > seeds / 2, "{totals:?}");
     let kept = [totals.pins, totals.drains, totals.ends_now, totals.fetched];
     assert!(kept.iter().all(|count| *count > seeds / 2), "{totals:?}");
     let ahead = if depth > 1 { totals.steps / 4..totals.steps } else { 0..1 };

@@ -28,6 +28,8 @@ pub(super) struct Totals {
     pub(super) drains: u64,
     pub(super) ends_now: u64,
     pub(super) fetched: u64,
+    pub(super) masks: u64,
+    pub(super) grammar_failures: u64,
 }
 
 impl Totals {
@@ -54,6 +56,8 @@ impl Totals {
         self.drains += o.drains;
         self.ends_now += o.ends_now;
         self.fetched += o.fetched;
+        self.masks += o.masks;
+        self.grammar_failures += o.grammar_failures;
     }
 }
 
@@ -75,6 +79,7 @@ pub(super) struct Weather {
     pub(super) fetch: u32,
     pub(super) upload_delay_max: u32,
     pub(super) ready_delay_max: u32,
+    pub(super) mask_delay_max: u32,
 }
 
 impl Weather {
@@ -97,6 +102,7 @@ impl Weather {
             fetch: rough(400, 100),
             upload_delay_max: rough(400, 4),
             ready_delay_max: rough(500, 30),
+            mask_delay_max: rough(500, 5),
         }
     }
 }

@@ -8,12 +8,13 @@ use loramux_proto::Sampling;
 use super::super::{NewRequest, RequestId, Scheduler, SchedulerEvent, SchedulerLimits};
 use super::client::Client;
 use super::flight::{self, Sent};
+use super::grammar::{Formula, Grammars};
 use super::keeping::Keeping;
 use super::marker::{Rng, VOCAB};
 use super::oracle::Oracle;
 use super::shard::FakeShard;
 use super::weather::{Totals, Weather};
-use crate::engine::{AdapterUse, ContentId, Failure, GenerateEvent, GenerateRequest};
+use crate::engine::{AdapterUse, ContentId, Failure, GenerateEvent, GenerateRequest, Grammar};
 
 /// Steps in which everything must have ended once arrivals and faults stopped.
 const DRAIN_STEPS_MAX: u64 = 20_000;
@@ -37,6 +38,7 @@ pub(super) struct World {
     /// Contents on their way to the host slab, and in how many steps.
     pub(super) preparing: Vec<(ContentId, u32)>,
     pub(super) keeping: Keeping,
+    pub(super) grammars: Grammars,
     pub(super) now_ms: u64,
     pub(super) totals: Totals,
     pub(super) calm: bool,
@@ -82,6 +84,7 @@ impl World {
             prompts,
             preparing: Vec::new(),
             keeping: Keeping::default(),
+            grammars: Grammars::default(),
             now_ms: 0,
             totals: Totals::default(),
             calm: false,
@@ -151,6 +154,7 @@ impl World {
         }
         self.bring_contents();
         self.settle_drains();
+        self.move_grammars();
         let step = self.scheduler.plan(self.now_ms);
         let events = self.scheduler.take_events();
         self.check_events(events);
@@ -178,7 +182,7 @@ impl World {
 
     /// Nothing was planned: then nothing can run, or only contents are missing that are on their way.
     fn check_may_rest(&self) {
-        if self.scheduler.is_idle() {
+        if self.scheduler.is_idle() || self.masks_are_out() {
             return;
         }
         let missing = |c: &ContentId| !self.shard.host.contains_key(c);
@@ -315,7 +319,7 @@ impl World {
                 prompt_logprobs: wants_logprobs.then_some(0),
                 ..Sampling::default()
             },
-            grammar: None,
+            grammar: rng.chance(300).then(|| Arc::new(Formula(rng.next())) as Arc<dyn Grammar>),
             adapters,
             tenant: u64::from(rng.range(1, 3)),
             cache_salt: rng.chance(100).then(|| "salt".to_owned()),
@@ -373,6 +377,7 @@ impl World {
                     match failure {
                         Failure::DeadlineExceeded => self.totals.deadlines += 1,
                         Failure::Numerics(_) => self.totals.numerics += 1,
+                        Failure::Grammar(_) => self.totals.grammar_failures += 1,
                         _ => self.totals.shard_faults += 1,
                     }
                     true

@@ -341,5 +341,5 @@ fn decode(rows: &Batch, placed: &[AdapterRef]) -> Step {
 
 fn chunk(seq: u64, start: usize, len: usize, blocks: &[u32], adapters: Vec<AdapterRef>, sample: bool) -> Chunk {
     let blocks = blocks[..(start + len).div_ceil(BLOCK_TOKENS)].to_vec();
-    Chunk { seq, start: start as u32, len: len as u32, blocks, adapters, sample, prompt_logprobs: false }
+    Chunk { seq, start: start as u32, len: len as u32, blocks, adapters, sample, prompt_logprobs: false, mask: None }
 }

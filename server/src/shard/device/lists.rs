@@ -7,7 +7,7 @@ use loramux_kernels::device::step::{
 };
 use loramux_proto::{AdapterRef, Chunk, Step};
 
-use super::super::batch::{LogitRow, Want};
+use super::super::batch::{LogitRow, Want, push_mask};
 use super::super::run::ShardFault;
 use super::adapters::SlotTable;
 use super::sequence::DeviceSequence;
@@ -26,6 +26,7 @@ pub(super) struct ListLimits {
     /// LoRA items that one pass may have, for tiles of decodes and of prompts.
     pub(super) items_max: [usize; 2],
     pub(super) window: Option<usize>,
+    pub(super) vocab: usize,
 }
 
 /// A run of tiles whose items fit the kernels' workspace.
@@ -51,6 +52,8 @@ pub(super) struct Lists {
     pub(super) items: Vec<LoraItem>,
     pub(super) passes: Vec<LoraPass>,
     pub(super) logit_rows: Vec<LogitRow>,
+    /// What may be drawn, one bit for each token of the vocabulary; not yet as the sampler reads it.
+    pub(super) masks: Vec<u32>,
     /// Whether an adapter of the step has gains and shifts.
     pub(super) vectors: bool,
     /// Every chunk is one position whose next token is drawn: the step that graphs are captured for.
@@ -73,7 +76,7 @@ impl Lists {
             let first = self.tokens.len();
             self.push_rows(chunk, seq, limits)?;
             self.push_attention(chunk, first, limits);
-            self.push_logit_rows(chunk, seq.prompt_tokens, first);
+            self.push_logit_rows(chunk, seq.prompt_tokens, first, limits.vocab)?;
         }
         self.push_lora(step, slots, limits)
     }
@@ -108,6 +111,7 @@ impl Lists {
             items,
             passes,
             logit_rows,
+            masks,
             vectors,
             decode_only: _,
         } = self;
@@ -122,6 +126,7 @@ impl Lists {
         items.clear();
         passes.clear();
         logit_rows.clear();
+        masks.clear();
     }
 
     fn push_rows(&mut self, chunk: &Chunk, seq: &DeviceSequence, limits: &ListLimits) -> Result<(), ShardFault> {
@@ -168,7 +173,13 @@ impl Lists {
         }
     }
 
-    fn push_logit_rows(&mut self, chunk: &Chunk, prompt_tokens: usize, first: usize) {
+    fn push_logit_rows(
+        &mut self,
+        chunk: &Chunk,
+        prompt_tokens: usize,
+        first: usize,
+        vocab: usize,
+    ) -> Result<(), ShardFault> {
         if chunk.prompt_logprobs {
             for offset in 0..chunk.len {
                 let position = chunk.start + offset + 1;
@@ -180,8 +191,10 @@ impl Lists {
         }
         if chunk.sample {
             let row = (first as u32 + chunk.len) - 1;
-            self.logit_rows.push(LogitRow { seq: chunk.seq, row, want: Want::Sample });
+            let mask = push_mask(&mut self.masks, chunk, vocab)?;
+            self.logit_rows.push(LogitRow { seq: chunk.seq, row, want: Want::Sample { mask } });
         }
+        Ok(())
     }
 
     /// Tiles over every row, and the items of those that have adapters. Chunks with the same adapters are one run.

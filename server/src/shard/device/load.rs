@@ -91,6 +91,7 @@ impl DeviceExecutor {
             prefill_rows: AttnPrefillKernel::tile_rows(heads(&engine.spec)),
             items_max: limits.items_max,
             window: engine.spec.window,
+            vocab: engine.spec.vocab,
         };
         let mut executor = Self {
             graphs: Graphs::default(),

@@ -177,7 +177,12 @@ impl DeviceExecutor {
     fn launch(&mut self, step: &Step, flight: &mut Flight) -> Result<(), ShardFault> {
         self.lists.fill(step, &self.sequences, &self.adapters.table, &self.list_limits)?;
         let group_rows = self.engine.limits.logit_rows_max;
-        self.samples.fill(&self.lists.logit_rows, &self.sequences, self.engine.spec.vocab, group_rows)?;
+        self.samples.fill(
+            &self.lists.logit_rows,
+            &self.lists.masks,
+            &self.sequences,
+            (self.engine.spec.vocab, group_rows),
+        )?;
         let with_adapters = !self.lists.items.is_empty();
         let one_pass = self.lists.passes.len() == 1 && self.lists.rows() <= group_rows;
         let graph = match self.lists.decode_only && one_pass && !self.lists.vectors {
@@ -314,7 +319,7 @@ impl DeviceExecutor {
     fn wants_top(&self, row: &LogitRow) -> bool {
         let Some(seq) = self.sequences.get(&row.seq) else { return false };
         match row.want {
-            Want::Sample => seq.sampling.logprobs.is_some_and(|count| count > 0),
+            Want::Sample { .. } => seq.sampling.logprobs.is_some_and(|count| count > 0),
             Want::PromptLogprob { .. } => seq.sampling.prompt_logprobs.is_some_and(|count| count > 0),
         }
     }
@@ -325,7 +330,7 @@ impl DeviceExecutor {
         let mut result = StepResult { id, uploaded, ..StepResult::default() };
         let wants = |row: &LogitRow| self.sequences.get(&row.seq).is_some_and(|seq| seq.sampling.logprobs.is_some());
         sampling::read(&rows, landing.out.as_slice(), landing.top.as_slice(), wants, &mut result);
-        for row in rows.iter().filter(|row| row.want == Want::Sample) {
+        for row in rows.iter().filter(|row| matches!(row.want, Want::Sample { .. })) {
             if let Some(seq) = self.sequences.get_mut(&row.seq) {
                 seq.pending = seq.pending.saturating_sub(1);
             }

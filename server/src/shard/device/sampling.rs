@@ -27,14 +27,14 @@ pub(super) struct SampleLists {
 }
 
 impl SampleLists {
-    /// Replaces the lists. `logits_row` counts from 0 in each group of `group_rows` rows; a step that only decodes has one
+    /// Replaces the lists. `masks` has the words that rows name. `logits_row` counts from 0 in each group of `group_rows` rows; a step that only decodes has one
     /// group, whose rows are those of the batch.
     pub(super) fn fill(
         &mut self,
         logit_rows: &[LogitRow],
+        masks: &[u32],
         sequences: &HashMap<u64, DeviceSequence>,
-        vocab: usize,
-        group_rows: usize,
+        (vocab, group_rows): (usize, usize),
     ) -> Result<(), ShardFault> {
         self.rows.clear();
         self.edits.clear();
@@ -44,7 +44,10 @@ impl SampleLists {
             let seq = sequences.get(&row.seq).ok_or(ShardFault::UnknownSequence(row.seq))?;
             let logits_row = (index % group_rows) as u32;
             let filled = match row.want {
-                Want::Sample => self.sample_row(seq, vocab, logits_row),
+                Want::Sample { mask } => {
+                    let mask = mask.and_then(|first| masks.get(first as usize..)?.get(..vocab.div_ceil(32)));
+                    self.sample_row(seq, mask, vocab, logits_row)
+                }
                 Want::PromptLogprob { position } => SampleRow {
                     kind: SampleRow::TARGET,
                     target: seq.tokens.get(position as usize).copied().unwrap_or_default(),
@@ -64,21 +67,25 @@ impl SampleLists {
         Ok(())
     }
 
-    fn sample_row(&mut self, seq: &DeviceSequence, vocab: usize, logits_row: u32) -> SampleRow {
+    fn sample_row(&mut self, seq: &DeviceSequence, mask: Option<&[u32]>, vocab: usize, logits_row: u32) -> SampleRow {
         let sampling = &seq.sampling;
-        let (first, count) = self.push_edits(seq);
+        let early = seq.generated() < sampling.min_tokens as usize;
+        let ban = if early { sampling.end_tokens.as_slice() } else { &[] };
+        let params = SampleParams { ban, allowed: &sampling.allowed_tokens, mask, ..params(sampling) };
+        let (first, count) = self.push_edits(seq, params.ban_in_force());
+        let first_word = self.masks.len() as u32;
         SampleRow {
             edits: first,
             edit_count: count,
-            mask: self.push_mask(&sampling.allowed_tokens, vocab),
+            mask: if push_mask(&mut self.masks, &params, vocab) { first_word } else { NONE },
             logprobs: sampling.logprobs.map_or(NONE, |n| n.min(TOP_MAX as u32)),
             pending: u32::from(seq.pending > 0 && seq.seen.is_some()),
-            ..SampleRow::new(&params(sampling), seq.next_position(), logits_row, seq.slot)
+            ..SampleRow::new(&params, seq.next_position(), logits_row, seq.slot)
         }
     }
 
     /// One entry for each token whose logit is changed.
-    fn push_edits(&mut self, seq: &DeviceSequence) -> (u32, u32) {
+    fn push_edits(&mut self, seq: &DeviceSequence, ban: &[u32]) -> (u32, u32) {
         let edits = &mut self.scratch;
         edits.clear();
         let entry = |token: u32| TokenEdit { token, ..TokenEdit::default() };
@@ -89,24 +96,12 @@ impl SampleLists {
         for bias in &seq.sampling.logit_bias {
             edits.entry(bias.token).or_insert_with(|| entry(bias.token)).bias += bias.bias;
         }
-        if seq.generated() < seq.sampling.min_tokens as usize {
-            for &token in &seq.sampling.end_tokens {
-                edits.entry(token).or_insert_with(|| entry(token)).flags |= TokenEdit::BAN;
-            }
+        for &token in ban {
+            edits.entry(token).or_insert_with(|| entry(token)).flags |= TokenEdit::BAN;
         }
         let first = self.edits.len() as u32;
         self.edits.extend(edits.values());
         (first, edits.len() as u32)
-    }
-
-    /// A bit for each token that may come.
-    fn push_mask(&mut self, allowed: &[u32], vocab: usize) -> u32 {
-        if allowed.is_empty() {
-            return NONE;
-        }
-        let first = self.masks.len() as u32;
-        push_mask(&mut self.masks, allowed, vocab);
-        first
     }
 }
 
@@ -133,7 +128,7 @@ pub(super) fn read(
                     _ => result.prompt_logprobs.push(PromptLogprobs { seq: row.seq, positions: vec![position] }),
                 }
             }
-            Want::Sample => match fault(out) {
+            Want::Sample { .. } => match fault(out) {
                 Some(fault) => result.faults.push(SeqFault { seq: row.seq, reason: fault.to_string() }),
                 None => {
                     let (logprob, top) =

@@ -11,7 +11,7 @@ use super::lists::{ListLimits, Lists, LoraPass};
 use super::sequence::DeviceSequence;
 
 const LIMITS: ListLimits =
-    ListLimits { blocks_total: 64, step_tokens_max: 200, prefill_rows: 40, items_max: [6, 3], window: None };
+    ListLimits { blocks_total: 64, step_tokens_max: 200, prefill_rows: 40, items_max: [6, 3], window: None, vocab: 40 };
 
 /// Slots 0, 1, 2 with 1, 2, 4 rank blocks.
 fn slots() -> SlotTable {
@@ -41,6 +41,7 @@ fn chunk(seq: u64, start: u32, len: u32, slots: &[u32]) -> Chunk {
         adapters: slots.iter().map(adapter).collect(),
         sample: true,
         prompt_logprobs: false,
+        mask: None,
     }
 }
 

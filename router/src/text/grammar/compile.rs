@@ -1,0 +1,84 @@
+//! From a rule to a compiled one.
+
+use std::fmt::Display;
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::{Matcher, ParserFactory};
+use serde_json::json;
+
+use super::state::Compiled;
+use super::{GrammarError, GrammarSpec, JsonSpace, gbnf, limits, regex, schema};
+
+/// Compiles `spec` and computes what may come first.
+///
+/// # Errors
+/// As [`crate::text::TextModel::compile_grammar`].
+pub(super) fn compile(factory: &ParserFactory, spec: &GrammarSpec) -> Result<Compiled, GrammarError> {
+    let parser = factory.create_parser(grammar(spec)?).map_err(|error| refused(spec, &error))?;
+    let mut start = Matcher::new(Ok(parser));
+    if let Some(warning) = start.grammar_warnings().first() {
+        return Err(GrammarError(format!("the rule would be followed in part only: {warning}")));
+    }
+    let first = start.compute_mask().map_err(|error| refused(spec, &error))?;
+    if first.is_zero() {
+        return Err(nothing_matches());
+    }
+    Ok(Compiled::new(start, factory.tok_env().tok_trie().eos_tokens().into()))
+}
+
+fn grammar(spec: &GrammarSpec) -> Result<TopLevelGrammar, GrammarError> {
+    match spec {
+        GrammarSpec::JsonObject => json_schema(&json!({"type": "object"}), &JsonSpace::Fixed),
+        GrammarSpec::JsonSchema(schema) => json_schema(schema, &JsonSpace::Fixed),
+        GrammarSpec::JsonSpaced { schema, space } => json_schema(schema, space),
+        GrammarSpec::Regex(text) => Ok(TopLevelGrammar::from_lark(regex::lark_of_regex(text)?)),
+        GrammarSpec::Choice(choices) => Ok(TopLevelGrammar::from_lark(regex::lark_of_choices(choices)?)),
+        GrammarSpec::Lark(text) => Ok(TopLevelGrammar::from_lark(schema::prepare_in_lark(text)?)),
+        GrammarSpec::Gbnf(text) => Ok(TopLevelGrammar::from_lark(gbnf::lark_of_gbnf(text)?)),
+    }
+}
+
+fn json_schema(schema: &serde_json::Value, space: &JsonSpace) -> Result<TopLevelGrammar, GrammarError> {
+    Ok(TopLevelGrammar::from_json_schema(schema::prepare(schema, space)?))
+}
+
+/// The library's error in our words.
+fn refused(spec: &GrammarSpec, error: &impl Display) -> GrammarError {
+    let text = plain(error);
+    if text.contains("oneOf constraints are not supported") {
+        let message = "`oneOf` is supported where no value can match two of its schemas (different types, or a required \
+                       property with different constants); use `anyOf`";
+        return GrammarError(message.into());
+    }
+    if text.contains("NoExtensionBias") || text.contains("Unsatisfiable schema") && text.len() < 24 {
+        return nothing_matches();
+    }
+    let kind = match spec {
+        GrammarSpec::JsonObject | GrammarSpec::JsonSchema(_) | GrammarSpec::JsonSpaced { .. } => "schema",
+        GrammarSpec::Regex(_) => "regular expression",
+        GrammarSpec::Choice(_) => "list of choices",
+        GrammarSpec::Lark(_) | GrammarSpec::Gbnf(_) => "grammar",
+    };
+    GrammarError(format!("this {kind} cannot be used: {text}"))
+}
+
+fn nothing_matches() -> GrammarError {
+    GrammarError("no text can match this rule".into())
+}
+
+/// The library's message without its appendices.
+pub(super) fn plain(error: &impl Display) -> String {
+    let text = format!("{error:#}");
+    let text = text.split("<non-verbose/>").next().unwrap_or("").split("<backtrace>").next().unwrap_or("");
+    if text.starts_with("panic: ") {
+        return "it is beyond what this server can compile".into();
+    }
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut text = lines.join("; ");
+    if text.len() > limits::MESSAGE_BYTES_MAX {
+        let end = (0..=limits::MESSAGE_BYTES_MAX).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}

@@ -1,0 +1,120 @@
+//! Rules against texts: what a rule lets through, token by token.
+
+use std::sync::Arc;
+
+use serde_json::{Value as Json, json};
+
+use super::{GrammarSpec, JsonSpace};
+use crate::engine::{Allowed, Grammar};
+use crate::text::TextModel;
+use crate::text::testing::{IM_END, byte_level, bytes_of};
+
+fn compile(spec: GrammarSpec) -> Result<Arc<dyn Grammar>, String> {
+    compile_on(&byte_level(), spec)
+}
+
+fn compile_on(text: &TextModel, spec: GrammarSpec) -> Result<Arc<dyn Grammar>, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(text.compile_grammar(spec)).map_err(|error| error.0)
+}
+
+fn has(set: &[u32], token: u32) -> bool {
+    set.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
+}
+
+/// How a text fares: at which byte it leaves the rule, or whether it may end after the last one.
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    LeavesAt(usize),
+    Unfinished,
+    Complete,
+}
+
+fn fate(grammar: &Arc<dyn Grammar>, text: &str) -> Fate {
+    let mut state = grammar.start();
+    for (at, token) in bytes_of(text).into_iter().enumerate() {
+        match state.next().unwrap() {
+            Allowed::Tokens(set) if has(&set, token) => state.accept(token).unwrap(),
+            _ => return Fate::LeavesAt(at),
+        }
+    }
+    match state.next().unwrap() {
+        Allowed::End => Fate::Complete,
+        Allowed::Tokens(set) if has(&set, IM_END) => Fate::Complete,
+        Allowed::Tokens(_) => Fate::Unfinished,
+    }
+}
+
+fn check(spec: GrammarSpec, complete: &[&str], refused: &[&str]) {
+    let grammar = compile(spec.clone()).unwrap_or_else(|error| panic!("{spec:?}: {error}"));
+    for text in complete {
+        assert_eq!(fate(&grammar, text), Fate::Complete, "{spec:?} and {text}");
+    }
+    for text in refused {
+        assert_ne!(fate(&grammar, text), Fate::Complete, "{spec:?} and {text}");
+    }
+}
+
+fn schema(schema: Json) -> GrammarSpec {
+    GrammarSpec::JsonSchema(schema)
+}
+
+#[test]
+fn each_kind_of_rule_lets_its_texts_through_and_no_others() {
+    check(
+        GrammarSpec::JsonObject,
+        &["{}", r#"{"a": 1}"#, r#"{"a": [1, "x", null], "b": {"c": -2.5e3}}"#],
+        &["[]", "1", "{", r#"{"a":1}"#, " {}", "{} ", "{\n}", r#"{"a": 01}"#],
+    );
+    check(GrammarSpec::Regex("[a-c]+[0-9]{2}".into()), &["a12", "abc99"], &["a1", "a123", "12", ""]);
+    check(GrammarSpec::Regex(r"^\d+$|^x/y$".into()), &["1", "99", "x/y"], &["x", "1x", "٣"]);
+    check(
+        GrammarSpec::Choice(vec!["yes".into(), "yes, sir".into(), "n\"o\n".into()]),
+        &["yes", "yes, sir", "n\"o\n"],
+        &["ye", "no"],
+    );
+    check(GrammarSpec::Lark("start: \"a\" b+\nb: /[xy]/".into()), &["ax", "axyx"], &["a", "b"]);
+    check(GrammarSpec::grammar("root ::= [a-z]+ | \"xyz!\"\n"), &["xya", "xyz", "xyz!", "a"], &["xyz!a", "", "A"]);
+}
+
+#[test]
+fn the_end_is_allowed_where_the_text_may_end_and_forced_where_nothing_else_can_follow() {
+    let grammar = compile(GrammarSpec::Regex("ab?".into())).unwrap();
+    let mut state = grammar.start();
+    let Allowed::Tokens(set) = state.next().unwrap() else { panic!() };
+    assert!(!has(&set, IM_END));
+    state.accept(bytes_of("a")[0]).unwrap();
+    let Allowed::Tokens(set) = state.next().unwrap() else { panic!() };
+    assert!(has(&set, IM_END) && has(&set, bytes_of("b")[0]) && !has(&set, bytes_of("a")[0]));
+    let mut other = grammar.start();
+    state.accept(bytes_of("b")[0]).unwrap();
+    assert_eq!(state.next().unwrap(), Allowed::End);
+    // States are apart, and an end token ends one.
+    other.accept(bytes_of("a")[0]).unwrap();
+    other.accept(IM_END).unwrap();
+    assert_eq!(other.next().unwrap(), Allowed::End);
+    assert!(other.accept(IM_END).is_err());
+    assert!(grammar.start().accept(bytes_of("b")[0]).is_err());
+}
+
+#[test]
+fn special_tokens_are_never_text() {
+    let grammar = compile(GrammarSpec::Regex("(?s:.*)".into())).unwrap();
+    let Allowed::Tokens(set) = grammar.start().next().unwrap() else { panic!() };
+    assert!(has(&set, bytes_of("<")[0]));
+    assert!(!has(&set, 0) && !has(&set, 1), "<|endoftext|> and <|im_start|> would be text");
+    assert!(has(&set, IM_END), "the empty text may end");
+}
+
+#[test]
+fn white_space_is_fixed_unless_the_request_frees_it() {
+    let schema = json!({"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}}, "required": ["a"], "additionalProperties": false});
+    let spaced = |space| GrammarSpec::JsonSpaced { schema: schema.clone(), space };
+    let fixed = r#"{"a": [1, 2]}"#;
+    let tight = r#"{"a":[1,2]}"#;
+    let wide = "{ \"a\" :\n [ 1 ,2 ] }";
+    check(spaced(JsonSpace::Fixed), &[fixed], &[tight, wide]);
+    check(spaced(JsonSpace::Free), &[fixed, tight, wide], &[]);
+    check(spaced(JsonSpace::Pattern("[ ]?".into())), &[fixed, tight], &[wide, r#"{"a":  [1]}"#]);
+    assert!(compile(spaced(JsonSpace::Pattern(".*".into()))).is_err());
+}

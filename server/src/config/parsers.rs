@@ -1,0 +1,58 @@
+//! How replies are read: tool calls and thoughts.
+
+use clap::ValueEnum;
+use loramux_router::http::ReasoningParser;
+use loramux_router::text::ToolFormat;
+
+/// `--tool-call-parser`. The aliases are vLLM's names for the same formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ToolCallParser {
+    /// As the chat template says
+    Auto,
+    /// <tool_call>{"name", "arguments"}</tool_call>: Hermes, Qwen
+    #[value(alias = "qwen25", alias = "qwen3")]
+    Hermes,
+    /// {"name", "parameters"}: Llama 3.1 and later
+    #[value(name = "llama3_json", alias = "llama3-json", alias = "llama4_json")]
+    Llama3Json,
+    /// [TOOL_CALLS] [{"name", "arguments"}]
+    Mistral,
+    /// [TOOL_CALLS]name[ARGS]{..}
+    #[value(name = "mistral_args", alias = "mistral-args")]
+    MistralArgs,
+}
+
+impl ToolCallParser {
+    /// The format, or none to ask the template.
+    pub(crate) fn format(self) -> Option<ToolFormat> {
+        match self {
+            Self::Auto => None,
+            Self::Hermes => Some(ToolFormat::Hermes),
+            Self::Llama3Json => Some(ToolFormat::LlamaJson),
+            Self::Mistral => Some(ToolFormat::Mistral),
+            Self::MistralArgs => Some(ToolFormat::MistralArgs),
+        }
+    }
+}
+
+/// `--reasoning-parser`. The aliases are vLLM's names of parsers that look for the same marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReasoningParserArg {
+    /// As the chat template says
+    Auto,
+    /// Thoughts are part of the answer
+    None,
+    /// <think>..</think>
+    #[value(alias = "deepseek_r1", alias = "qwen3")]
+    Think,
+}
+
+impl From<ReasoningParserArg> for ReasoningParser {
+    fn from(arg: ReasoningParserArg) -> Self {
+        match arg {
+            ReasoningParserArg::Auto => Self::Auto,
+            ReasoningParserArg::None => Self::None,
+            ReasoningParserArg::Think => Self::Think,
+        }
+    }
+}
