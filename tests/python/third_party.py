@@ -1,4 +1,8 @@
-"""Programs of others that talk to our server, in `.venv-clients`. Made once; made again when `requirements-clients.txt` changes."""
+"""Programs of others that talk to our server, in environments of their own. Made once; made again when their requirements change.
+
+`clients` is `.venv-clients` (or `LORAMUX_CLIENTS_VENV`) of `requirements-clients.txt`; `clients-openai` likewise, with
+`-openai` at the end of each name.
+"""
 
 import os
 import shutil
@@ -10,44 +14,69 @@ import pytest
 
 from loramux_server import REPOSITORY
 
-REQUIREMENTS = Path(__file__).parent / "requirements-clients.txt"
+HERE = Path(__file__).parent
 INSTALL_TIMEOUT_S = 900
 # What the packages run on.
 PYTHONS = ((3, 10), (3, 11), (3, 12))
 
 
-def environment() -> Path:
+def environment(name: str = "clients") -> Path:
     """The virtual environment, complete. Without the packages the test is skipped, or fails where they are required."""
-    folder = Path(os.environ.get("LORAMUX_CLIENTS_VENV", REPOSITORY / ".venv-clients"))
+    requirements = HERE / f"requirements-{name}.txt"
+    suffix = name.removeprefix("clients")
+    configured = os.environ.get("LORAMUX_CLIENTS_VENV")
+    folder = Path(f"{configured}{suffix}") if configured else REPOSITORY / f".venv-{name}"
     installed = folder / "requirements.installed"
-    if installed.is_file() and installed.read_text() == REQUIREMENTS.read_text():
+    if installed.is_file() and installed.read_text() == requirements.read_text():
         return folder
-    failure = _install(folder)
+    failure = _install(folder, requirements)
     if failure:
         shutil.rmtree(folder, ignore_errors=True)
-        if os.environ.get("LORAMUX_REQUIRE_CLIENTS"):
-            pytest.fail(failure)
-        pytest.skip(failure)
-    installed.write_text(REQUIREMENTS.read_text())
+        missing(failure)
+    installed.write_text(requirements.read_text())
     return folder
 
 
-def _install(folder: Path) -> str | None:
+def node() -> str:
+    """Node of `tests/node`, with the packages beside it as its lock file has them."""
+    packages = REPOSITORY / "tests/node"
+    installed, lock = packages / "node_modules/lock.installed", (packages / "package-lock.json").read_text()
+    if not installed.is_file() or installed.read_text() != lock:
+        failure = _run(["npm", "ci", "--prefix", str(packages), "--no-audit", "--no-fund", "--loglevel=error"])
+        if failure:
+            missing(failure)
+        installed.write_text(lock)
+    return str(next(packages.glob("node_modules/node-linux-*/bin/node")))
+
+
+def missing(why: str):
+    """Ends the test: skipped, or failed where clients are required."""
+    if os.environ.get("LORAMUX_REQUIRE_CLIENTS"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def _install(folder: Path, requirements: Path) -> str | None:
     """What went wrong, if anything did."""
     python = next((name for name in _pythons() if _runs(name)), None)
     if python is None:
         return "no Python 3.10, 3.11 or 3.12 for the third-party clients"
     for command in (
         [python, "-m", "venv", "--clear", str(folder)],
-        [str(folder / "bin/python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(REQUIREMENTS)],
+        [str(folder / "bin/python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", str(requirements)],
     ):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return f"{' '.join(command)}: {error}"
-        if done.returncode:
-            return f"{' '.join(command)}: {done.stderr[-1000:]}"
+        if failure := _run(command):
+            return failure
     return None
+
+
+def _run(command: list[str]) -> str | None:
+    """What went wrong, if anything did."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{' '.join(command)}: {error}"
+    return f"{' '.join(command)}: {done.stderr[-1000:]}" if done.returncode else None
 
 
 def _pythons() -> list[str]:
@@ -62,6 +91,6 @@ def _runs(python: str) -> bool:
         return False
 
 
-def program(name: str) -> str:
-    """The path of a program of the environment."""
-    return str(environment() / "bin" / name)
+def program(name: str, of: str = "clients") -> str:
+    """The path of a program of an environment."""
+    return str(environment(of) / "bin" / name)

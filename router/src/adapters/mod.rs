@@ -18,8 +18,8 @@ pub use name::is_valid_name;
 pub use reference::{RefError, SourceDefaults};
 pub use registry::{
     AdapterCard, AdapterSettings, AdapterState, AdapterView, AliasAsk, AliasView, Ask, ErrorView, Files, FilesHere,
-    ListFilter, LoadAsk, MergeSpec, NextView, Registry, RegistryError, ResolvedAdapter, StickyBy, Supply, UnloadAsk,
-    Wait, Weighted,
+    ListFilter, LoadAsk, MergeSpec, NextView, RankBy, RankedFilter, Registry, RegistryError, ResolvedAdapter, StickyBy,
+    Supply, UnloadAsk, Wait, Weighted,
 };
 pub use sources::{SourceSettings, SourceSettingsError, Sources};
 pub use store::{Store, StoreError, StoreStatus, Stored};

@@ -248,4 +248,8 @@ pub struct ContentStatus {
     pub running: u32,
     /// Sequences that wait to, and requests that wait for its bytes.
     pub waiting: u32,
+    /// Arena pages it takes while on the device; 0 = not known to the scheduler yet.
+    pub pages: u32,
+    /// Bytes it takes in host memory.
+    pub host_bytes: u64,
 }

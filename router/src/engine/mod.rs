@@ -27,7 +27,7 @@ pub use adapters::{
 pub use handle::{EngineHandle, Generation, MissingReport};
 pub use run::{EngineError, EngineOptions, Spawned, Started, spawn};
 pub use shard::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
-pub use status::{EngineCounters, EngineStatus};
+pub use status::{BatchShare, EngineCounters, EngineStatus};
 pub use types::{
     AdapterUse, Allowed, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest, Grammar, GrammarFailure,
     GrammarState,

@@ -40,6 +40,7 @@ pub(super) enum Message {
     Pin { content: ContentId, level: Option<PinLevel>, reply: PinReply },
     Forget { content: ContentId, mode: ForgetMode },
     Prefetch { content: ContentId },
+    ForgetPrefixes,
     GiveUp { content: ContentId, reason: String },
     Wake,
     ShutDown,
@@ -259,6 +260,7 @@ impl Engine {
             Message::Forget { content, mode } => self.forget(content, mode),
             Message::Prefetch { content } => self.prefetch(content),
             Message::GiveUp { content, reason } => self.give_up(content, &reason),
+            Message::ForgetPrefixes => self.forget_prefixes(),
             Message::Masked(answer) => self.masked(*answer),
             Message::Wake => {}
             Message::ShutDown => return Ok(false),
@@ -363,7 +365,8 @@ impl Engine {
             ..EngineStatus::default()
         };
         (status.host_adapters, status.host_bytes) = self.contents.host();
-        status.contents = self.contents_view.get(&self.contents, &self.parked, self.scheduler.as_ref());
+        status.host_bytes_max = self.options.host_adapter_bytes;
+        (status.contents, status.batch) = self.contents_view.get(&self.contents, &self.parked, self.scheduler.as_ref());
         if let Some(scheduler) = &self.scheduler {
             let stats = scheduler.stats();
             counters.preemptions = stats.preemptions;
@@ -380,6 +383,7 @@ impl Engine {
             status.pages_pinned = stats.pages_pinned;
             status.pages_adapters = stats.pages_adapters;
             status.blocks_used = stats.blocks_used;
+            status.blocks_cached = stats.blocks_cached;
             status.blocks_total = stats.blocks_total;
             status.resident = stats.resident;
             status.waiting_for_load = stats.waiting_for_adapter;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use loramux_proto::Info;
 
 use super::adapters::{ContentStatus, Tier};
-use super::contents::{Contents, Residency};
+use super::contents::{Content, Contents, Residency};
 use super::prepare::Parked;
 use super::run::PUBLISH_EVERY;
 use super::types::ContentId;
@@ -36,8 +36,12 @@ pub struct EngineStatus {
     pub pages_adapters: u32,
     /// KV blocks that a sequence uses.
     pub blocks_used: u32,
+    /// KV blocks that only the prefix cache holds.
+    pub blocks_cached: u32,
     /// KV blocks that the arena could hold.
     pub blocks_total: u32,
+    /// Who runs and who waits, by set of adapters, as of at most a moment ago. Shared like [`Self::contents`].
+    pub batch: Arc<Vec<BatchShare>>,
     /// Adapters on the device, most recently used first.
     pub resident: Vec<ContentId>,
     /// Adapters that a waiting sequence needs.
@@ -50,8 +54,23 @@ pub struct EngineStatus {
     pub host_adapters: u32,
     /// Their bytes.
     pub host_bytes: u64,
+    /// Bytes of adapters that the shard may keep there.
+    pub host_bytes_max: u64,
     /// Counters that only grow.
     pub counters: EngineCounters,
+}
+
+/// The sequences of one set of adapters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BatchShare {
+    /// Each once; empty = the base model.
+    pub contents: Vec<ContentId>,
+    /// Sequences that hold device memory.
+    pub running: u32,
+    /// Sequences that wait for it, and those of requests that wait for their adapter's bytes.
+    pub waiting: u32,
+    /// Tokens of the running ones, prompts included.
+    pub running_tokens: u64,
 }
 
 /// Counters since the start of the process.
@@ -87,30 +106,53 @@ pub struct EngineCounters {
     pub replayed: u64,
 }
 
-/// The last list of contents that was made: making one takes a look at each, so it is made seldom and shared.
+/// The last lists that were made: making them takes a look at each content and sequence, so it is done seldom and shared.
 #[derive(Default)]
 pub(super) struct ContentsView {
     made: Option<Instant>,
     list: Arc<HashMap<ContentId, ContentStatus>>,
+    batch: Arc<Vec<BatchShare>>,
 }
 
 impl ContentsView {
-    /// The list, at most [`PUBLISH_EVERY`] old.
+    /// The lists, at most [`PUBLISH_EVERY`] old.
     pub(super) fn get(
         &mut self,
         contents: &Contents,
         parked: &[Parked],
         scheduler: Option<&Scheduler>,
-    ) -> Arc<HashMap<ContentId, ContentStatus>> {
+    ) -> (Arc<HashMap<ContentId, ContentStatus>>, Arc<Vec<BatchShare>>) {
         if self.made.is_none_or(|made| made.elapsed() >= PUBLISH_EVERY) {
             let list = list_contents(contents, parked, scheduler);
             if *self.list != list {
                 self.list = Arc::new(list);
             }
+            let batch = list_batch(parked, scheduler);
+            if *self.batch != batch {
+                self.batch = Arc::new(batch);
+            }
             self.made = Some(Instant::now());
         }
-        Arc::clone(&self.list)
+        (Arc::clone(&self.list), Arc::clone(&self.batch))
     }
+}
+
+fn list_batch(parked: &[Parked], scheduler: Option<&Scheduler>) -> Vec<BatchShare> {
+    let mut shares = scheduler.map(Scheduler::batch).unwrap_or_default();
+    for Parked { new, .. } in parked {
+        let mut contents = Vec::new();
+        for used in &new.request.adapters {
+            if !contents.contains(&used.content) {
+                contents.push(used.content);
+            }
+        }
+        let waiting = new.request.n.max(1);
+        match shares.iter_mut().find(|share| share.contents == contents) {
+            Some(share) => share.waiting += waiting,
+            None => shares.push(BatchShare { contents, waiting, ..BatchShare::default() }),
+        }
+    }
+    shares
 }
 
 fn list_contents(
@@ -122,8 +164,9 @@ fn list_contents(
         .iter()
         .map(|(content, known)| {
             let tier = if known.residency == Residency::Host { Tier::Host } else { Tier::Disk };
-            let (pinned, draining) = (known.pinned, known.draining);
-            (*content, ContentStatus { tier, pinned, draining, running: 0, waiting: 0 })
+            let Content { pinned, draining, host_bytes, .. } = *known;
+            let pages = scheduler.map_or(0, |scheduler| scheduler.pages_of(content));
+            (*content, ContentStatus { tier, pinned, draining, running: 0, waiting: 0, pages, host_bytes })
         })
         .collect();
     for used in parked.iter().flat_map(|parked| &parked.new.request.adapters) {

@@ -3,6 +3,7 @@
 
 mod histogram;
 mod loads;
+mod recent;
 mod render;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use histogram::Histogram;
 pub use loads::{LoadPhase, LoadTimes};
+pub(crate) use recent::{Counts, Times};
 pub use render::Snapshot;
 
 use crate::http::Meter;
@@ -85,6 +87,9 @@ pub struct Metrics {
     adapters: Mutex<AdapterCounters>,
     rendered: Mutex<Option<(Instant, String)>>,
     lora: Mutex<render::LoraSets>,
+    /// As `first_token` and `inter_token`, finer.
+    pub(crate) recent_first_token: Times,
+    pub(crate) recent_inter_token: Times,
 }
 
 #[derive(Debug, Default)]
@@ -124,6 +129,8 @@ impl Default for Metrics {
             adapters: Mutex::default(),
             rendered: Mutex::default(),
             lora: Mutex::default(),
+            recent_first_token: Times::default(),
+            recent_inter_token: Times::default(),
         }
     }
 }
@@ -241,11 +248,13 @@ impl RequestClock {
         if self.first_token.is_none() {
             self.first_token = Some(now);
             self.metrics.first_token.observe(seconds(now - self.submitted));
+            self.metrics.recent_first_token.observe(seconds(now - self.submitted));
         }
         if let Some(last) = self.last_tokens.get_mut(index as usize)
             && let Some(before) = last.replace(now)
         {
             self.metrics.inter_token.observe(seconds(now - before));
+            self.metrics.recent_inter_token.observe(seconds(now - before));
         }
     }
 

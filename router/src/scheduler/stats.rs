@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::Scheduler;
-use crate::engine::ContentId;
+use crate::engine::{BatchShare, ContentId};
 
 /// Totals since the start.
 #[derive(Clone, Copy, Debug, Default)]
@@ -92,6 +92,29 @@ impl Scheduler {
     /// Contents on the device, most recently used first.
     pub fn contents_resident(&self) -> Vec<ContentId> {
         self.adapters.resident()
+    }
+
+    /// Arena pages that a content takes on the device; 0 for one that was not reported ready.
+    pub fn pages_of(&self, content: &ContentId) -> u32 {
+        self.adapters.get(content).map_or(0, |known| known.pages_needed)
+    }
+
+    /// Unfinished sequences by their set of adapters, in O(sequences).
+    pub fn batch(&self) -> Vec<BatchShare> {
+        let mut shares: BTreeMap<&[ContentId], BatchShare> = BTreeMap::new();
+        for seq in self.sequences.iter().flatten().filter(|seq| !seq.leaving) {
+            let contents = &seq.job.contents;
+            let share = shares
+                .entry(contents)
+                .or_insert_with(|| BatchShare { contents: contents.clone(), ..BatchShare::default() });
+            if seq.is_running() {
+                share.running += 1;
+                share.running_tokens += seq.len_tokens() as u64;
+            } else {
+                share.waiting += 1;
+            }
+        }
+        shares.into_values().collect()
     }
 
     /// (content, sequences that run under it, sequences that wait to) of every content that is used.

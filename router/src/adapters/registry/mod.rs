@@ -22,6 +22,7 @@ mod load;
 mod merge;
 mod merged_dir;
 mod names;
+mod ranked;
 mod resolve;
 mod restore;
 mod revive;
@@ -36,6 +37,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+pub use ranked::{RankBy, RankedFilter};
 pub use settings::{AdapterSettings, Files, FilesHere, RegistryError, Supply};
 pub use types::{
     AdapterCard, AdapterState, AdapterView, AliasAsk, AliasView, Ask, ErrorView, ListFilter, LoadAsk, MergeSpec,
@@ -139,7 +141,7 @@ impl Registry {
         };
         let files = supply.as_ref().map(|supply| Arc::clone(&supply.files));
         let merges = MergedDirs::new(files.as_ref().and_then(|files| files.disk_bytes_max()));
-        let contents = Contents::new(Arc::clone(&engine), files, merges, Arc::clone(&clock), settings.loads_max);
+        let contents = Contents::new(Arc::clone(&engine), files, merges, Arc::clone(&clock), &settings);
         let prefixes =
             settings.source_prefixes.iter().map(|prefix| format!("{}/", prefix.trim_end_matches('/'))).collect();
         let merged = match &settings.data_dir {

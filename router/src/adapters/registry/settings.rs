@@ -8,10 +8,11 @@ use futures_util::future::BoxFuture;
 use globset::GlobSet;
 
 use crate::adapters::{
-    AdapterRef, Credential, FetchError, Fetcher, Progress, Resolved, Source, SourceDefaults, SourceKind, Store, Stored,
-    Tenant,
+    AdapterRef, Credential, FetchError, Fetcher, Progress, Resolved, Source, SourceDefaults, SourceKind, Store,
+    StoreStatus, Stored, Tenant,
 };
 use crate::engine::ContentId;
+use crate::text::TextModel;
 
 /// What the operator set.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct AdapterSettings {
     pub data_dir: Option<PathBuf>,
     /// Adapters that are loaded at the same time.
     pub loads_max: usize,
+    /// What the tokens that an adapter adds are compared with; `None`: they are not looked at.
+    pub tokenizer: Option<TextModel>,
     /// 1; less in tests: the registry's clock runs that much faster, deadlines of requests included.
     pub time_scale: f64,
 }
@@ -55,6 +58,7 @@ impl Default for AdapterSettings {
             share_hub_token: false,
             data_dir: None,
             loads_max: 8,
+            tokenizer: None,
             time_scale: 1.0,
         }
     }
@@ -93,6 +97,10 @@ pub trait Files: Send + Sync + 'static {
     fn verify<'a>(&'a self, identity: &'a str) -> BoxFuture<'a, bool>;
     /// Bytes that it may keep; `None` = no limit.
     fn disk_bytes_max(&self) -> Option<u64> {
+        None
+    }
+    /// How full the disk store is, if there is one.
+    fn disk_status(&self) -> Option<StoreStatus> {
         None
     }
     /// The disk keeps them, whatever else it drops.
@@ -138,6 +146,10 @@ impl Files for Downloads {
 
     fn disk_bytes_max(&self) -> Option<u64> {
         Some(self.store.status().quota_bytes)
+    }
+
+    fn disk_status(&self) -> Option<StoreStatus> {
+        Some(self.store.status())
     }
 
     fn set_pinned(&self, identity: &str, is_pinned: bool) {

@@ -2,6 +2,7 @@
 
 use super::names::Entry;
 use super::*;
+use crate::adapters::StoreStatus;
 use crate::engine::{ContentStatus, EngineStatus, PinLevel, PreparedAdapter, Tier};
 use crate::metrics::LoadTimes;
 
@@ -53,7 +54,7 @@ impl Registry {
         (page, None)
     }
 
-    fn view(&self, namespace: &str, name: &str, entry: &Entry, status: &EngineStatus) -> AdapterView {
+    pub(super) fn view(&self, namespace: &str, name: &str, entry: &Entry, status: &EngineStatus) -> AdapterView {
         let clock = &self.inner.clock;
         let facts = entry.current.as_ref().map(|version| &*version.facts);
         let engine: Option<&ContentStatus> = facts.and_then(|facts| status.contents.get(&facts.content));
@@ -152,6 +153,18 @@ impl Registry {
         let names = self.names();
         let shown = |id: &ContentId| names.name_of(id).map_or_else(|| id.short(), ToString::to_string);
         contents.iter().map(shown).collect()
+    }
+
+    /// (namespace, name) of each content as operators see it; `None` for what callers name by reference.
+    pub fn keys_of<'a>(&self, contents: impl IntoIterator<Item = &'a ContentId>) -> Vec<Option<(String, String)>> {
+        let names = self.names();
+        let key = |id| names.key_of(id).map(|(space, name)| (space.to_string(), name.to_string()));
+        contents.into_iter().map(key).collect()
+    }
+
+    /// How full the disk store is, if this server has one.
+    pub fn disk_status(&self) -> Option<StoreStatus> {
+        self.inner.supply.as_ref().and_then(|supply| supply.files.disk_status())
     }
 
     /// True if `--allow-adapters` has this reference, in any of its spellings.

@@ -1,12 +1,17 @@
 //! The HTTP side with a scripted engine in the place of the real one.
 
+mod anthropic;
 mod chat;
 mod completions;
+mod console;
 mod envelope;
+mod fields;
 mod keys;
 mod lorax;
 mod models;
+mod openapi;
 mod operator;
+mod responses;
 mod server;
 mod stream;
 mod tools;
@@ -56,6 +61,8 @@ struct ScriptInner {
     seen: Mutex<Vec<GenerateRequest>>,
     finished: Mutex<Vec<u32>>,
     open: AtomicUsize,
+    /// What the engine says of itself, where a test has more to say than the script.
+    status: Mutex<Option<Arc<EngineStatus>>>,
     loads: Mutex<HashMap<String, Load>>,
     load_count: AtomicUsize,
     context_tokens: AtomicUsize,
@@ -83,6 +90,7 @@ impl Script {
             seen: Mutex::default(),
             finished: Mutex::default(),
             open: AtomicUsize::new(0),
+            status: Mutex::default(),
             loads: Mutex::default(),
             load_count: AtomicUsize::new(0),
             context_tokens: AtomicUsize::new(CONTEXT as usize),
@@ -266,6 +274,9 @@ impl Backend for Script {
     fn prefetch_adapter(&self, _: ContentId) {}
 
     fn status(&self) -> Arc<EngineStatus> {
+        if let Some(status) = self.inner.status.lock().unwrap().clone() {
+            return status;
+        }
         let ready = self.inner.ready.load(Ordering::SeqCst);
         let shard = if ready {
             Info {
@@ -361,4 +372,15 @@ fn parse_events(text: &str) -> Vec<Value> {
         None => Value::String(block.into()),
     };
     text.split("\n\n").filter(|block| !block.is_empty()).map(event).collect()
+}
+
+/// The `data` of each event that has a name, which is its type.
+fn named_events(text: &str) -> Vec<Value> {
+    let event = |block: &str| {
+        let (name, data) = block.strip_prefix("event: ")?.split_once("\ndata: ")?;
+        let data: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["type"], name);
+        Some(data)
+    };
+    text.split("\n\n").filter_map(event).collect()
 }

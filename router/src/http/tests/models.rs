@@ -32,6 +32,8 @@ async fn a_model_name_selects_base_or_adapter() {
         ("", vec![]),
         ("llama", vec![]),
         ("meta/llama", vec![]),
+        ("dummy", vec![]),
+        ("tgi", vec![]),
         ("sql", vec![1]),
         ("tone", vec![2]),
         ("llama:tone", vec![2]),
@@ -54,6 +56,8 @@ async fn a_model_name_selects_base_or_adapter() {
         ".",
         "/etc/passwd",
         "llama:",
+        "llama:tgi",
+        "Dummy",
     ] {
         let (status, reply) = call(&app, "/v1/completions", json!({"model": model, "prompt": "a"})).await;
         assert_eq!((status.as_u16(), reply["error"]["code"].as_str()), (404, Some("model_not_found")), "{model}");

@@ -236,7 +236,15 @@ impl Engine {
             return Err(failure);
         }
         let content = ContentId(*blake3::hash(dir.to_string_lossy().as_bytes()).as_bytes());
-        let status = ContentStatus { tier: Tier::Host, pinned: None, draining: false, running: 0, waiting: 0 };
+        let status = ContentStatus {
+            tier: Tier::Host,
+            pinned: None,
+            draining: false,
+            running: 0,
+            waiting: 0,
+            pages: 1,
+            host_bytes: 1,
+        };
         Arc::make_mut(&mut self.known.lock().unwrap()).insert(content, status);
         Ok(PreparedAdapter {
             content,
