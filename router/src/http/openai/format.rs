@@ -110,9 +110,11 @@ fn response_format(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
     };
     match format.string("type")? {
         Some("text") => Ok(None),
-        // LoRAX's has a schema.
+        // LoRAX's has a schema, which may be empty.
         Some("json_object") => {
-            Ok(Some(inline(GrammarSpec::JsonSchema)?.unwrap_or_else(|| found(fields, NAME, GrammarSpec::JsonObject))))
+            let empty = GrammarSpec::JsonSchema(Value::Object(Map::new()));
+            let schema = inline(GrammarSpec::JsonSchema)?.filter(|format| format.spec != empty);
+            Ok(Some(schema.unwrap_or_else(|| found(fields, NAME, GrammarSpec::JsonObject))))
         }
         Some("json_schema") => match format.object("json_schema")? {
             Some(inner) => json_schema(&inner).map(Some),
