@@ -35,7 +35,7 @@ pub(super) const MESSAGE_BYTES_MAX: usize = 400;
 /// The library's own limits. Speeds are its authors' figures for one core.
 pub(super) fn parser_limits() -> ParserLimits {
     ParserLimits {
-        max_items_in_row: 8000, // an object with 2000 optional properties
+        max_items_in_row: 8000,        // an object with 2000 optional properties
         initial_lexer_fuel: 1_000_000, // 20 ms
         step_lexer_fuel: 200_000,      // 14 ms a token
         step_max_items: 50_000,        // 2.5 ms a token

@@ -58,7 +58,8 @@ const FORMATS: [&str; 10] =
 const DATE: &str = "(?:(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])\
                     |(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))\
                     |(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)-02-29)";
-const TIME: &str = "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])";
+const TIME: &str =
+    "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])";
 /// `format`s that say how a value is shown or stored, not which it is.
 const DISPLAY_FORMATS: [&str; 1] = ["password"];
 
@@ -270,9 +271,13 @@ fn refuse(members: &Map<String, Json>, path: &str) -> Result<(), GrammarError> {
         return Err(GrammarError(format!("`{path}/items` must be a schema where there is `prefixItems`")));
     }
     let count = |name: &str| members.get(name).and_then(Json::as_object).map_or(0, Map::len);
-    for (name, limit) in [("properties", limits::PROPERTIES_MAX), ("patternProperties", limits::PATTERN_PROPERTIES_MAX)] {
+    for (name, limit) in [("properties", limits::PROPERTIES_MAX), ("patternProperties", limits::PATTERN_PROPERTIES_MAX)]
+    {
         if count(name) > limit {
-            return Err(GrammarError(format!("`{path}/{name}` has {} entries; up to {limit} can be held", count(name))));
+            return Err(GrammarError(format!(
+                "`{path}/{name}` has {} entries; up to {limit} can be held",
+                count(name)
+            )));
         }
     }
     if members.get("enum").and_then(Json::as_array).is_some_and(Vec::is_empty) {
