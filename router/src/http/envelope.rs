@@ -36,7 +36,9 @@ impl ErrorShape {
     fn of(request: &Request) -> Self {
         match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
             Some("/") if request.method() == Method::POST => Self::Lorax,
-            Some("/generate" | "/generate_stream" | "/invocations") => Self::Lorax,
+            Some("/generate" | "/generate_stream" | "/invocations" | "/embed" | "/classify" | "/classify_batch") => {
+                Self::Lorax
+            }
             // Also where there is no route: it is the client that counts.
             _ if anthropic::is_here(request.uri().path()) => Self::Anthropic,
             _ => Self::OpenAi,
@@ -68,7 +70,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
         let allow = response.headers_mut().remove(header::ALLOW); // set by the router with a 405
         response = respond(&app, &error, &id, shape);
         response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
-    } else if !response.status().is_success() && response.headers().get("x-request-id").is_none() {
+    } else if is_error(response.status()) && response.headers().get("x-request-id").is_none() {
         let error = ApiError::new(cause_of(response.status()), response.status().to_string());
         response = respond(&app, &error, &id, shape);
     }
@@ -77,10 +79,18 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     }
     if let Some(leftover) = leftover {
         leftover.settle(&mut response).await;
+        if app.is_draining() {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
     }
     let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
     tracing::debug!(request_id = id, method = %what.0, path = super::error::shown(&what.1), status, ms, "answered");
     response
+}
+
+/// 304 and redirects have no envelope.
+fn is_error(status: StatusCode) -> bool {
+    status.is_client_error() || status.is_server_error()
 }
 
 fn respond(app: &App, error: &ApiError, id: &str, shape: ErrorShape) -> Response {

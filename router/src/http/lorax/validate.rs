@@ -8,10 +8,11 @@ use super::merged::merged_adapters;
 use crate::adapters::MergeSpec;
 use crate::http::error::{ApiError, Cause};
 use crate::http::json::{Fields, type_name};
+use crate::http::openai::format::{Format, native_format};
 use crate::http::openai::resolve::adapter_ask;
 use crate::http::openai::submit::{Wanted, random_seed};
 use crate::http::openai::validate::{
-    Bounds, GREEDY_BELOW, LOGPROBS_MAX, Params, StreamOptions, max_tokens, small, stops,
+    Bounds, ContextFields, GREEDY_BELOW, LOGPROBS_MAX, Params, StreamOptions, max_tokens, small, stops,
 };
 
 /// Seeds of our own choice stay below this: readers that hold numbers as f64 show them exactly.
@@ -37,6 +38,8 @@ pub(super) struct NativeRequest {
     /// Put `inputs` in front of the text.
     pub(super) full_text: bool,
     pub(super) merged: Option<MergeSpec>,
+    /// What the text must look like.
+    pub(super) format: Option<Format>,
 }
 
 impl NativeRequest {
@@ -98,6 +101,7 @@ pub(super) fn native_request(body: &Fields<'_>, form: Form, bounds: &Bounds) -> 
         top_tokens: small(&fields, "top_n_tokens", 0, LOGPROBS_MAX)?.filter(|n| *n > 0),
         full_text: fields.boolean("return_full_text")?.unwrap_or(false),
         merged,
+        format: native_format(&fields)?,
         params,
     })
 }
@@ -111,16 +115,6 @@ fn unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
     let typical = fields.number("typical_p", "a number > 0 and < 1", |p| p > 0.0 && p < 1.0)?;
     if typical.is_some() {
         return Err(ApiError::unsupported("typical_p", NOT_YET));
-    }
-    if let Some(format) = fields.object("response_format")?
-        && format.string("type")? != Some("text")
-    {
-        return Err(ApiError::unsupported("response_format", NOT_YET));
-    }
-    for name in ["grammar", "schema"] {
-        if fields.get(name).is_some() {
-            return Err(ApiError::unsupported(name, NOT_YET));
-        }
     }
     if fields.get("adapters").is_some() {
         return Err(ApiError::unsupported("adapters", "a reply of this route has one text; /v1/completions fans out"));
@@ -159,10 +153,12 @@ fn params(fields: &Fields<'_>, sampled: bool, stream: bool, bounds: &Bounds) -> 
     Ok(Params {
         model: String::new(),
         grammar: None,
+        bad_words: Vec::new(),
         sampling: sampling(fields, sampled, bounds)?,
         seed: Some(seed),
         n: 1,
         max_tokens: max_tokens(fields, "max_new_tokens", 1)?,
+        context_fields: ContextFields { prompt: "inputs", max_tokens: "max_new_tokens" },
         stop: stop_sequences(fields, bounds)?,
         stop_tokens: Vec::new(),
         ignore_eos: fields.boolean("ignore_eos_token")?.unwrap_or(false),
