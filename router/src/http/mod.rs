@@ -16,6 +16,7 @@ mod keys;
 mod leftover;
 mod lorax;
 mod openai;
+mod openapi;
 mod rate;
 mod responses;
 mod runtime;
@@ -67,6 +68,7 @@ pub struct AppInner {
     pub(crate) started: u64,
     /// Bodies of `/v1/models`.
     pub(crate) models: openai::models::Bodies,
+    pub(crate) documents: openapi::Documents,
     /// What the console plots.
     pub(crate) recorder: console::Recorder,
     draining: AtomicBool,
@@ -116,6 +118,7 @@ impl App {
             metrics: Arc::default(),
             started: unix_seconds(),
             models: Default::default(),
+            documents: Default::default(),
             recorder: console::Recorder::default(),
             draining: AtomicBool::new(false),
             stop_asked: watch::Sender::new(false),
@@ -163,6 +166,7 @@ impl App {
             .route("/load_lora_adapter", post(runtime::sglang_load))
             .route("/unload_lora_adapter", post(runtime::sglang_unload))
             .merge(admin::routes())
+            .merge(openapi::routes())
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
@@ -183,6 +187,7 @@ impl App {
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))
             .route("/metrics", get(service::metrics))
+            .merge(openapi::routes())
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Admin), auth::authenticate))

@@ -16,7 +16,8 @@ use crate::text::GenerationDefaults;
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 256;
 const STOP_TOKENS_MAX: usize = 256;
-const LOGIT_BIAS_MAX: usize = 1024;
+/// Entries of `logit_bias`.
+pub(crate) const LOGIT_BIAS_MAX: usize = 1024;
 /// Most alternatives with a logprob.
 pub(crate) const LOGPROBS_MAX: i64 = 20;
 /// Below this, temperature means greedy.
