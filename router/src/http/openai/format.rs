@@ -102,10 +102,12 @@ fn found(fields: &Fields<'_>, name: &str, spec: GrammarSpec) -> Format {
 fn response_format(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
     const NAME: &str = "response_format";
     let Some(format) = fields.object(NAME)? else { return Ok(None) };
-    let inline = |spec: fn(Value) -> GrammarSpec| match format.get("schema") {
+    // LoRAX's `json_object` has a `schema`; huggingface_hub sends the same as `value`.
+    let inline = ["schema", "value"].into_iter().find_map(|name| Some((name, format.get(name)?)));
+    let inline = |spec: fn(Value) -> GrammarSpec| match inline {
         None => Ok(None),
-        Some(value) => {
-            schema(value, &format.param("schema")).map(|schema| Some(found(&format, "schema", spec(schema))))
+        Some((name, value)) => {
+            schema(value, &format.param(name)).map(|schema| Some(found(&format, name, spec(schema))))
         }
     };
     match format.string("type")? {
@@ -123,6 +125,7 @@ fn response_format(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
                 None => Err(ApiError::missing(&format.param("json_schema"))),
             },
         },
+        Some("json" | "regex") => tgi_rule(&format).map(Some),
         Some("structural_tag") => Err(ApiError::unsupported("response_format.type", "send `tools`, or a grammar")),
         Some(other) => Err(ApiError::invalid("response_format.type", "one of text, json_object, json_schema", other)),
         None => Err(ApiError::missing("response_format.type")),
@@ -249,23 +252,27 @@ fn spaced(rule: Format, space: JsonSpace) -> Format {
 }
 
 fn tgi_grammar(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
-    let Some(given) = fields.object("grammar")? else { return Ok(None) };
+    fields.object("grammar")?.map(|given| tgi_rule(&given)).transpose()
+}
+
+/// `{type, value}`, which TGI takes as `grammar` and as `response_format`.
+fn tgi_rule(given: &Fields<'_>) -> Result<Format, ApiError> {
     let param = given.param("value");
     let value = given.get("value").ok_or_else(|| ApiError::missing(&param))?;
     let spec = match given.string("type")? {
         Some("json") => GrammarSpec::JsonSchema(schema(value, &param)?),
         Some("json_schema") => match given.object("value")? {
-            Some(inner) if inner.get("schema").is_some() => return json_schema(&inner).map(Some),
+            Some(inner) if inner.get("schema").is_some() => return json_schema(&inner),
             _ => GrammarSpec::JsonSchema(schema(value, &param)?),
         },
-        Some("regex") => match text(&given, "value")? {
+        Some("regex") => match text(given, "value")? {
             Some(text) => GrammarSpec::Regex(text),
             None => return Err(ApiError::missing(&param)),
         },
-        Some(other) => return Err(ApiError::invalid("grammar.type", "one of json, json_schema, regex", other)),
-        None => return Err(ApiError::missing("grammar.type")),
+        Some(other) => return Err(ApiError::invalid(&given.param("type"), "one of json, json_schema, regex", other)),
+        None => return Err(ApiError::missing(&given.param("type"))),
     };
-    Ok(Some(Format { spec, param }))
+    Ok(Format { spec, param })
 }
 
 #[cfg(test)]
