@@ -276,8 +276,10 @@ const DEPENDENT: &[&str] = &[
     "ref",
     "revision",
     "versions",
+    "tools", // no two may have one name
     "tool_choice",
     "reasoning",
+    "/generate_stream best_of",
 ];
 
 /// The field that a refusal names. LoRAX's and SGLang's errors have it in their text alone.
@@ -305,7 +307,8 @@ async fn check_fields(
     for (name, schema, _) in schemas.members(schema) {
         let forms = schemas.forms(schema);
         let mut cases: Vec<(Value, bool)> = schemas.forbidden(&forms).into_iter().map(|value| (value, false)).collect();
-        if !DEPENDENT.contains(&name.as_str()) {
+        let here = format!("{path} {name}");
+        if !DEPENDENT.iter().any(|known| *known == name || *known == here) {
             cases.extend(forms.iter().flat_map(|form| schemas.allowed(form)).map(|value| (value, true)));
         }
         for (value, is_allowed) in cases {

@@ -150,6 +150,7 @@ pub(in crate::http::openapi) enum ReasoningEffort {
 
 /// A message of a chat.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"role": "user", "content": "Hello!"}))]
 pub(in crate::http::openapi) struct ChatMessage {
     role: Role,
     /// Text; null only from an assistant that called tools.
