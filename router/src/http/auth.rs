@@ -104,7 +104,7 @@ pub(crate) async fn authenticate(
         ring: &ring,
         path: &path,
         peer: request.extensions().get::<Peer>().map(|peer| peer.0),
-        bearer: bearer(request.headers()).or_else(|| anthropic_key(&path, request.headers())),
+        bearer: bearer(request.headers()).or_else(|| anthropic_key(&request)),
         headers: request.headers(),
     };
     let (caller, meter) = visit.caller(Class::of(&path, request.method()), side)?;
@@ -131,9 +131,10 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
-/// Anthropic's clients send their key in a header of its own. It counts on their routes alone.
-fn anthropic_key<'a>(path: &str, headers: &'a HeaderMap) -> Option<&'a [u8]> {
-    anthropic::is_here(path).then(|| anthropic::key(headers)).flatten()
+/// Anthropic's clients send their key in a header of its own. It counts on their routes and below, found or not; what the
+/// key then opens is decided on the matched route, as for every other key.
+fn anthropic_key(request: &Request) -> Option<&[u8]> {
+    anthropic::is_here(request.uri().path()).then(|| anthropic::key(request.headers())).flatten()
 }
 
 /// What is known of a request before its handler.

@@ -59,7 +59,8 @@ impl App {
     pub(crate) async fn completion(&self, parts: &Parts, body: &Map<String, Value>) -> Result<Response, ApiError> {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
-        let asked = validate(&Fields::new(body), &bounds)?;
+        let mut asked = validate(&Fields::new(body), &bounds)?;
+        asked.params.grammar = self.reply_grammar(body).await?;
         let variants = self.resolve(&asked.params, &asker).await?;
         let sequences = asked.prompts.len() * variants.len() * asked.best_of as usize;
         check_sequences("prompt", sequences, &bounds.limits)?;
