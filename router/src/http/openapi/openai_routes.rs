@@ -20,6 +20,7 @@ pub(super) const ANTHROPIC: &str = "Anthropic";
 /// What stands in the way of generating.
 pub(super) const GENERATION: &[Cause] = &[
     Cause::ContextLengthExceeded,
+    Cause::InvalidSchema,
     Cause::AdapterAmbiguous,
     Cause::NameIsBaseModel,
     Cause::SourceForbidden,

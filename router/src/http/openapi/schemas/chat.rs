@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::format::FormatFields;
 use super::generation::{AdapterFields, DrawingFields, PromptPosition, SamplingFields, StopReason, Usage};
 
 /// A request for the next message of a chat.
@@ -52,6 +53,8 @@ pub(in crate::http::openapi) struct ChatCompletionRequest {
     sampling: SamplingFields,
     #[serde(flatten)]
     drawing: DrawingFields,
+    #[serde(flatten)]
+    format: FormatFields,
     #[serde(flatten)]
     adapter: AdapterFields,
 }
