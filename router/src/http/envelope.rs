@@ -36,7 +36,9 @@ impl ErrorShape {
     fn of(request: &Request) -> Self {
         match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
             Some("/") if request.method() == Method::POST => Self::Lorax,
-            Some("/generate" | "/generate_stream" | "/invocations") => Self::Lorax,
+            Some("/generate" | "/generate_stream" | "/invocations" | "/embed" | "/classify" | "/classify_batch") => {
+                Self::Lorax
+            }
             // Also where there is no route: it is the client that counts.
             _ if anthropic::is_here(request.uri().path()) => Self::Anthropic,
             _ => Self::OpenAi,
@@ -77,6 +79,9 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     }
     if let Some(leftover) = leftover {
         leftover.settle(&mut response).await;
+        if app.is_draining() {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
     }
     let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
     tracing::debug!(request_id = id, method = %what.0, path = super::error::shown(&what.1), status, ms, "answered");

@@ -44,6 +44,15 @@ pub(crate) async fn metrics(State(app): State<App>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
+/// What every flag came to. Secrets are `***`.
+pub(crate) async fn server_info(State(app): State<App>) -> Json<serde_json::Value> {
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "served_names": app.config.served_names,
+        "settings": app.config.settings,
+    }))
+}
+
 /// `{"version": ".."}`.
 pub(crate) async fn version() -> Json<serde_json::Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))

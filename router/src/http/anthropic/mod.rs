@@ -71,7 +71,7 @@ pub(super) async fn count_tokens(State(app): State<App>, request: Request<Body>)
 async fn count(app: &App, parts: &Parts, chat: &Fields<'_>) -> Result<usize, ApiError> {
     let caller = parts.extensions.get::<Caller>().cloned().unwrap_or_default();
     app.check_model(&caller, chat.string("model")?.unwrap_or(""))?;
-    let mut prompt = chat_prompt(chat, app.bounds()?.context_tokens)?;
+    let mut prompt = chat_prompt(chat, &app.bounds()?)?;
     prompt.tool_format = app.config.tool_call_parser;
     let add_special = chat.boolean("add_special_tokens")?.unwrap_or(false);
     Ok(app.text.encode_chat(prompt, add_special).await?.len())

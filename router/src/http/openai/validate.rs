@@ -16,6 +16,8 @@ use crate::text::GenerationDefaults;
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 256;
 const STOP_TOKENS_MAX: usize = 256;
+const BAD_WORDS_MAX: usize = 256;
+const BAD_WORD_BYTES_MAX: usize = 256;
 /// Entries of `logit_bias`.
 pub(crate) const LOGIT_BIAS_MAX: usize = 1024;
 /// Most alternatives with a logprob.
@@ -35,6 +37,8 @@ pub(crate) struct Bounds {
     pub(crate) adapter_load_timeout: Duration,
     /// A request may prefer the base model to waiting.
     pub(crate) allow_base_fallback: bool,
+    /// A request may bring its own `chat_template`.
+    pub(crate) trust_request_chat_template: bool,
 }
 
 /// `stream_options`.
@@ -42,6 +46,24 @@ pub(crate) struct Bounds {
 pub(crate) struct StreamOptions {
     pub(crate) include_usage: bool,
     pub(crate) continuous_usage: bool,
+}
+
+/// What a route calls the two fields that share the context.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ContextFields {
+    pub(crate) prompt: &'static str,
+    pub(crate) max_tokens: &'static str,
+}
+
+impl ContextFields {
+    /// Says which of the two has to give way.
+    pub(crate) fn over(self, context_tokens: usize, prompt_tokens: usize, completion_tokens: usize) -> ApiError {
+        let param = if prompt_tokens >= context_tokens { self.prompt } else { self.max_tokens };
+        ApiError {
+            param: Some(param.into()),
+            ..ApiError::context_length(context_tokens, prompt_tokens, completion_tokens)
+        }
+    }
 }
 
 /// A generation request without its prompt, in range.
@@ -53,9 +75,12 @@ pub(crate) struct Params {
     pub(crate) sampling: Sampling,
     /// What may be generated. Compiled after the fields were read.
     pub(crate) grammar: Option<Arc<dyn Grammar>>,
+    /// Texts that must not be generated.
+    pub(crate) bad_words: Vec<String>,
     pub(crate) seed: Option<u64>,
     pub(crate) n: u32,
     pub(crate) max_tokens: Option<u32>,
+    pub(crate) context_fields: ContextFields,
     pub(crate) stop: Vec<String>,
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) ignore_eos: bool,
@@ -92,9 +117,11 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
         model: fields.string("model")?.unwrap_or("").to_owned(),
         sampling: sampling(fields, bounds)?,
         grammar: None,
+        bad_words: bad_words(fields)?,
         seed: fields.integer("seed", "an integer of 64 bits", |_| true)?.map(|seed| seed as u64),
         n: small(fields, "n", 1, i64::from(bounds.limits.n_max))?.unwrap_or(1),
         max_tokens: None,
+        context_fields: ContextFields { prompt: "prompt", max_tokens: "max_tokens" },
         stop: stops(fields, STOPS_MAX, None)?,
         stop_tokens: token_list(fields, "stop_token_ids", STOP_TOKENS_MAX, bounds.vocab)?,
         ignore_eos: fields.boolean("ignore_eos")?.or(fields.boolean("ignore_eos_token")?).unwrap_or(false),
@@ -212,6 +239,24 @@ pub(crate) fn stops(fields: &Fields<'_>, stops_max: usize, flag: Option<&str>) -
     }
 }
 
+/// Words that are not blank.
+fn bad_words(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+    const NAME: &str = "bad_words";
+    let Some(values) = fields.array(NAME)? else { return Ok(Vec::new()) };
+    if values.len() > BAD_WORDS_MAX {
+        return Err(ApiError::limit(NAME, values.len(), "strings", BAD_WORDS_MAX, None));
+    }
+    let check = |value: &Value| match value {
+        Value::String(text) if text.len() <= BAD_WORD_BYTES_MAX && !text.trim().is_empty() => Ok(text.clone()),
+        Value::String(text) => {
+            let rule = "strings of 1..256 bytes that are not blank";
+            Err(ApiError::invalid(NAME, rule, &format!("one of {} bytes", text.len())))
+        }
+        other => Err(ApiError::invalid(NAME, "an array of strings", type_name(other))),
+    };
+    values.iter().map(check).collect()
+}
+
 /// A list of at most `len_max` token ids.
 fn token_list(fields: &Fields<'_>, name: &str, len_max: usize, vocab: u32) -> Result<Vec<u32>, ApiError> {
     let Some(values) = fields.array(name)? else { return Ok(Vec::new()) };
@@ -279,7 +324,7 @@ pub(crate) fn fit(
     bounds: &Bounds,
 ) -> Result<u32, ApiError> {
     let context = bounds.context_tokens as usize;
-    let over = |completion: usize| ApiError::context_length(context, prompt_tokens, completion);
+    let over = |completion: usize| params.context_fields.over(context, prompt_tokens, completion);
     let left = context.saturating_sub(prompt_tokens);
     let max_tokens = match wanted {
         Some(wanted) if wanted as usize > left || prompt_tokens > context => return Err(over(wanted as usize)),

@@ -5,6 +5,7 @@ mod chat;
 mod completions;
 mod console;
 mod envelope;
+mod fields;
 mod keys;
 mod lorax;
 mod models;

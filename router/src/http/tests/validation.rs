@@ -220,7 +220,6 @@ async fn what_is_not_served_is_refused_by_name() {
     let both = [
         ("structured_outputs", json!({"regex": "a"})),
         ("guided_json", json!({"a": 1})),
-        ("bad_words", json!(["x"])),
         ("use_beam_search", json!(true)),
         ("prompt_embeds", json!("x")),
         ("kv_transfer_params", json!({})),
