@@ -13,7 +13,10 @@ const ADMIN: &str = "an-admin-key-of-this-test";
 /// A server whose main listener has every route.
 fn world() -> App {
     let keys = vec![KeySpec::admin(&ADMIN.into())];
-    app_with(&Script::new(), RouterConfig { keys, allow_base_fallback: true, ..RouterConfig::default() })
+    app_with(
+        &Script::new(),
+        RouterConfig { keys, allow_base_fallback: true, strict_fields: true, ..RouterConfig::default() },
+    )
 }
 
 async fn get(router: axum::Router, path: &str) -> Response<Body> {
@@ -280,6 +283,9 @@ const DEPENDENT: &[&str] = &[
     "tool_choice",
     "reasoning",
     "/generate_stream best_of",
+    "self_test",
+    "disk",
+    "chat_template",
 ];
 
 /// The field that a refusal names. LoRAX's and SGLang's errors have it in their text alone.

@@ -47,6 +47,8 @@ pub(in crate::http::openapi) struct ChatCompletionRequest {
     include_reasoning: Option<bool>,
     /// For the model's chat template: objects, mostly with `title` and `text`.
     documents: Option<Vec<Map<String, Value>>>,
+    /// A template in the place of the model's own; needs `--trust-request-chat-template`.
+    chat_template: Option<String>,
     /// Variables for the model's chat template, 16 KiB at most.
     chat_template_kwargs: Option<Map<String, Value>>,
     #[serde(flatten)]
