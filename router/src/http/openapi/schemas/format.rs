@@ -17,7 +17,7 @@ pub(in crate::http::openapi) struct FormatFields {
     #[schema(min_items = 1)]
     guided_choice: Option<Vec<GrammarText>>,
     /// As `structured_outputs.grammar`.
-    guided_grammar: Option<GrammarText>,
+    guided_grammar: Option<LarkText>,
     /// Where white space may stand in JSON.
     guided_whitespace_pattern: Option<String>,
 }
@@ -26,6 +26,11 @@ pub(in crate::http::openapi) struct FormatFields {
 #[derive(Serialize, ToSchema)]
 #[schema(min_length = 1, example = "[a-z]+")]
 pub(in crate::http::openapi) struct GrammarText(String);
+
+/// Lark, or GBNF.
+#[derive(Serialize, ToSchema)]
+#[schema(min_length = 1, example = "start: /[a-z]+/")]
+pub(in crate::http::openapi) struct LarkText(String);
 
 /// As an object, or as the text of one.
 #[derive(Serialize, ToSchema)]
@@ -80,8 +85,7 @@ pub(in crate::http::openapi) struct StructuredOutputs {
     /// 1024 at most.
     #[schema(min_items = 1)]
     choice: Option<Vec<GrammarText>>,
-    /// Lark, or GBNF.
-    grammar: Option<GrammarText>,
+    grammar: Option<LarkText>,
     json_object: Option<bool>,
     /// False: white space may stand wherever JSON allows it. By default it stands where models put it.
     disable_any_whitespace: Option<bool>,
