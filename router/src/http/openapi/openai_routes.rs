@@ -45,7 +45,8 @@ pub(super) const GENERATION: &[Cause] = &[
 ];
 
 /// What a reply says of what answered: name and meaning.
-const SOURCE_HEADERS: [(&str, &str); 6] = [
+const SOURCE_HEADERS: [(&str, &str); 7] = [
+    ("x-ignored-fields", "Fields of the request that nobody reads."),
     ("x-model-id", "The base model."),
     ("x-adapter-id", "The adapter that answered; several are joined by commas."),
     ("x-adapter-source", "Where it came from."),
