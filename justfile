@@ -45,6 +45,10 @@ blackbox *args:
     cargo build --release
     {{python}} -m pytest -q tests/python {{args}}
 
+# The console in headless Chromium
+console:
+    ./test.sh console
+
 # A long run of the scheduler's simulator: `just sim 20000` runs seeds 0 to 19999
 sim seeds="20000":
     LORAMUX_SIM_SEEDS=0..{{seeds}} cargo test --release -p loramux-router sim_long -- --nocapture

@@ -3,7 +3,7 @@
 # with cargo).
 #
 #   ./test.sh            all of it
-#   ./test.sh NAME...    only these steps: fmt clippy deny doc unit kernels emulator build real blackbox
+#   ./test.sh NAME...    only these steps: fmt clippy deny doc unit kernels emulator build real blackbox console
 #
 # No step needs a GPU. `kernels` compiles every CUDA kernel for every architecture with the vendor's run-time compiler, a
 # PyPI package. `emulator` checks the emulator of CUDA threads itself, then runs every kernel on it under g++'s address and
@@ -17,7 +17,7 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
 TOOLS=${LORAMUX_REAL_TOOLS:-../shared/model}
 REAL=$PWD/.cache/real
 STEPS=("$@")
-[ ${#STEPS[@]} -gt 0 ] || STEPS=(fmt clippy deny doc unit kernels emulator build real blackbox)
+[ ${#STEPS[@]} -gt 0 ] || STEPS=(fmt clippy deny doc unit kernels emulator build real blackbox console)
 
 say() { printf '\n== %s (%s s)\n' "$1" "$SECONDS"; }
 
@@ -130,10 +130,34 @@ run_blackbox() {
   .venv/bin/python -m pytest -q -p no:cacheprovider tests/python
 }
 
+has_browser() { command -v "${LORAMUX_CHROMIUM:-chromium}" || command -v chromium-browser || command -v google-chrome; } >/dev/null
+
+# A browser that cannot be had skips the step, and is an error where LORAMUX_REQUIRE_BROWSER is set.
+need_browser() {
+  has_browser && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get install -qq --yes --no-install-recommends chromium >/dev/null 2>&1 ||
+      { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; } >/dev/null 2>&1 || true
+  fi
+  has_browser && return
+  echo "SKIPPED: the console: no Chromium; install it (apt-get install chromium), or name one in LORAMUX_CHROMIUM"
+  return 1
+}
+run_console() {
+  need_browser || return "${LORAMUX_REQUIRE_BROWSER:-0}"
+  need_python
+  if ! cmp -s tests/browser/requirements.txt .venv/browser.installed; then
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r tests/browser/requirements.txt
+    cp tests/browser/requirements.txt .venv/browser.installed
+  fi
+  run_build
+  .venv/bin/python -m pytest -q -p no:cacheprovider tests/browser
+}
+
 for step in "${STEPS[@]}"; do
   case $step in
-    fmt | clippy | deny | doc | unit | kernels | emulator | build | real | blackbox) say "$step" && "run_$step" ;;
-    *) echo "unknown step \`$step\`; steps: fmt clippy deny doc unit kernels emulator build real blackbox" >&2 && exit 2 ;;
+    fmt | clippy | deny | doc | unit | kernels | emulator | build | real | blackbox | console) say "$step" && "run_$step" ;;
+    *) echo "unknown step \`$step\`; steps: fmt clippy deny doc unit kernels emulator build real blackbox console" >&2 && exit 2 ;;
   esac
 done
 say "all green: ${STEPS[*]}"

@@ -363,6 +363,9 @@ pub(crate) struct EngineArgs {
     /// Stop sequences of one request to LoRAX's routes, 1..16
     #[arg(long, env = "LORAMUX_MAX_STOP_SEQUENCES", default_value_t = 4)]
     pub(crate) max_stop_sequences: u32,
+    /// A JSON schema or grammar that a reply is held to, at most this large
+    #[arg(long, env = "LORAMUX_MAX_GRAMMAR_BYTES", default_value = "64KiB", value_parser = parse_bytes)]
+    pub(crate) max_grammar_bytes: u64,
     /// Sequences one request may make in all
     #[arg(long, env = "LORAMUX_MAX_SEQUENCES_PER_REQUEST", default_value_t = 256)]
     pub(crate) max_sequences_per_request: u32,

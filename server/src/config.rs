@@ -274,6 +274,9 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     if !(1..=16).contains(&engine.max_stop_sequences) {
         return range("max-stop-sequences", "1..16", engine.max_stop_sequences.to_string());
     }
+    if !(1..=1 << 20).contains(&engine.max_grammar_bytes) {
+        return range("max-grammar-bytes", "1..1MiB", engine.max_grammar_bytes.to_string());
+    }
     if args.sources.adapter_loads == 0 {
         return range("adapter-loads", "at least 1", "0".into());
     }

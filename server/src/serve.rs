@@ -202,6 +202,7 @@ fn router_config(config: &Config) -> RouterConfig {
             n_max: args.engine.max_n,
             native_stops_max: args.engine.max_stop_sequences as usize,
             requests_max: args.engine.max_queued_requests,
+            grammar_bytes: usize::try_from(args.engine.max_grammar_bytes).unwrap_or(usize::MAX),
             sequences_max: args.engine.max_sequences_per_request as usize,
             composed_max: args.adapters.max_composed_adapters as usize,
             ..HttpLimits::default()

@@ -189,7 +189,7 @@ test('embeddings', async () => {
 });
 
 test('responses', async () => {
-  const body = { model: 'pirate', input: 'Tell me about the sea.', temperature: 0, max_output_tokens: 20 };
+  const body = { model: 'pirate', input: 'Tell me about the sea.', temperature: 0, max_output_tokens: 100 };
   const reply = await client.responses.create(body);
   assert.ok(reply.output_text);
   const events = await collect(await client.responses.create({ ...body, stream: true }));

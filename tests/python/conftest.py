@@ -6,10 +6,13 @@ import shutil
 import openai
 import pytest
 
+import described
 from loramux_server import REPOSITORY, Server
 
 ADAPTERS = ["pirate", "haiku", "sql", "shout"]
 MODELS = ["demo", *ADAPTERS]
+
+described.install()
 
 
 @pytest.fixture(scope="session")

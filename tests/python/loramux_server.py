@@ -106,6 +106,7 @@ class Server:
         if address.startswith("unix:"):
             transport = httpx.HTTPTransport(uds=address.removeprefix("unix:"))
             return httpx.Client(base_url="http://localhost", transport=transport, timeout=60.0, headers=headers)
+        self.admin_address = address.removeprefix("http://")
         return httpx.Client(base_url=address, timeout=60.0, headers=headers, trust_env=False)
 
     def _address(self):

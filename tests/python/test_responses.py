@@ -87,11 +87,30 @@ def test_a_client_that_leaves_ends_the_request(start_server, slow_flags):
     body = {"input": SEA, "stream": True, "ignore_eos": True, "max_output_tokens": 200}
     with server.http.stream("POST", "/v1/responses", json=body) as answer:
         next(answer.iter_bytes())
-        assert server.metric("vllm:num_requests_running") == 1
+        wait_until(lambda: server.metric("vllm:num_requests_running") == 1, "the request runs")
     server.wait_idle()
 
 
-def weather(name: str = "get_weather") -> dict:
-    parameters = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Oslo", "Paris"]}},
-                  "required": ["city"], "additionalProperties": False}
-    return {"type": "function", "name": name, "description": "The weather of a city", "parameters": parameters, "strict": True}
+WEATHER = {"type": "function", "name": "get_weather", "description": "The weather of a city", "strict": True, "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "enum": ["Oslo", "Paris"]}}, "required": ["city"],
+    "additionalProperties": False}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "get_weather"}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_that_must_be_called_is_called(demo, choice, stream):
+    given = dict(model="demo", temperature=1, seed=4, max_output_tokens=100, tools=[WEATHER], parallel_tool_calls=False, tool_choice=choice)
+    reply = ask_stream(demo.http, input=SEA, **given)[1] if stream else ask(demo.http, input=SEA, **given)
+    [call] = [item for item in reply["output"] if item["type"] == "function_call"]
+    arguments = json.loads(call["arguments"])
+    assert call["name"] == "get_weather" and arguments["city"] in ("Oslo", "Paris") and set(arguments) == {"city"}
+    assert reply["status"] == "completed"
+    turns = [{"role": "user", "content": SEA}, call, {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}]
+    assert ask(demo.http, input=turns, tools=[WEATHER], tool_choice="none", max_output_tokens=10)["output"][0]["type"] == "message"
+
+
+def test_text_of_a_schema_is_valid(demo):
+    form = {"type": "json_schema", "name": "weather", "schema": WEATHER["parameters"], "strict": True}
+    for get in (ask, lambda http, **body: ask_stream(http, **body)[1]):
+        reply = get(demo.http, input=SEA, text={"format": form}, max_output_tokens=100)
+        assert json.loads(text_of(reply))["city"] in ("Oslo", "Paris")

@@ -223,6 +223,27 @@ fn bias_bans_and_allowed_tokens_decide_who_may_come() {
 }
 
 #[test]
+fn a_mask_leaves_only_its_tokens_and_is_stronger_than_a_ban_of_all_of_them() {
+    let greedy = SampleParams { temperature: 0.0, ..SampleParams::default() };
+    let logits: Vec<f32> = (0..40u8).map(f32::from).collect();
+    let run = |params: &SampleParams| draw(&logits, params, &History::default(), 0);
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010, 1 << 2]), ..greedy }), Ok(34));
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010]), ..greedy }), Ok(3), "a word that is missing is 0");
+    assert_eq!(run(&SampleParams { mask: Some(&[]), ..greedy }), Err(NonFinite::NothingLeft));
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010]), allowed: &[39, 1], ..greedy }), Ok(1), "both must agree");
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010]), logit_bias: &[(1, 9.0), (39, 9.0)], ..greedy }), Ok(1));
+    // End tokens before `min_tokens`: they come if nothing else may.
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010]), ban: &[3], ..greedy }), Ok(1));
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010]), ban: &[3, 3, 1], ..greedy }), Ok(3));
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010]), ban: &[3, 3], ..greedy }), Ok(1), "a ban counts once");
+    assert_eq!(run(&SampleParams { mask: Some(&[0b1010]), ban: &[3], allowed: &[3, 4], ..greedy }), Ok(3));
+    for position in 0..100 {
+        let params = SampleParams { mask: Some(&[0, 0b11]), temperature: 50.0, top_p: 0.9, ..SampleParams::default() };
+        assert!((32..34).contains(&draw(&logits, &params, &History::default(), position).unwrap()));
+    }
+}
+
+#[test]
 fn broken_logits_are_reported_and_minus_infinity_is_not_broken() {
     let params = SampleParams::default();
     for bad in [f32::NAN, f32::INFINITY] {

@@ -19,6 +19,9 @@ use crate::access::Caller;
 /// Routes that need no key. Every other one does, unknown ones included.
 const OPEN: &[&str] = &[
     "/",
+    "/docs",
+    "/docs/docs.css",
+    "/docs/docs.js",
     "/console",
     "/console/{file}",
     "/health",
@@ -110,7 +113,7 @@ pub(crate) async fn authenticate(
         ring: &ring,
         path: &path,
         peer: request.extensions().get::<Peer>().map(|peer| peer.0),
-        bearer: bearer(request.headers()).or_else(|| anthropic_key(&path, request.headers())),
+        bearer: bearer(request.headers()).or_else(|| anthropic_key(&request)),
         headers: request.headers(),
     };
     let (caller, meter) = visit.caller(Class::of(&path, request.method()), side)?;
@@ -118,6 +121,7 @@ pub(crate) async fn authenticate(
     let counted = meter.filter(|_| request.method() == Method::POST);
     let permit = counted.as_ref().map(|meter| meter.admit()).transpose()?;
     let extensions = request.extensions_mut();
+    extensions.insert(side);
     extensions.insert(caller);
     extensions.insert(UpstreamToken(token));
     if let Some(meter) = counted {
@@ -136,9 +140,10 @@ fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
-/// Anthropic's clients send their key in a header of its own. It counts on their routes alone.
-fn anthropic_key<'a>(path: &str, headers: &'a HeaderMap) -> Option<&'a [u8]> {
-    anthropic::is_here(path).then(|| anthropic::key(headers)).flatten()
+/// Anthropic's clients send their key in a header of its own. It counts on their routes and below, found or not; what the
+/// key then opens is decided on the matched route, as for every other key.
+fn anthropic_key(request: &Request) -> Option<&[u8]> {
+    anthropic::is_here(request.uri().path()).then(|| anthropic::key(request.headers())).flatten()
 }
 
 /// What is known of a request before its handler.
@@ -269,8 +274,8 @@ impl Visit<'_> {
         ["origin", "sec-fetch-site"].iter().any(|name| self.headers.contains_key(*name))
     }
 
-    /// The page came from here, as its browser says: no page can write `Sec-Fetch-Site`, and the only page of this origin is
-    /// the console, which runs no script of anybody else. Counts only where [`Self::names_this_machine`] is asked as well.
+    /// The page came from here, as its browser says: no page can write `Sec-Fetch-Site`, and the only pages of this origin
+    /// are the console and the document's, which run no script of anybody else. Counts only where [`Self::names_this_machine`] is asked as well.
     fn is_own_page(&self) -> bool {
         let text = |name| self.headers.get(name).map(|value| value.to_str().unwrap_or(""));
         let from_here = match (text("origin"), text("host")) {

@@ -139,6 +139,8 @@ pub struct HttpLimits {
     pub native_stops_max: usize,
     /// Requests that run or wait, as `/info` shows it; the engine keeps the bounds themselves.
     pub requests_max: usize,
+    /// Bytes of a schema or grammar that a reply is held to.
+    pub grammar_bytes: usize,
     /// Adapters of one `compose`: 1..=16.
     pub composed_max: usize,
     /// prompts x adapters x n.
@@ -165,6 +167,7 @@ impl Default for HttpLimits {
             n_max: 8,
             native_stops_max: 4,
             requests_max: 1024,
+            grammar_bytes: 64 * 1024,
             composed_max: 4,
             sequences_max: 256,
             stalled_events: 64,

@@ -70,7 +70,7 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
         let allow = response.headers_mut().remove(header::ALLOW); // set by the router with a 405
         response = respond(&app, &error, &id, shape);
         response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
-    } else if !response.status().is_success() && response.headers().get("x-request-id").is_none() {
+    } else if is_error(response.status()) && response.headers().get("x-request-id").is_none() {
         let error = ApiError::new(cause_of(response.status()), response.status().to_string());
         response = respond(&app, &error, &id, shape);
     }
@@ -86,6 +86,11 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
     tracing::debug!(request_id = id, method = %what.0, path = super::error::shown(&what.1), status, ms, "answered");
     response
+}
+
+/// 304 and redirects have no envelope.
+fn is_error(status: StatusCode) -> bool {
+    status.is_client_error() || status.is_server_error()
 }
 
 fn respond(app: &App, error: &ApiError, id: &str, shape: ErrorShape) -> Response {

@@ -19,6 +19,7 @@ pub enum Cause {
     InvalidJson,
     UnsupportedParameter,
     ContextLengthExceeded,
+    InvalidSchema,
     AdapterAmbiguous,
     NameIsBaseModel,
     InvalidApiKey,
@@ -69,12 +70,13 @@ pub struct Row {
 
 impl Cause {
     /// All causes, for tests and metrics.
-    pub const ALL: [Self; 38] = [
+    pub const ALL: [Self; 39] = [
         Self::InvalidValue,
         Self::MissingField,
         Self::InvalidJson,
         Self::UnsupportedParameter,
         Self::ContextLengthExceeded,
+        Self::InvalidSchema,
         Self::AdapterAmbiguous,
         Self::NameIsBaseModel,
         Self::InvalidApiKey,
@@ -121,6 +123,7 @@ impl Cause {
             Self::InvalidJson => (400, INVALID, "invalid_json", false),
             Self::UnsupportedParameter => (400, INVALID, "unsupported_parameter", false),
             Self::ContextLengthExceeded => (400, INVALID, "context_length_exceeded", false),
+            Self::InvalidSchema => (400, INVALID, "invalid_schema", false),
             Self::AdapterAmbiguous => (400, INVALID, "adapter_ambiguous", false),
             Self::NameIsBaseModel => (400, INVALID, "name_is_base_model", false),
             Self::InvalidApiKey => (401, "authentication_error", "invalid_api_key", false),

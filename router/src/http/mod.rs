@@ -19,6 +19,7 @@ mod known_fields;
 mod leftover;
 mod lorax;
 mod openai;
+mod openapi;
 mod rate;
 mod responses;
 mod runtime;
@@ -73,6 +74,7 @@ pub struct AppInner {
     pub(crate) started: u64,
     /// Bodies of `/v1/models`.
     pub(crate) models: openai::models::Bodies,
+    pub(crate) documents: openapi::Documents,
     /// What the console plots.
     pub(crate) recorder: console::Recorder,
     draining: AtomicBool,
@@ -123,6 +125,7 @@ impl App {
             metrics: Arc::default(),
             started: unix_seconds(),
             models: Default::default(),
+            documents: Default::default(),
             recorder: console::Recorder::default(),
             draining: AtomicBool::new(false),
             stop_asked: watch::Sender::new(false),
@@ -174,6 +177,7 @@ impl App {
             .route("/load_lora_adapter", post(runtime::sglang_load))
             .route("/unload_lora_adapter", post(runtime::sglang_unload))
             .merge(admin::routes())
+            .merge(openapi::routes())
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
@@ -197,6 +201,7 @@ impl App {
             .route("/health/ready", get(service::ready))
             .route("/health/live", get(service::live))
             .route("/metrics", get(service::metrics))
+            .merge(openapi::routes())
             .route("/server_info", get(service::server_info))
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)

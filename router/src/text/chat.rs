@@ -87,9 +87,11 @@ impl TextModel {
 
 /// Gives the template its tools, in the way it can take them.
 fn adapt(chat: &mut ChatPrompt, template: &ChatTemplate, format: ToolFormat) {
-    if !template.knows_tools() {
-        chat.messages = tools::plain::messages(&chat.messages, &chat.tools, format);
-        return;
+    if !template.knows_calls() {
+        chat.messages = tools::plain::messages(&chat.messages, format);
+    }
+    if !template.knows_tools() && !chat.tools.is_empty() {
+        return tools::plain::describe(&mut chat.messages, &chat.tools, format);
     }
     if matches!(format, ToolFormat::Mistral | ToolFormat::MistralArgs) {
         chat.messages.iter_mut().for_each(shorten_ids);

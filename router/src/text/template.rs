@@ -76,6 +76,7 @@ pub struct ChatTemplate {
     tokens: SpecialTokens,
     knows_developer: bool,
     knows_tools: bool,
+    knows_calls: bool,
     tool_format: ToolFormat,
     thinks: bool,
     trust: Trust,
@@ -125,7 +126,7 @@ impl ChatTemplate {
         let source = without_generation_tags(source);
         growth::check(&source, trust).map_err(TemplateError::Failed)?;
         let knows_developer = source.contains("developer");
-        let knows_tools = source.contains("tools");
+        let (knows_tools, knows_calls) = (source.contains("tools"), source.contains("tool"));
         let (tool_format, thinks) = (ToolFormat::of_template(&source), source.contains(THINK_START));
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -145,7 +146,7 @@ impl ChatTemplate {
         });
         environment.add_function("strftime_now", |format: &str| super::strftime::now(format));
         environment.add_template_owned("chat", source).map_err(failed)?;
-        Ok(Self { environment, tokens, knows_developer, knows_tools, tool_format, thinks, trust })
+        Ok(Self { environment, tokens, knows_developer, knows_tools, knows_calls, tool_format, thinks, trust })
     }
 
     /// Renders `chat`. May take a quarter of a second: call it on a thread that may block.
@@ -176,7 +177,12 @@ impl ChatTemplate {
         if chat.continue_final_message { cut_after_last_message(text, chat) } else { Ok(text) }
     }
 
-    /// It shows tools, calls and their results itself.
+    /// It shows calls and their results itself.
+    pub(crate) fn knows_calls(&self) -> bool {
+        self.knows_calls
+    }
+
+    /// It shows tools itself.
     pub(crate) fn knows_tools(&self) -> bool {
         self.knows_tools
     }

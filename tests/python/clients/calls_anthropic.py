@@ -10,8 +10,10 @@ from anthropic import Anthropic, AsyncAnthropic
 SEA = "Tell me about the sea."
 
 
-def ask(content=SEA, **more) -> dict:
-    return {"model": "demo", "max_tokens": 20, "messages": [{"role": "user", "content": content}], "temperature": 0, **more}
+def ask(content=SEA, extra: dict | None = None, **more) -> dict:
+    """Arguments of a call. The client has no word for `temperature` any more, and passes on what it is told."""
+    messages = [{"role": "user", "content": content}]
+    return {"model": "demo", "max_tokens": 20, "messages": messages, "extra_body": {"temperature": 0, **(extra or {})}, **more}
 
 
 @pytest.fixture
@@ -53,8 +55,8 @@ def test_whole_streamed_and_asynchronous(client, server, model):
 def test_every_plain_parameter(client):
     message = client.messages.create(**ask(
         [{"type": "text", "text": SEA, "cache_control": {"type": "ephemeral"}}], system=[{"type": "text", "text": "Be brief."}],
-        stop_sequences=["zzz"], top_p=0.9, metadata={"user_id": "u"},
-        thinking={"type": "disabled"}, extra_body={"top_k": 5, "seed": 1}, extra_headers={"anthropic-beta": "x"}))
+        stop_sequences=["zzz"], metadata={"user_id": "u"}, service_tier="auto", thinking={"type": "disabled"},
+        extra={"temperature": 0.9, "top_p": 0.9, "top_k": 5, "seed": 1}, extra_headers={"anthropic-beta": "x"}))
     assert text_of(message)
     turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": SEA}]
     assert text_of(client.messages.create(**ask(messages=turns)))
@@ -76,6 +78,31 @@ def test_a_begun_answer_is_continued(client):
     assert text_of(client.messages.create(**ask(messages=turns))), "it goes on"
 
 
+TOOLS = [{"name": "get_weather", "description": "The weather of a city", "input_schema": {
+    "type": "object", "properties": {"city": {"type": "string", "enum": ["Oslo", "Paris"]}}, "required": ["city"],
+    "additionalProperties": False}}]
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+def test_a_tool_is_called_and_its_result_read(client, choice):
+    given = ask(tools=TOOLS, tool_choice={**choice, "disable_parallel_tool_use": True}, max_tokens=100)
+    whole = client.messages.create(**given)
+    with client.messages.stream(**given) as stream:
+        kinds = {event.type for event in stream}
+        streamed = stream.get_final_message()
+    assert "input_json" in kinds
+    for message in (whole, streamed):
+        assert message.stop_reason == "tool_use"
+        [call] = [block for block in message.content if block.type == "tool_use"]
+        assert call.name == "get_weather" and call.input["city"] in ("Oslo", "Paris")
+    results = [{"type": "tool_result", "tool_use_id": call.id, "content": "Rain."}]
+    turns = [{"role": "user", "content": SEA}, {"role": "assistant", "content": whole.content}, {"role": "user", "content": results}]
+    after = client.messages.create(**ask(messages=turns, tools=TOOLS, tool_choice={"type": "none"}))
+    assert after.stop_reason in ("end_turn", "max_tokens")
+    counted = {"model": "demo", "messages": given["messages"]}
+    assert client.messages.count_tokens(**counted, tools=TOOLS).input_tokens >= client.messages.count_tokens(**counted).input_tokens
+
+
 def test_tokens_are_counted(client):
     given = ask()
     counted = {name: given[name] for name in ("model", "messages")}
@@ -90,14 +117,14 @@ def test_errors_become_the_clients_exceptions(client):
         client.messages.create(**ask(model="nobody"))
     assert unknown.value.body["error"]["type"] == "not_found_error" and unknown.value.request_id
     with pytest.raises(anthropic.BadRequestError) as refused:
-        client.messages.create(**{**ask(), "temperature": 1.5})
-    assert "`temperature`" in refused.value.message or "`temperature`" in str(refused.value)
+        client.messages.create(**ask(extra={"temperature": 1.5}))
+    assert "`temperature`" in refused.value.body["error"]["message"]
     with pytest.raises(anthropic.BadRequestError):
         client.messages.create(**ask([{"type": "image", "source": {"type": "url", "url": "http://localhost/x.png"}}]))
     with pytest.raises(anthropic.BadRequestError):
         client.messages.create(**ask(tools=[{"type": "web_search_20250305", "name": "web_search"}]))
     with pytest.raises(anthropic.BadRequestError):
-        with client.messages.stream(**{**ask(), "temperature": 1.5}):
+        with client.messages.stream(**ask(extra={"temperature": 1.5})):
             pass
 
 
@@ -108,7 +135,7 @@ def test_keys_and_limits(locked):
     with Anthropic(base_url=locked.url, auth_token=locked.key, api_key=None, max_retries=0) as bearer:
         assert bearer.messages.count_tokens(model="demo", messages=ask()["messages"]).input_tokens > 0
     with Anthropic(base_url=locked.url, api_key=locked.key, max_retries=0) as client:
-        long = ask(max_tokens=150, extra_body={"ignore_eos": True})
+        long = ask(max_tokens=150, extra={"ignore_eos": True})
         with client.messages.stream(**long) as stream:
             next(iter(stream.text_stream))
             with pytest.raises(anthropic.RateLimitError) as limited:

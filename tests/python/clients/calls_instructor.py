@@ -57,12 +57,6 @@ def test_a_list_of_replies(client):
     assert len(typed.chat.completions.create(response_model=Weathers, messages=ASK, **GIVEN).reports) == 2
 
 
-def test_replies_one_after_the_other(client):
-    """A list without an end: each is there as soon as it is whole."""
-    typed = instructor.from_openai(client, mode=instructor.Mode.TOOLS)
-    assert isinstance(next(iter(typed.chat.completions.create_iterable(response_model=Weather, messages=ASK, **GIVEN))), Weather)
-
-
 def test_asynchronous(server):
     async def ask():
         async with openai.AsyncOpenAI(base_url=server.v1, api_key=server.key, max_retries=0) as client:

@@ -107,7 +107,7 @@ def test_structured_output(chat, method):
 
 def test_json_mode(chat):
     schema = {"title": "Anything", "type": "object", "properties": {}}
-    structured = chat(max_tokens=200, extra_body={"response_format": {"type": "json_object"}}).with_structured_output(schema, method="json_mode")
+    structured = chat(max_tokens=200).with_structured_output(schema, method="json_mode")
     assert isinstance(structured.invoke("Write JSON."), dict)
 
 

@@ -71,8 +71,10 @@ pub(super) async fn count_tokens(State(app): State<App>, request: Request<Body>)
 async fn count(app: &App, parts: &Parts, chat: &Fields<'_>) -> Result<usize, ApiError> {
     let caller = parts.extensions.get::<Caller>().cloned().unwrap_or_default();
     app.check_model(&caller, chat.string("model")?.unwrap_or(""))?;
-    let prompt = chat_prompt(chat, &app.bounds()?)?;
-    Ok(app.text.encode_chat(prompt, false).await?.len())
+    let mut prompt = chat_prompt(chat, &app.bounds()?)?;
+    prompt.tool_format = app.config.tool_call_parser;
+    let add_special = chat.boolean("add_special_tokens")?.unwrap_or(false);
+    Ok(app.text.encode_chat(prompt, add_special).await?.len())
 }
 
 /// The header that Anthropic's clients look for.

@@ -13,7 +13,6 @@ pub(super) const NAMES: &[(&str, &str)] = &[
     ("max_completion_tokens", "max_tokens"),
     ("stop", "stop_sequences"),
     ("prompt", "messages"),
-    ("reasoning_effort", "output_config.effort"),
     ("response_format.json_schema.schema", "output_config.format.schema"),
     ("response_format", "output_config.format"),
     ("parallel_tool_calls", "tool_choice.disable_parallel_tool_use"),
@@ -109,13 +108,21 @@ fn thinking(fields: &Fields<'_>, translated: &mut Translated) -> Result<(), ApiE
     if let Value::Object(kwargs) = kwargs {
         kwargs.entry("enable_thinking").or_insert(enable.into()); // the caller's own word counts more
     }
+    if !enable {
+        translated.set("include_reasoning", false); // not every template has the switch
+    }
     Ok(())
 }
 
 fn output_config(fields: &Fields<'_>, translated: &mut Translated) -> Result<(), ApiError> {
     let Some(config) = fields.object("output_config")? else { return Ok(()) };
-    if let Some(effort) = config.string("effort")? {
-        translated.set("reasoning_effort", effort);
+    match config.string("effort")? {
+        None => {}
+        Some(effort @ ("low" | "medium" | "high" | "xhigh")) => translated.set("reasoning_effort", effort),
+        Some("max") => translated.set("reasoning_effort", "xhigh"),
+        Some(other) => {
+            return Err(ApiError::invalid("output_config.effort", "one of low, medium, high, xhigh, max", other));
+        }
     }
     let Some(format) = config.object("format")? else { return Ok(()) };
     match format.string("type")? {

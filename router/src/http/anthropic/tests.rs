@@ -95,7 +95,9 @@ fn fields_have_the_names_of_chat_completions() {
         assert_eq!(chat(&body)["tool_choice"], of_chat);
     }
     body["thinking"] = json!({"type": "disabled"});
-    assert_eq!(chat(&body)["chat_template_kwargs"], json!({"enable_thinking": false}));
+    let chat = chat(&body);
+    assert_eq!(chat["chat_template_kwargs"], json!({"enable_thinking": false}));
+    assert_eq!(chat["include_reasoning"], false);
 }
 
 #[test]

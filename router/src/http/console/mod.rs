@@ -5,8 +5,6 @@
 
 mod live;
 mod record;
-#[cfg(test)]
-mod tests;
 
 use axum::Router;
 use axum::extract::{Path, State};

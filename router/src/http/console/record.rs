@@ -186,3 +186,57 @@ impl App {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(generated: u64, running: u32) -> EngineStatus {
+        let counters =
+            EngineCounters { generation_tokens: generated, steps: generated / 4, ..EngineCounters::default() };
+        EngineStatus { counters, running, ..EngineStatus::default() }
+    }
+
+    #[test]
+    fn points_are_bounded_and_rates_are_of_the_last_seconds() {
+        let (recorder, metrics, start) = (Recorder::default(), Metrics::default(), Instant::now());
+        for second in 0..400u64 {
+            // 100 tokens a second, then none.
+            let generated = second.min(350) * 100;
+            recorder.tick(start + Duration::from_secs(second), second * 1000, &status(generated, 2), &metrics);
+        }
+        let points = recorder.points(0);
+        assert_eq!((points.len(), points[0].seq, points[299].seq), (POINTS_MAX, 100, 399));
+        assert_eq!(recorder.points(398).len(), 2);
+        assert!(recorder.points(400).is_empty());
+        let at = |seq: usize| points[seq - 100].rates;
+        assert_eq!((at(300).generation_tokens_per_s, at(300).steps_per_s), (100.0, 25.0));
+        assert_eq!(at(399).generation_tokens_per_s, 0.0);
+        assert!(at(351).generation_tokens_per_s > 0.0, "a rate reaches three seconds back");
+    }
+
+    #[test]
+    fn a_minute_old_time_is_forgotten_and_a_new_one_is_seen_at_once() {
+        let (recorder, metrics, start) = (Recorder::default(), Arc::new(Metrics::default()), Instant::now());
+        let tick = |second: u64| {
+            recorder.tick(start + Duration::from_secs(second), second * 1000, &EngineStatus::default(), &metrics);
+        };
+        tick(0);
+        assert_eq!(recorder.minute(), Minute::default());
+        let start_of =
+            crate::metrics::RequestStart { n: 1, max_tokens: 4, prompt_tokens: 7, adapter: None, meter: None };
+        let mut clock = metrics.request(&start_of);
+        clock.token(0);
+        clock.token(0);
+        tick(1);
+        let minute = recorder.minute();
+        assert_eq!((minute.first_token.count, minute.inter_token.count, minute.window_s), (1, 1, 1.0));
+        assert!(minute.first_token.p50.is_some_and(|p50| p50 < 60.0));
+        assert!(recorder.points(1)[0].inter_token.is_some());
+        for second in 2..=61 {
+            tick(second);
+        }
+        assert_eq!(recorder.minute().first_token.count, 0);
+        assert_eq!(recorder.points(30)[0].first_token, None, "a point looks ten seconds back");
+    }
+}

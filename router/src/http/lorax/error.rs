@@ -53,6 +53,11 @@ fn class(error: &ApiError) -> (StatusCode, &'static str) {
     }
 }
 
+/// The status of a cause on LoRAX's routes.
+pub(in crate::http) fn lorax_status(cause: Cause) -> u16 {
+    class(&ApiError::new(cause, "")).0.as_u16()
+}
+
 /// The body of an error, alone or as the last event of a stream.
 pub(in crate::http) fn lorax_error(error: &ApiError) -> String {
     let (_, error_type) = class(error);

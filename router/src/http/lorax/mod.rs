@@ -100,7 +100,8 @@ impl App {
     ) -> Result<Response, ApiError> {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
-        let asked = native_request(&Fields::new(body), form, &bounds)?;
+        let mut asked = native_request(&Fields::new(body), form, &bounds)?;
+        asked.params.grammar = self.compile_format(asked.format.take()).await?;
         let ignored = self.ignored_fields(known_fields::Body::Native, body)?;
         let variants = self.native_variants(&asked, &asker).await?;
         let prompt = self.native_prompt(&asked, &bounds).await?;

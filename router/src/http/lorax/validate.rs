@@ -8,6 +8,7 @@ use super::merged::merged_adapters;
 use crate::adapters::MergeSpec;
 use crate::http::error::{ApiError, Cause};
 use crate::http::json::{Fields, type_name};
+use crate::http::openai::format::{Format, native_format};
 use crate::http::openai::resolve::adapter_ask;
 use crate::http::openai::submit::{Wanted, random_seed};
 use crate::http::openai::validate::{
@@ -37,6 +38,8 @@ pub(super) struct NativeRequest {
     /// Put `inputs` in front of the text.
     pub(super) full_text: bool,
     pub(super) merged: Option<MergeSpec>,
+    /// What the text must look like.
+    pub(super) format: Option<Format>,
 }
 
 impl NativeRequest {
@@ -98,6 +101,7 @@ pub(super) fn native_request(body: &Fields<'_>, form: Form, bounds: &Bounds) -> 
         top_tokens: small(&fields, "top_n_tokens", 0, LOGPROBS_MAX)?.filter(|n| *n > 0),
         full_text: fields.boolean("return_full_text")?.unwrap_or(false),
         merged,
+        format: native_format(&fields)?,
         params,
     })
 }
@@ -111,16 +115,6 @@ fn unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
     let typical = fields.number("typical_p", "a number > 0 and < 1", |p| p > 0.0 && p < 1.0)?;
     if typical.is_some() {
         return Err(ApiError::unsupported("typical_p", NOT_YET));
-    }
-    if let Some(format) = fields.object("response_format")?
-        && format.string("type")? != Some("text")
-    {
-        return Err(ApiError::unsupported("response_format", NOT_YET));
-    }
-    for name in ["grammar", "schema"] {
-        if fields.get(name).is_some() {
-            return Err(ApiError::unsupported(name, NOT_YET));
-        }
     }
     if fields.get("adapters").is_some() {
         return Err(ApiError::unsupported("adapters", "a reply of this route has one text; /v1/completions fans out"));

@@ -207,6 +207,7 @@ impl App {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
         let mut asked = validate(&Fields::new(body), &bounds)?;
+        asked.params.grammar = self.reply_grammar(body).await?;
         let variants = self.resolve(&asked.params, &asker).await?;
         check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
         self.choose_template(&mut asked.chat, &variants).await?;
@@ -221,7 +222,7 @@ impl App {
             let grammar = GrammarSpec::Lark(self.text.tool_grammar(&chat, functions, calls_max));
             let compiled = self.text.compile_grammar(grammar).await;
             asked.params.grammar =
-                Some(compiled.map_err(|error| ApiError::at(Cause::InvalidValue, "tools", error.to_string()))?);
+                Some(compiled.map_err(|error| ApiError::at(Cause::InvalidSchema, "tools", error.to_string()))?);
         }
         let prompt = fit_prompt(chat.tokens, asked.params.max_tokens, None, &asked.params, &bounds)?;
         let mut shape = Shape::new(self, Kind::Chat, &asked.params);

@@ -61,6 +61,7 @@ impl App {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
         let mut asked = validate(&Fields::new(body), &bounds)?;
+        asked.params.grammar = self.reply_grammar(body).await?;
         let ignored = self.ignored_fields(known_fields::Body::Completion, body)?;
         let variants = self.resolve(&asked.params, &asker).await?;
         let sequences = asked.prompts.len() * variants.len() * asked.best_of as usize;

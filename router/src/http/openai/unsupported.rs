@@ -18,11 +18,6 @@ const NEVER: &str = "this server does not have it";
 const NOT_YET: &str = "this version does not have it yet";
 
 const COMMON: &[(&str, Set, &str)] = &[
-    ("structured_outputs", Set::Truthy, NOT_YET),
-    ("guided_json", Set::Truthy, NOT_YET),
-    ("guided_regex", Set::Truthy, NOT_YET),
-    ("guided_choice", Set::Truthy, NOT_YET),
-    ("guided_grammar", Set::Truthy, NOT_YET),
     ("logprob_token_ids", Set::Truthy, "use `logprobs` with up to 20 alternatives"),
     ("merged_adapters", Set::Present, NOT_YET),
     ("use_beam_search", Set::Truthy, NEVER),
@@ -39,15 +34,13 @@ const CHAT: &[(&str, Set, &str)] =
 /// Refuses what `/v1/completions` cannot do.
 pub(crate) fn check_completions(fields: &Fields<'_>) -> Result<(), ApiError> {
     check(fields, COMMON)?;
-    check(fields, COMPLETIONS)?;
-    response_format(fields)
+    check(fields, COMPLETIONS)
 }
 
 /// Refuses what `/v1/chat/completions` cannot do.
 pub(crate) fn check_chat(fields: &Fields<'_>) -> Result<(), ApiError> {
     check(fields, COMMON)?;
-    check(fields, CHAT)?;
-    response_format(fields)
+    check(fields, CHAT)
 }
 
 fn check(fields: &Fields<'_>, table: &[(&str, Set, &str)]) -> Result<(), ApiError> {
@@ -71,17 +64,5 @@ fn truthy(value: &Value) -> bool {
         Value::String(text) => !text.is_empty(),
         Value::Array(values) => !values.is_empty(),
         Value::Object(map) => !map.is_empty(),
-    }
-}
-
-fn response_format(fields: &Fields<'_>) -> Result<(), ApiError> {
-    let Some(format) = fields.object("response_format")? else { return Ok(()) };
-    match format.string("type")? {
-        Some("text") => Ok(()),
-        Some("json_object" | "json_schema" | "structural_tag") => {
-            Err(ApiError::unsupported("response_format", NOT_YET))
-        }
-        Some(other) => Err(ApiError::invalid("response_format.type", "one of text, json_object, json_schema", other)),
-        None => Err(ApiError::missing("response_format.type")),
     }
 }

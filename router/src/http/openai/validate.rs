@@ -18,9 +18,10 @@ const STOP_BYTES_MAX: usize = 256;
 const STOP_TOKENS_MAX: usize = 256;
 const BAD_WORDS_MAX: usize = 256;
 const BAD_WORD_BYTES_MAX: usize = 256;
-const LOGIT_BIAS_MAX: usize = 1024;
+/// Entries of `logit_bias`.
+pub(crate) const LOGIT_BIAS_MAX: usize = 1024;
 /// Tokens of one chunk of a stream.
-const STREAM_INTERVAL_MAX: i64 = 1024;
+pub(crate) const STREAM_INTERVAL_MAX: i64 = 1024;
 /// Most alternatives with a logprob.
 pub(crate) const LOGPROBS_MAX: i64 = 20;
 /// Below this, temperature means greedy.

@@ -20,7 +20,7 @@ pub(super) const NAMES: &[(&str, &str)] = &[
     ("logprobs", "include"),
 ];
 /// The same within a name.
-pub(super) const INNER_NAMES: &[(&str, &str)] = &[(".function", "")];
+pub(super) const INNER_NAMES: &[(&str, &str)] = &[(".function", ""), ("tool_choice.allowed_tools", "tool_choice")];
 
 const NO_STATE: &str = "this server keeps no state between requests; send the whole conversation in `input`";
 /// Fields that name something kept from before.
@@ -81,7 +81,13 @@ pub(super) fn translate(fields: &Fields<'_>) -> Result<Asked, ApiError> {
     if truncation == "auto" {
         translated.set("truncate_prompt_tokens", -1);
     }
-    let tool_choice = tools_and_choice(fields, &mut translated)?;
+    let tools = tools(fields)?;
+    if !tools.is_empty() {
+        translated.set("tools", tools);
+    }
+    if let Some(choice) = tool_choice(fields)? {
+        translated.set("tool_choice", choice);
+    }
     let top_logprobs = logprobs(fields, &mut translated)?;
     Ok(Asked {
         instructions: instructions.map(Value::from),
@@ -93,7 +99,7 @@ pub(super) fn translate(fields: &Fields<'_>) -> Result<Asked, ApiError> {
         safety_identifier: fields.string("safety_identifier")?.map(Value::from),
         prompt_cache_key: fields.string("prompt_cache_key")?.map(Value::from),
         text: text(fields, &mut translated)?,
-        tool_choice,
+        tool_choice: fields.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
         tools: fields.get("tools").cloned().unwrap_or_else(|| json!([])),
         top_logprobs,
         truncation,
@@ -120,23 +126,6 @@ fn truncation(fields: &Fields<'_>) -> Result<&'static str, ApiError> {
         Some("auto") => Ok("auto"),
         Some(other) => Err(ApiError::invalid("truncation", "one of auto, disabled", other)),
     }
-}
-
-/// Gives the choice as the reply repeats it.
-fn tools_and_choice(fields: &Fields<'_>, translated: &mut Translated) -> Result<Value, ApiError> {
-    let tools = tools(fields)?;
-    let choice = tool_choice(fields, &tools)?;
-    let kept = |tool: &Value| {
-        choice.allowed.as_ref().is_none_or(|names| names.iter().any(|n| tool["function"]["name"] == **n))
-    };
-    let tools: Vec<Value> = tools.into_iter().filter(kept).collect();
-    if !tools.is_empty() {
-        translated.set("tools", tools);
-    }
-    if let Some(chat) = choice.chat {
-        translated.set("tool_choice", chat);
-    }
-    Ok(fields.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()))
 }
 
 /// `top_logprobs` counts only where `include` asks for logprobs.

@@ -77,22 +77,21 @@ fn fields_have_the_names_of_chat_completions() {
 
 #[test]
 fn a_choice_of_tools_is_a_chats_choice() {
-    let other = json!({"type": "function", "name": "other"});
-    let choice = |choice: Value| {
-        let chat = chat(json!({"input": "x", "tools": [weather(), other], "tool_choice": choice}));
-        let names: Vec<_> =
-            chat["tools"].as_array().unwrap().iter().map(|tool| tool["function"]["name"].clone()).collect();
-        (chat["tool_choice"].clone(), json!(names))
-    };
-    let all = json!(["get_weather", "other"]);
-    for mode in ["none", "auto", "required"] {
-        assert_eq!(choice(json!(mode)), (json!(mode), all.clone()));
-    }
     let named = json!({"type": "function", "function": {"name": "other"}});
-    assert_eq!(choice(json!({"type": "function", "name": "other"})), (named, all));
-    let allowed =
-        json!({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "other"}]});
-    assert_eq!(choice(allowed), (json!("required"), json!(["other"])));
+    let allowed = json!({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}});
+    for (choice, of_chat) in [
+        (json!("none"), json!("none")),
+        (json!("required"), json!("required")),
+        (json!({"type": "function", "name": "other"}), named),
+        (
+            json!({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "other"}]}),
+            allowed,
+        ),
+    ] {
+        let asked = asked(&json!({"input": "x", "tools": [weather()], "tool_choice": choice}));
+        assert_eq!(asked.translated.chat["tool_choice"], of_chat);
+        assert_eq!(asked.tool_choice, choice, "repeated as it came");
+    }
 }
 
 #[test]
@@ -110,6 +109,7 @@ fn an_error_of_the_chat_names_the_field_of_the_request() {
         ("response_format", "text.format"),
         ("tools[1].function.parameters", "tools[1].parameters"),
         ("tool_choice.function.name", "tool_choice.name"),
+        ("tool_choice.allowed_tools.tools[0].function.name", "tool_choice.tools[0].name"),
         ("temperature", "temperature"),
         ("messages[9]", "input[9]"),
     ] {

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Cause, cut};
 use crate::http::json::{Fields, type_name};
 
 const FUNCTIONS_ONLY: &str = "this server has no tools of its own; `function` is the one type it knows";
@@ -22,8 +22,9 @@ fn tool(value: &Value, path: String) -> Result<Value, ApiError> {
     match fields.string("type")? {
         Some("function") => {}
         Some(other) => {
-            let message = format!("`{}` {}: {FUNCTIONS_ONLY}", crate::http::error::cut(other), "is not supported");
-            return Err(ApiError::at(crate::http::error::Cause::UnsupportedParameter, &fields.param("type"), message));
+            let param = fields.param("type");
+            let message = format!("`{param}` `{}` is not supported: {FUNCTIONS_ONLY}", cut(other));
+            return Err(ApiError::at(Cause::UnsupportedParameter, &param, message));
         }
         None => return Err(ApiError::missing(&fields.param("type"))),
     }
@@ -33,60 +34,30 @@ fn tool(value: &Value, path: String) -> Result<Value, ApiError> {
     Ok(json!({"type": "function", "function": Map::from_iter(inner)}))
 }
 
-/// A choice of tools.
-#[derive(Debug, Default)]
-pub(super) struct Choice {
-    /// As chat completions have it.
-    pub(super) chat: Option<Value>,
-    /// If it narrows the tools: the names that are left.
-    pub(super) allowed: Option<Vec<String>>,
-}
-
-/// Reads `tool_choice`. `tools` are those of the request.
+/// `tool_choice` as chat completions have it.
 ///
 /// # Errors
 /// 400 at `tool_choice`.
-pub(super) fn tool_choice(fields: &Fields<'_>, tools: &[Value]) -> Result<Choice, ApiError> {
+pub(super) fn tool_choice(fields: &Fields<'_>) -> Result<Option<Value>, ApiError> {
     const NAME: &str = "tool_choice";
-    const RULE: &str = "none, auto, required, or an object";
-    let Some(value) = fields.get(NAME) else { return Ok(Choice::default()) };
-    let choice = match value {
-        Value::String(mode) if ["none", "auto", "required"].contains(&mode.as_str()) => {
-            return Ok(Choice { chat: Some(value.clone()), allowed: None });
-        }
-        Value::String(other) => return Err(ApiError::invalid(NAME, RULE, other)),
-        Value::Object(map) => Fields::nested(map, NAME.to_owned()),
-        other => return Err(ApiError::invalid(NAME, RULE, type_name(other))),
+    let choice = match fields.get(NAME) {
+        None => return Ok(None),
+        Some(Value::Object(map)) => Fields::nested(map, NAME.to_owned()),
+        Some(mode) => return Ok(Some(mode.clone())), // the chat knows the words
     };
-    match choice.string("type")? {
+    let chat = match choice.string("type")? {
         Some("function") => {
             let name = choice.string("name")?.ok_or_else(|| ApiError::missing("tool_choice.name"))?;
-            Ok(Choice { chat: Some(json!({"type": "function", "function": {"name": name}})), allowed: None })
+            json!({"type": "function", "function": {"name": name}})
         }
-        Some("allowed_tools") => allowed(&choice, tools),
-        Some(other) => Err(ApiError::invalid("tool_choice.type", "one of function, allowed_tools", other)),
-        None => Err(ApiError::missing("tool_choice.type")),
-    }
-}
-
-/// The model sees the allowed tools alone.
-fn allowed(choice: &Fields<'_>, tools: &[Value]) -> Result<Choice, ApiError> {
-    let mode = choice.string("mode")?.unwrap_or("auto");
-    if !["auto", "required"].contains(&mode) {
-        return Err(ApiError::invalid("tool_choice.mode", "one of auto, required", mode));
-    }
-    let listed = choice.array("tools")?.ok_or_else(|| ApiError::missing("tool_choice.tools"))?;
-    let name = |(i, value): (usize, &Value)| {
-        let param = format!("tool_choice.tools[{i}].name");
-        let name = value.get("name").and_then(Value::as_str).ok_or_else(|| ApiError::missing(&param))?;
-        if !tools.iter().any(|tool| tool["function"]["name"] == name) {
-            return Err(ApiError::invalid(&param, "the name of one of `tools`", name));
+        Some("allowed_tools") => {
+            let tools = choice.array("tools")?.ok_or_else(|| ApiError::missing("tool_choice.tools"))?;
+            let tools = tools.iter().map(|tool| json!({"type": "function", "function": {"name": tool.get("name")}}));
+            let mode = choice.string("mode")?.unwrap_or("auto");
+            json!({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools.collect::<Vec<_>>()}})
         }
-        Ok(name.to_owned())
+        Some(other) => return Err(ApiError::invalid("tool_choice.type", "one of function, allowed_tools", other)),
+        None => return Err(ApiError::missing("tool_choice.type")),
     };
-    let names = listed.iter().enumerate().map(name).collect::<Result<Vec<_>, _>>()?;
-    if names.is_empty() {
-        return Err(ApiError::invalid("tool_choice.tools", "a list of at least one tool", "an empty array"));
-    }
-    Ok(Choice { chat: Some(mode.into()), allowed: Some(names) })
+    Ok(Some(chat))
 }

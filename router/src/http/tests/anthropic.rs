@@ -270,6 +270,7 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("thinking", json!({"type": "enabled"}), "missing_field", "thinking.budget_tokens"),
         ("thinking", json!({"type": "enabled", "budget_tokens": 10}), "invalid_value", "thinking.budget_tokens"),
         ("thinking", json!({"type": "deep"}), "invalid_value", "thinking.type"),
+        ("output_config", json!({"effort": "utmost"}), "invalid_value", "output_config.effort"),
         ("output_config", json!({"format": {"type": "text"}}), "invalid_value", "output_config.format.type"),
         ("output_config", json!({"format": {"type": "json_schema"}}), "missing_field", "output_config.format.schema"),
         ("n", json!(2), "invalid_value", "n"),

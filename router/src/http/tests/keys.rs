@@ -39,7 +39,8 @@ async fn outcome(router: axum::Router, request: Request<Body>) -> (u16, String) 
     (status, body["error"]["code"].as_str().unwrap_or("").to_owned())
 }
 
-const ADMIN_ROUTES: [(&str, &str); 12] = [
+const ADMIN_ROUTES: [(&str, &str); 13] = [
+    ("GET", "/admin/v1/live"),
     ("GET", "/admin/v1/adapters"),
     ("GET", "/admin/v1/adapters/a"),
     ("PUT", "/admin/v1/adapters/a"),
@@ -105,7 +106,7 @@ async fn the_operators_listener_asks_for_a_key_only_where_there_is_one_and_serve
             assert!(matches!(outcome(app.admin_router(), request).await.0, 401 | 403));
         }
         assert!(!app.is_draining());
-        for path in ["/v1/completions", "/v1/models", "/v1/load_lora_adapter", "/"] {
+        for path in ["/v1/embeddings", "/generate", "/v1/load_lora_adapter"] {
             assert_eq!(
                 outcome(app.admin_router(), ask("GET", path, "root")).await,
                 (404, "route_not_found".into()),

@@ -3,15 +3,18 @@
 mod anthropic;
 mod chat;
 mod completions;
+mod console;
 mod envelope;
 mod fields;
 mod keys;
 mod lorax;
 mod models;
+mod openapi;
 mod operator;
 mod responses;
 mod server;
 mod stream;
+mod tools;
 mod validation;
 
 use std::collections::HashMap;
@@ -58,8 +61,11 @@ struct ScriptInner {
     seen: Mutex<Vec<GenerateRequest>>,
     finished: Mutex<Vec<u32>>,
     open: AtomicUsize,
+    /// What the engine says of itself, where a test has more to say than the script.
+    status: Mutex<Option<Arc<EngineStatus>>>,
     loads: Mutex<HashMap<String, Load>>,
     load_count: AtomicUsize,
+    context_tokens: AtomicUsize,
 }
 
 #[derive(Clone)]
@@ -84,8 +90,10 @@ impl Script {
             seen: Mutex::default(),
             finished: Mutex::default(),
             open: AtomicUsize::new(0),
+            status: Mutex::default(),
             loads: Mutex::default(),
             load_count: AtomicUsize::new(0),
+            context_tokens: AtomicUsize::new(CONTEXT as usize),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -97,6 +105,11 @@ impl Script {
 
     fn reply_tokens(self, tokens: Vec<u32>) -> Self {
         *self.inner.reply.lock().unwrap() = tokens;
+        self
+    }
+
+    fn context(self, tokens: usize) -> Self {
+        self.inner.context_tokens.store(tokens, Ordering::SeqCst);
         self
     }
 
@@ -261,11 +274,14 @@ impl Backend for Script {
     fn prefetch_adapter(&self, _: ContentId) {}
 
     fn status(&self) -> Arc<EngineStatus> {
+        if let Some(status) = self.inner.status.lock().unwrap().clone() {
+            return status;
+        }
         let ready = self.inner.ready.load(Ordering::SeqCst);
         let shard = if ready {
             Info {
                 vocab_size: 300,
-                context_tokens: CONTEXT,
+                context_tokens: self.inner.context_tokens.load(Ordering::SeqCst) as u32,
                 block_tokens: 16,
                 base_content_id: vec![0x9c, 0x2e, 0x11, 0xd0, 1],
                 ..Info::default()

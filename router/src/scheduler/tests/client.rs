@@ -79,7 +79,10 @@ impl Client {
             }
             GenerateEvent::Finished { index, reason } => {
                 assert!(!self.ended[index as usize], "finished twice");
-                self.check_logprobs_complete();
+                // A grammar that allows no token at all ends a request before its prompt is computed.
+                if self.any_token || reason != FinishReason::Stop {
+                    self.check_logprobs_complete();
+                }
                 let scored = self.request.max_tokens == 0 && reason == FinishReason::Length;
                 assert!(scored || self.oracles[index as usize].pending == Some(reason), "finished for another reason");
                 self.ended[index as usize] = true;

@@ -11,14 +11,21 @@ use crate::engine::{Allowed, Grammar, GrammarFailure, GrammarState};
 
 /// One grammar for each salt.
 #[derive(Debug)]
-pub(super) struct Formula(pub(super) u64);
+pub(super) struct Formula {
+    pub(super) salt: u64,
+    /// Some texts lead to where it cannot go on.
+    pub(super) breaks: bool,
+}
 
-#[derive(Clone)]
-struct FormulaState(u64);
+struct FormulaState {
+    /// Of all tokens so far.
+    mark: u64,
+    breaks: bool,
+}
 
 impl Grammar for Formula {
     fn start(&self) -> Box<dyn GrammarState> {
-        Box::new(FormulaState(self.0))
+        Box::new(FormulaState { mark: self.salt, breaks: self.breaks })
     }
 }
 
@@ -26,20 +33,20 @@ impl GrammarState for FormulaState {
     fn accept(&mut self, token: u32) -> Result<(), GrammarFailure> {
         let Ok(Allowed::Tokens(words)) = self.next() else { panic!("a token where none may come") };
         assert!(has(&words, token), "token {token} is outside of its grammar");
-        self.0 = mix(self.0, u64::from(token));
+        self.mark = mix(self.mark, u64::from(token));
         Ok(())
     }
 
     fn next(&mut self) -> Result<Allowed, GrammarFailure> {
-        let kind = mix(self.0, 11);
+        let kind = mix(self.mark, 11);
         match kind % 100 {
             0..4 => return Ok(Allowed::End),
-            4 => return Err(GrammarFailure("too deep".into())),
+            4 if self.breaks => return Err(GrammarFailure("too deep".into())),
             _ => {}
         }
         let mut words = [0u32; VOCAB.div_ceil(32) as usize];
         let sparse = 1 + kind / 100 % 12;
-        let may = |token: &u64| mix(self.0, *token) % sparse == 0 || *token == kind / 1200 % VOCAB;
+        let may = |token: &u64| mix(self.mark, *token) % sparse == 0 || *token == kind / 1200 % VOCAB;
         (0..VOCAB).filter(may).for_each(|token| words[token as usize / 32] |= 1 << (token % 32));
         Ok(Allowed::Tokens(Arc::from(words)))
     }
@@ -104,16 +111,11 @@ impl World {
             assert_eq!(self.grammars.answers.iter().filter(|(_, asked, _)| *asked == at).count(), 1, "{at:?}");
         }
     }
-
-    /// Somebody waits for a mask.
-    pub(super) fn masks_are_out(&self) -> bool {
-        !self.grammars.answers.is_empty()
-    }
 }
 
 impl Scheduler {
     /// Request, sibling and tokens generated of each sequence that waits for a mask.
-    fn awaited_masks(&self) -> Vec<(RequestId, u32, usize)> {
+    pub(super) fn awaited_masks(&self) -> Vec<(RequestId, u32, usize)> {
         let waiting = self.sequences.iter().flatten().filter(|seq| matches!(seq.mask, Mask::Awaited) && !seq.leaving);
         waiting.map(|seq| (seq.job.id, seq.index, seq.generated.len())).collect()
     }

@@ -8,7 +8,7 @@ use super::plans::{Bench, limits, request, show};
 use crate::engine::{Allowed, Failure, FinishReason, GenerateEvent, GenerateRequest, GrammarFailure};
 
 fn constrained(prompt_tokens: u32, max_tokens: u32) -> GenerateRequest {
-    GenerateRequest { grammar: Some(Arc::new(Formula(1))), ..request(prompt_tokens, max_tokens) }
+    GenerateRequest { grammar: Some(Arc::new(Formula { salt: 1, breaks: true })), ..request(prompt_tokens, max_tokens) }
 }
 
 /// Asks since the last call: request, sibling, tokens generated, the token to move over.

@@ -6,8 +6,9 @@ use super::super::adapters::{AdapterTable, Residency};
 use super::super::pages::{PagePool, Role};
 use super::super::prefix;
 use super::marker::Rng;
-use super::plans::{content, request, under};
-use crate::engine::{AdapterUse, GenerateRequest};
+use super::plans::{Bench, content, limits, request, under};
+use crate::engine::{AdapterUse, BatchShare, GenerateRequest};
+use crate::scheduler::SchedulerLimits;
 
 #[test]
 fn blocks_come_from_the_fullest_page_so_pages_empty_out() {
@@ -164,4 +165,27 @@ fn of_two_idle_adapters_the_cheap_reload_goes_unless_the_other_is_much_older() {
     assert_eq!(table.evict(0, &mut pool), content(1));
     assert_eq!(slot_of(&table), None);
     table.audit();
+}
+
+#[test]
+fn a_batch_is_counted_by_set_of_adapters() {
+    let mut bench = Bench::new(SchedulerLimits { running_max: 3, ..limits() });
+    for adapter in [1, 2] {
+        bench.scheduler.adapter_ready(content(adapter), 1);
+    }
+    assert!(bench.scheduler.batch().is_empty());
+    for request in [request(4, 9), request(4, 9), under(request(4, 9), 1), under(under(request(4, 9), 1), 2)] {
+        bench.submit(request);
+    }
+    for _ in 0..4 {
+        bench.step();
+    }
+    let stats = bench.scheduler.stats();
+    let batch = bench.scheduler.batch();
+    let sum = |of: fn(&BatchShare) -> u32| batch.iter().map(of).sum::<u32>();
+    assert_eq!((sum(|share| share.running), sum(|share| share.waiting)), (stats.running, stats.waiting));
+    assert_eq!(batch.iter().map(|share| share.contents.len()).collect::<Vec<_>>(), [0, 1, 2]);
+    assert_eq!((batch[0].running + batch[0].waiting, bench.scheduler.pages_of(&content(1))), (2, 1));
+    let tokens = batch.iter().map(|share| share.running_tokens).sum::<u64>();
+    assert!(tokens > u64::from(stats.running) * 4, "prompts and what was generated: {tokens}");
 }

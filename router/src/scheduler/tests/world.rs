@@ -182,7 +182,7 @@ impl World {
 
     /// Nothing was planned: then nothing can run, or only contents are missing that are on their way.
     fn check_may_rest(&self) {
-        if self.scheduler.is_idle() || self.masks_are_out() {
+        if self.scheduler.is_idle() || !self.scheduler.awaited_masks().is_empty() {
             return;
         }
         let missing = |c: &ContentId| !self.shard.host.contains_key(c);
@@ -290,6 +290,7 @@ impl World {
     }
 
     fn request(&mut self) -> GenerateRequest {
+        let breaks = !self.calm;
         let rng = &mut self.rng;
         let prompt_tokens = rng.range(1, 44) as usize;
         let mut prompt: Vec<u32> = rng.pick(&self.prompts)[..prompt_tokens].to_vec();
@@ -319,7 +320,7 @@ impl World {
                 prompt_logprobs: wants_logprobs.then_some(0),
                 ..Sampling::default()
             },
-            grammar: rng.chance(300).then(|| Arc::new(Formula(rng.next())) as Arc<dyn Grammar>),
+            grammar: rng.chance(300).then(|| Arc::new(Formula { salt: rng.next(), breaks }) as Arc<dyn Grammar>),
             adapters,
             tenant: u64::from(rng.range(1, 3)),
             cache_salt: rng.chance(100).then(|| "salt".to_owned()),

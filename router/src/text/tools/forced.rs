@@ -8,7 +8,7 @@ use super::{Function, ToolFormat};
 use crate::text::reasoning::{THINK_END, THINK_START};
 
 /// Behind a thought, models write one empty line.
-const GAP: &str = "/\\n{0,2}/";
+const GAP: &str = "(\"\\n\" | \"\\n\\n\")?";
 
 /// Whether a thought comes before the call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,7 @@ pub(crate) fn grammar(
         ToolFormat::LlamaJson => format!("call{}", more(&literal("; "))),
         ToolFormat::Mistral => {
             let (open, close) = (literal("["), literal("]"));
-            format!("{} {open} call{} {close}", mark(ToolFormat::MISTRAL_START), more(&literal(", ")))
+            format!("{} \" \"? {open} call{} {close}", mark(ToolFormat::MISTRAL_START), more(&literal(", ")))
         }
         ToolFormat::MistralArgs => format!("call{}", more("")),
     };
@@ -49,7 +49,7 @@ pub(crate) fn grammar(
     if thought != Thought::Never {
         match (writer.special)(THINK_END) {
             Some(id) => writeln!(out, "thought: /(?s:.*)/ <[{id}]> {GAP}"),
-            None => writeln!(out, "thought: THOUGHT {GAP}\nTHOUGHT[lazy]: /(?s:.*)<\\/think>/"),
+            None => writeln!(out, "thought: thinking {GAP}\nthinking[lazy]: /(?s:.*)<\\/think>/"),
         }
         .ok();
     }
@@ -97,7 +97,7 @@ fn literal(text: &str) -> String {
 }
 
 /// Arguments that the schema does not name are no use to the function: unless it says otherwise they must not come.
-fn closed(parameters: &Json) -> Json {
+pub(super) fn closed(parameters: &Json) -> Json {
     let mut schema = parameters.clone();
     let open =
         ["additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf", "unevaluatedProperties"];

@@ -2,6 +2,8 @@
 //! one.
 
 mod forced;
+#[cfg(test)]
+mod grammar_tests;
 mod held;
 mod object;
 pub(super) mod plain;

@@ -6,8 +6,8 @@ use serde_json::{Map, Value as Json, json};
 use super::ToolFormat;
 use crate::text::member;
 
-/// `messages` with `tools` described and without anything but texts of system, user and assistant.
-pub(crate) fn messages(messages: &[Json], tools: &[Json], format: ToolFormat) -> Vec<Json> {
+/// `messages` without anything but texts of system, user and assistant.
+pub(crate) fn messages(messages: &[Json], format: ToolFormat) -> Vec<Json> {
     let mut out: Vec<Json> = Vec::with_capacity(messages.len() + 1);
     for message in messages {
         match member(message, "role").as_str() {
@@ -15,9 +15,6 @@ pub(crate) fn messages(messages: &[Json], tools: &[Json], format: ToolFormat) ->
             Some("assistant") if member(message, "tool_calls").is_array() => out.push(with_calls(message, format)),
             _ => out.push(message.clone()),
         }
-    }
-    if !tools.is_empty() {
-        describe(&mut out, tools, format);
     }
     out
 }
@@ -53,8 +50,8 @@ fn text(value: &Json) -> String {
     value.as_str().unwrap_or("").to_owned()
 }
 
-/// Behind the first system message, or as one.
-fn describe(messages: &mut Vec<Json>, tools: &[Json], format: ToolFormat) {
+/// Describes `tools` in the first system message, or in one of their own.
+pub(crate) fn describe(messages: &mut Vec<Json>, tools: &[Json], format: ToolFormat) {
     let list: Vec<String> = tools.iter().map(python_json).collect();
     let example = format.write(std::iter::once(("NAME".to_owned(), "{\"ARGUMENT\": \"VALUE\"}".to_owned())));
     let preamble = format!(

@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 
+use loramux_kernels::cuda::NONE;
 use loramux_kernels::device::step::FROM_DEVICE;
-use loramux_proto::{AdapterRef, Chunk, SeqStart, Step};
+use loramux_proto::{AdapterRef, Chunk, Sampling, SeqStart, Step};
 
+use super::super::batch::{LogitRow, Want};
 use super::super::run::ShardFault;
 use super::adapters::SlotTable;
 use super::lists::{ListLimits, Lists, LoraPass};
+use super::sampling::SampleLists;
 use super::sequence::DeviceSequence;
 
 const LIMITS: ListLimits =
@@ -108,6 +111,41 @@ fn what_the_scheduler_must_not_say_is_refused_before_a_launch() {
     }
     let too_many = vec![chunk(2, 0, 2, &[2])];
     assert!(matches!(fill(&mut lists, too_many, &LIMITS), Err(ShardFault::Malformed(_))), "4 items, 3 allowed");
+}
+
+#[test]
+fn masks_lie_one_behind_the_other_and_a_wrong_length_is_refused_before_a_launch() {
+    let bytes = |words: &[u32]| Some(words.iter().flat_map(|word| word.to_le_bytes()).collect());
+    let masked = |seq, start, mask| Chunk { mask, ..chunk(seq, start, 1, &[]) };
+    let mut lists = Lists::default();
+    let chunks = vec![masked(0, 20, bytes(&[5])), masked(1, 32, None), masked(3, 15, bytes(&[6, u32::MAX]))];
+    fill(&mut lists, chunks, &LIMITS).expect("a good step");
+    let rows: Vec<_> = lists.logit_rows.iter().map(|row| row.want).collect();
+    assert_eq!(rows, [Some(0), None, Some(2)].map(|mask| Want::Sample { mask }));
+    assert_eq!(lists.masks, [5, 0, 6, 0xff], "two words each, and no bit beyond the 40 tokens");
+    let mut samples = SampleLists::default();
+    let sequences = sequences(&[(0, 20, 1), (1, 33, 0), (3, 16, 0)]);
+    samples.fill(&lists.logit_rows, &lists.masks, &sequences, (40, 8)).expect("known sequences");
+    let masks: Vec<_> = samples.rows.iter().map(|row| row.mask).collect();
+    assert_eq!((masks, samples.masks.as_slice()), (vec![0, NONE, 2], [5, 0, 6, 0xff].as_slice()));
+    assert!(lists.decode_only, "a mask is data: the same graph is replayed");
+    for wrong in [bytes(&[1, 2, 3]), Some(vec![1; 7])] {
+        let refused = fill(&mut lists, vec![masked(3, 15, wrong)], &LIMITS);
+        assert!(matches!(refused, Err(ShardFault::Malformed(_))));
+    }
+}
+
+#[test]
+fn an_end_token_before_min_tokens_is_banned_unless_the_mask_has_nothing_else() {
+    let sampling = Sampling { min_tokens: 3, end_tokens: vec![1], repetition_penalty: 1.0, ..Sampling::default() };
+    let start = SeqStart { seq: 7, tokens: vec![0; 4], prompt_tokens: 4, sampling: Some(sampling) };
+    let sequences = HashMap::from([(7, DeviceSequence::new(&start, 0))]);
+    let mut samples = SampleLists::default();
+    for (words, edits) in [([0b10, 0], 0), ([0b110, 0], 1), ([0b10, 1], 1)] {
+        let row = LogitRow { seq: 7, row: 0, want: Want::Sample { mask: Some(0) } };
+        samples.fill(&[row], &words, &sequences, (40, 8)).expect("a known sequence");
+        assert_eq!(samples.edits.len(), edits, "{words:?}");
+    }
 }
 
 #[test]

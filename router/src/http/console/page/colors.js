@@ -1,7 +1,7 @@
 // One colour for each adapter, by its name: the same in every picture and after a reload, and different from its
 // neighbours' as long as there are enough.
 
-const SLOTS = 14;
+const SLOTS = 12;
 const taken = new Map();
 
 function hash(text) {

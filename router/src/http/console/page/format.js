@@ -30,6 +30,7 @@ export function bytes(value) {
 /** [number, unit] of a time given in seconds. */
 export function timeParts(seconds) {
   if (seconds === null || seconds === undefined) return ["–", ""];
+  if (seconds === 0) return ["0", "ms"];
   if (seconds >= 10) return [seconds.toFixed(1), "s"];
   if (seconds >= 1) return [seconds.toFixed(2), "s"];
   const ms = seconds * 1e3;
@@ -39,6 +40,9 @@ export function timeParts(seconds) {
 }
 
 export const time = (seconds) => timeParts(seconds).filter(Boolean).join(" ");
+
+/** The same for an axis: no more digits than it needs. */
+export const axisTime = (seconds) => time(seconds).replace(/\.?0+ /, (zeros) => (zeros[0] === "." ? " " : zeros));
 
 /** How long, from days down to seconds: the two largest units. */
 export function duration(seconds) {

@@ -12,10 +12,12 @@ const PAUSE_MAX_MS = 10000;
 const POINTS_MAX = 300;
 const VIEWS = ["overview", "adapters", "playground"];
 
+// Not the names of the hashes: the browser would scroll to them.
+const section = (name) => byId(`view-${name}`);
 const views = {
-  overview: overviewView(byId("overview")),
-  adapters: adaptersView(byId("adapters")),
-  playground: playgroundView(byId("playground")),
+  overview: overviewView(section("overview")),
+  adapters: adaptersView(section("adapters")),
+  playground: playgroundView(section("playground")),
 };
 
 /** What every view is told: `phase` is loading, live, offline, locked or absent. */
@@ -33,7 +35,7 @@ function shown() {
 
 function show() {
   const current = shown();
-  for (const name of VIEWS) byId(name).hidden = name !== current;
+  for (const name of VIEWS) section(name).hidden = name !== current;
   for (const link of document.querySelectorAll(".views a")) {
     if (link.hash === `#${current}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");

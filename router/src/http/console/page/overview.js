@@ -3,7 +3,7 @@
 import { colorOf } from "./colors.js";
 import { gate } from "./dialogs.js";
 import { choice, h, reconcile, setText } from "./dom.js";
-import { bytes, count, duration, number, percent, shareName, time, timeParts } from "./format.js";
+import { axisTime, bytes, count, duration, number, percent, shareName, time, timeParts } from "./format.js";
 import { memoryPanel } from "./memory.js";
 import { plot } from "./plot.js";
 
@@ -59,7 +59,7 @@ function batchPanel() {
   const note = h("p", { class: "panel-note" });
   const table = h("table", { class: "plain" },
     h("caption", { class: "unseen", text: "Sequences and tokens by adapter" }),
-    h("thead", {}, h("tr", {}, ["Adapter", "Running", "Waiting", "Tokens held"].map((text, i) =>
+    h("thead", {}, h("tr", {}, ["Adapter", "Running", "Waiting", "Tokens"].map((text, i) =>
       h("th", { scope: "col", class: i ? "num" : "", text })))), body);
   const empty = h("p", { class: "empty" }, "Nothing runs. Send a request, or ",
     h("a", { href: "#playground", text: "try the playground" }), ".");
@@ -167,21 +167,23 @@ function factsPanel() {
 export function overviewView(root) {
   const notice = h("p", { class: "notice", role: "alert", hidden: true });
   const locked = gate();
-  const ms = (seconds) => time(seconds);
+  const inTokens = { format: number, floor: 10 };
+  const inTime = (floor) => ({ format: time, tick: axisTime, floor });
   const plots = [
     plot("Throughput", [
       { label: "generated tok/s", value: (point) => point.generation_tokens_per_s },
-      { label: "prompt tok/s", value: (point) => point.prompt_tokens_per_s }], number, 10),
+      { label: "prompt tok/s", value: (point) => point.prompt_tokens_per_s }], inTokens),
     plot("Sequences", [
-      { label: "running", value: (point) => point.running }, { label: "waiting", value: (point) => point.waiting }], number, 4),
+      { label: "running", value: (point) => point.running }, { label: "waiting", value: (point) => point.waiting }], { format: number, floor: 4 }),
     plot("Time to first token", [
-      { label: "p50", value: (point) => point.first_token?.[0] }, { label: "p99", value: (point) => point.first_token?.[1] }], ms, 0.01),
+      { label: "p50", value: (point) => point.first_token?.[0] }, { label: "p99", value: (point) => point.first_token?.[1] }], inTime(0.01)),
     plot("Time between tokens", [
-      { label: "p50", value: (point) => point.inter_token?.[0] }, { label: "p99", value: (point) => point.inter_token?.[1] }], ms, 0.001),
+      { label: "p50", value: (point) => point.inter_token?.[0] }, { label: "p99", value: (point) => point.inter_token?.[1] }], inTime(0.001)),
   ];
   const panels = [tiles(), batchPanel(), queuePanel(), memoryPanel(), factsPanel()];
   const [top, batch, queue, memory, facts] = panels.map((panel) => panel.root);
-  const board = h("div", { class: "board" }, top, batch, queue, memory, h("div", { class: "plots" }, plots.map((one) => one.root)), facts);
+  const board = h("div", { class: "board" }, top, batch, h("div", { class: "side" }, queue, facts), memory,
+    h("div", { class: "plots" }, plots.map((one) => one.root)));
   root.append(notice, locked.root, board);
 
   return {

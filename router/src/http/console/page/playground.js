@@ -18,7 +18,7 @@ export function playgroundView(root) {
   const notice = h("p", { class: "notice", role: "alert", hidden: true });
   const system = h("textarea", { rows: 1, spellcheck: false, placeholder: "You are a helpful assistant." });
   const systemField = field("System message", system);
-  const prompt = h("textarea", { rows: 4, value: "Tell me about the sea." });
+  const prompt = h("textarea", { rows: 3, value: "Tell me about the sea." });
   const parameter = (value, attributes) => h("input", { type: "number", value, inputMode: "decimal", ...attributes });
   const inputs = {
     max_tokens: parameter("128", { min: "1", step: "1" }),
@@ -37,7 +37,8 @@ export function playgroundView(root) {
     h("div", { class: "parameters" }, field("Max tokens", inputs.max_tokens), field("Temperature", inputs.temperature),
       field("Top p", inputs.top_p), field("Seed", inputs.seed)),
     h("div", { class: "ask-end" }, h("p", { class: "hint", text: "Ctrl + Enter runs, Esc stops" }), stop, run));
-  const lanes = [lane("Left", () => models), lane("Right", () => models)];
+  const known = () => ({ models, base });
+  const lanes = [lane("Left", known), lane("Right", known)];
   root.append(notice, form, h("div", { class: "lanes" }, lanes.map((one) => one.root)));
 
   form.addEventListener("submit", (event) => {
@@ -90,7 +91,7 @@ export function playgroundView(root) {
     run.disabled = true;
     stop.disabled = false;
     try {
-      await Promise.all(lanes.map((one) => one.run(body, running.signal, base)));
+      await Promise.all(lanes.map((one) => one.run(body, running.signal)));
     } finally {
       running = null;
       run.disabled = false;
@@ -105,7 +106,7 @@ export function playgroundView(root) {
 }
 
 /** One model's side. */
-function lane(side, allModels) {
+function lane(side, known) {
   const options = h("datalist", { id: `models-${side}` });
   const model = h("input", { type: "text", list: options.id, autocomplete: "off", spellcheck: false, autocapitalize: "off", class: "model" });
   const swatch = h("i", { class: "swatch c-base" });
@@ -122,14 +123,18 @@ function lane(side, allModels) {
 
   function list() {
     const wanted = model.value.toLowerCase();
-    const found = allModels().filter((id) => id.toLowerCase().includes(wanted)).slice(0, OPTIONS_MAX);
+    const found = known().models.filter((id) => id.toLowerCase().includes(wanted)).slice(0, OPTIONS_MAX);
     reconcile(options, found, (id) => id, (id) => h("option", { value: id }), () => {});
-    swatch.className = `swatch ${colorOf(model.value.trim())}`;
+    paint(model.value.trim());
+  }
+  function paint(id) {
+    swatch.className = `swatch ${colorOf(id === known().base ? "base model" : id)}`;
   }
   model.addEventListener("input", list);
   model.addEventListener("focus", list);
 
   let suggested = "";
+  let frame = 0;
   return {
     root,
     /** Fills in a model unless somebody chose one. */
@@ -137,11 +142,11 @@ function lane(side, allModels) {
       if (model.value === suggested) model.value = suggested = id;
       list();
     },
-    async run(bodyOf, signal, base) {
-      const id = model.value.trim() || base;
-      swatch.className = `swatch ${colorOf(id)}`;
+    async run(bodyOf, signal) {
+      const id = model.value.trim() || known().base;
+      paint(id);
       const began = performance.now();
-      const seen = { text: "", tokens: 0, first: null, last: null, end: "" };
+      const seen = { text: "", shown: 0, tokens: 0, first: null, last: null, end: "" };
       text.textContent = "";
       text.hidden = empty.hidden = error.hidden = true;
       empty.hidden = false;
@@ -161,13 +166,13 @@ function lane(side, allModels) {
           setText(error, failure instanceof Refused ? failure.text : "the stream broke off");
         }
       }
+      paintText(seen);
       output.removeAttribute("aria-busy");
       root.classList.remove("is-running");
       if (!seen.text) {
         empty.hidden = seen.end === "error";
         setText(empty, seen.end === "stopped" ? "Stopped before the first token." : "The answer is empty.");
       }
-      measure(seen);
       setText(done, `${id}: ${seen.end}, ${seen.tokens} tokens`);
     },
   };
@@ -182,12 +187,22 @@ function lane(side, allModels) {
       seen.first ??= now - began;
       seen.last = now - began;
       seen.tokens += 1;
-      seen.text += more;
-      if (seen.text.length > TEXT_MAX) continue;
+      if (seen.text.length < TEXT_MAX) seen.text += more;
+    }
+    // Once a frame is as fast as anybody can look; once a token would keep the page from doing anything else.
+    frame ||= requestAnimationFrame(() => paintText(seen));
+  }
+
+  function paintText(seen) {
+    cancelAnimationFrame(frame);
+    frame = 0;
+    if (seen.text.length > seen.shown) {
       const atEnd = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
       empty.hidden = true;
       text.hidden = false;
-      text.append(more);
+      text.append(seen.text.slice(seen.shown));
+      text.normalize();
+      seen.shown = seen.text.length;
       if (atEnd) output.scrollTop = output.scrollHeight;
     }
     measure(seen);

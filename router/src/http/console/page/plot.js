@@ -16,10 +16,10 @@ function niceCeil(value) {
 }
 
 /**
- * `series`: [{label, value(point)}], at most two; the second is dashed. `format` writes a value, `floor` is the least top of
- * the axis.
+ * `series`: [{label, value(point)}], at most two; the second is dashed. `format` writes a value, `tick` one of the axis, whose
+ * top is at least `floor`.
  */
-export function plot(title, series, format, floor) {
+export function plot(title, series, { format, tick = format, floor }) {
   const drawing = s("svg", { "aria-hidden": "true", focusable: "false" });
   const readouts = series.map(() => h("span", { class: "reading", text: "–" }));
   const legend = series.map(({ label }, i) =>
@@ -49,7 +49,7 @@ export function plot(title, series, format, floor) {
       const at = y(top * share);
       parts.push(s("line", { class: share === 0 ? "axis" : "gridline", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
       const label = s("text", { class: "tick", x: LEFT - 8, y: at + 4, "text-anchor": "end" });
-      label.textContent = format(top * share);
+      label.textContent = tick(top * share);
       parts.push(label);
     }
     for (let minute = 0; minute <= 5; minute += width < 420 ? 2 : 1) {

@@ -36,7 +36,6 @@ fn api_error(error: OpenAIError) -> (u16, Option<String>) {
 }
 
 #[tokio::test]
-#[ignore = "needs a server; test_public_clients.py starts one"]
 async fn chats_whole_streamed_and_by_adapter() {
     let client = client();
     let mut texts = Vec::new();
@@ -66,7 +65,6 @@ async fn chats_whole_streamed_and_by_adapter() {
 }
 
 #[tokio::test]
-#[ignore = "needs a server; test_public_clients.py starts one"]
 async fn completions_of_text_and_token_ids() {
     let client = client();
     let ask = |prompt: Prompt| {
@@ -91,7 +89,6 @@ async fn completions_of_text_and_token_ids() {
 }
 
 #[tokio::test]
-#[ignore = "needs a server; test_public_clients.py starts one"]
 async fn models_and_errors() {
     let client = client();
     let listed = client.models().list().await.unwrap();
@@ -121,7 +118,6 @@ fn weather() -> Value {
 }
 
 #[tokio::test]
-#[ignore = "needs a server; test_public_clients.py starts one"]
 async fn structured_output() {
     let client = client();
     let format =
@@ -132,7 +128,6 @@ async fn structured_output() {
 }
 
 #[tokio::test]
-#[ignore = "needs a server; test_public_clients.py starts one"]
 async fn tools_that_must_be_called() {
     let client = client();
     let tool = json!({"type": "function", "function": {"name": "get_weather", "parameters": weather()}});
@@ -157,7 +152,6 @@ async fn tools_that_must_be_called() {
 }
 
 #[tokio::test]
-#[ignore = "needs a server; test_public_clients.py starts one"]
 async fn embeddings() {
     let client = client();
     let request =
@@ -170,7 +164,6 @@ async fn embeddings() {
 }
 
 #[tokio::test]
-#[ignore = "needs a server; test_public_clients.py starts one"]
 async fn responses() {
     let client = client();
     let request = CreateResponseArgs::default()

@@ -1,0 +1,1 @@
+//! Nothing but its tests: `tests/async_openai.rs`.
