@@ -6,8 +6,8 @@ use utoipa::openapi::path::HttpMethod::{Delete, Get, Post, Put};
 use super::draft::{Access, Draft, Op};
 use super::other_routes::LOADING;
 use super::schemas::admin::{
-    Adapter, AdapterPage, AdapterReport, Alias, AliasList, Drained, PinRequest, PutAdapterRequest, PutAliasRequest,
-    Status, ValidateAdapterRequest,
+    Adapter, AdapterPage, AdapterReport, Alias, AliasList, CacheReset, Drained, PinRequest, PutAdapterRequest,
+    PutAliasRequest, ResetCacheRequest, ServerInfo, Status, ValidateAdapterRequest,
 };
 use super::schemas::live::Live;
 use super::{integer, one_of, text};
@@ -35,6 +35,13 @@ pub(super) fn add(draft: &mut Draft<'_>) {
     let says = "No new requests from now on; running ones finish; then the process ends.";
     let op = draft.op(Post, "/admin/v1/drain", "adminDrain").tag(TAG).access(Access::Admin);
     op.says("Stop", says).reply::<Drained>(200, "It drains.").done();
+    let op = draft.op(Post, "/admin/v1/cache/reset", "adminResetCache").tag(TAG).access(Access::Admin);
+    op.says("Forget prompts that were kept", "Running requests go on.")
+        .body::<ResetCacheRequest>(json!({"prefix": true}))
+        .reply::<CacheReset>(200, "What was forgotten.")
+        .done();
+    let op = draft.op(Get, "/server_info", "serverInfo").tag(TAG).access(Access::Admin);
+    op.says("What every flag came to", "Secrets are `***`.").reply::<ServerInfo>(200, "The settings.").done();
 }
 
 impl Op<'_, '_> {

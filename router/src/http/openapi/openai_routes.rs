@@ -43,8 +43,9 @@ pub(super) const GENERATION: &[Cause] = &[
 ];
 
 /// What a reply says of what answered: name and meaning.
-const SOURCE_HEADERS: [(&str, &str); 6] = [
+const SOURCE_HEADERS: [(&str, &str); 7] = [
     ("x-model-id", "The base model."),
+    ("x-ignored-fields", "Fields of the request that nobody reads."),
     ("x-adapter-id", "The adapter that answered; several are joined by commas."),
     ("x-adapter-source", "Where it came from."),
     ("x-adapter-revision", "Commit or entity tag of its files."),

@@ -314,6 +314,31 @@ pub(in crate::http::openapi) struct ShardCounts {
     replayed_requests: u64,
 }
 
+/// What to forget.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct ResetCacheRequest {
+    /// The prompts that were kept.
+    prefix: bool,
+    /// `true` is refused: files of adapters make room by themselves.
+    disk: Option<bool>,
+}
+
+/// What was forgotten.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct CacheReset {
+    prefix: bool,
+    disk: bool,
+}
+
+/// What every flag came to. Secrets are `***`.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct ServerInfo {
+    version: String,
+    served_names: Vec<String>,
+    /// By the names of the flags.
+    settings: serde_json::Map<String, serde_json::Value>,
+}
+
 /// The server drains.
 #[derive(Serialize, ToSchema)]
 pub(in crate::http::openapi) struct Drained {

@@ -200,6 +200,12 @@ pub(in crate::http::openapi) struct DrawingFields {
     /// Nothing else may be generated.
     #[schema(min_items = 1)]
     allowed_token_ids: Option<Vec<TokenId>>,
+    /// Texts that are not generated.
+    #[schema(max_items = 256)]
+    bad_words: Option<Vec<String>>,
+    /// Tokens of one chunk of a stream.
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    stream_interval: Option<u32>,
     /// The same seed, adapter, version and device give the same text, whatever else runs.
     seed: Option<i64>,
     /// Keep the last so many tokens of the prompt; -1 is what fits.
