@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use loramux_proto::{
-    AdapterError, AdapterFindings, AdapterReport, FromShard, Info, Merged, Prepared, Sample, Sampling, SlotGeneration,
-    Step, StepResult, ToShard, from_shard, prepared, to_shard,
+    AdapterError, AdapterFindings, AdapterReport, FromShard, Info, Merged, Pooled, Prepared, Sample, Sampling,
+    SlotGeneration, Step, StepResult, ToShard, from_shard, prepared, to_shard,
 };
 
 use super::*;
@@ -164,6 +164,10 @@ fn fake_step(script: &Script, step: &Step, sequences: &mut HashMap<u64, Vec<u32>
         assert!(script.host.lock().unwrap().contains(&upload.content_id), "upload of what was dropped");
         result.uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
     }
+    for chunk in step.chunks.iter().filter(|chunk| chunk.pool) {
+        let tokens = &sequences[&chunk.seq];
+        result.pooled.push(Pooled { seq: chunk.seq, values: vec![tokens.iter().sum::<u32>() as f32] });
+    }
     for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
         let tokens = sequences.get_mut(&chunk.seq).expect("started");
         assert_eq!((chunk.start + chunk.len) as usize, tokens.len(), "a sample follows the last token there is");
@@ -249,6 +253,7 @@ fn request(first: u32, max_tokens: u32) -> GenerateRequest {
         max_tokens,
         sampling,
         grammar: None,
+        pooling: None,
         adapters: Vec::new(),
         tenant: 0,
         cache_salt: None,

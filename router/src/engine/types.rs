@@ -44,6 +44,8 @@ pub struct GenerateRequest {
     pub sampling: Sampling,
     /// What may be generated; `None` = anything.
     pub grammar: Option<Arc<dyn Grammar>>,
+    /// An embedding of the prompt is wanted, made this way; `max_tokens` is 0 and `n` is 1.
+    pub pooling: Option<Pooling>,
     /// In the order of the request; empty = the base model.
     pub adapters: Vec<AdapterUse>,
     /// Whose request this is: fairness and prefix sharing stop at this border.
@@ -54,6 +56,15 @@ pub struct GenerateRequest {
     pub priority: i32,
     /// Time left, ms; past it the request fails with [`Failure::DeadlineExceeded`].
     pub deadline_ms: Option<u64>,
+}
+
+/// What of a prompt's final hidden states, after the last norm, makes its embedding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The mean over all positions.
+    Mean,
+    /// The last position's.
+    Last,
 }
 
 /// A compiled rule for what may be generated. Each sequence of a request gets a state of its own.
@@ -115,6 +126,11 @@ pub enum GenerateEvent {
         logprob: f32,
         /// Best alternatives, best first, if asked for.
         top: Vec<loramux_proto::TokenLogprob>,
+    },
+    /// The prompt's embedding, not normalised; comes before `Finished`.
+    Embedding {
+        /// One for each hidden dimension.
+        values: Vec<f32>,
     },
     /// The last event of sequence `index`.
     Finished {

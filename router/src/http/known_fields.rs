@@ -40,6 +40,14 @@ const CHAT: &[&str] = &[
     "parallel_tool_calls", "reasoning_effort", "separate_reasoning", "tool_choice", "tools", "top_logprobs", "verbosity",
 ];
 
+/// Those of `/v1/embeddings`.
+#[rustfmt::skip]
+const EMBEDDINGS: &[&str] = &[
+    "adapter_id", "adapter_load_timeout_ms", "adapter_scale", "adapter_source", "adapter_wait", "adapters",
+    "add_special_tokens", "api_token", "cache_salt", "compose", "dimensions", "encoding_format", "input", "metadata",
+    "model", "normalize", "pooling", "priority", "request_id", "stream", "truncate_prompt_tokens", "user",
+];
+
 /// LoRAX's `parameters`.
 #[rustfmt::skip]
 const PARAMETERS: &[&str] = &[
@@ -57,6 +65,8 @@ pub(crate) enum Body {
     Completion,
     /// Of `/v1/chat/completions`.
     Chat,
+    /// Of `/v1/embeddings`.
+    Embeddings,
     /// Of LoRAX's routes.
     Native,
 }
@@ -67,6 +77,7 @@ impl Body {
         match self {
             Self::Completion => GENERATION.contains(&name) || COMPLETIONS.contains(&name),
             Self::Chat => GENERATION.contains(&name) || CHAT.contains(&name),
+            Self::Embeddings => EMBEDDINGS.contains(&name),
             Self::Native => matches!(name, "inputs" | "parameters" | "stream"),
         }
     }

@@ -168,7 +168,7 @@ impl App {
             .route("/v1/responses", post(responses::responses))
             .route("/v1/messages", post(anthropic::messages))
             .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
-            .route("/v1/embeddings", post(service::no_embeddings))
+            .route("/v1/embeddings", post(openai::embeddings::embeddings))
             .route("/v1/load_lora_adapter", post(runtime::load))
             .route("/v1/unload_lora_adapter", post(runtime::unload))
             .route("/load_lora_adapter", post(runtime::sglang_load))
