@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use crate::adapters_cli::args::AdaptersArgs;
-use crate::config::parsers::{ReasoningParserArg, ToolCallParser};
+use crate::config::parsers::{PoolingArg, ReasoningParserArg, ToolCallParser};
 use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
@@ -95,14 +95,23 @@ pub(crate) struct ServeArgs {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
+    /// What is said once at the start about flags without an effect.
+    #[arg(skip)]
+    pub(crate) notices: Vec<String>,
+    /// What every flag came to, secrets covered.
+    #[arg(skip)]
+    pub(crate) settings: serde_json::Value,
 }
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
     /// Base model: a directory, a .gguf file, org/model(@revision), org/repo/file.gguf, or s3://, gs://. Default: the built-in demo model
-    #[arg(long, alias = "model", env = "LORAMUX_MODEL_ID", value_name = "PATH|REF")]
+    #[arg(long, alias = "model", alias = "model-path", env = "LORAMUX_MODEL_ID", value_name = "PATH|REF")]
     pub(crate) model_id: Option<PathBuf>,
+    /// Branch, tag or commit of a base model on the hub; the same as MODEL@REVISION
+    #[arg(long, env = "LORAMUX_REVISION", value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
     /// Names that clients may use for the base model, comma-separated. Default: the last part of --model-id (without .gguf)
     #[arg(long, env = "LORAMUX_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]
     pub(crate) served_model_name: Vec<String>,
@@ -127,15 +136,21 @@ pub(crate) struct ModelArgs {
     /// Longest prompt + completion, tokens. Default: the model's own limit
     #[arg(long, env = "LORAMUX_MAX_MODEL_LEN", alias = "max-total-tokens", alias = "context-length")]
     pub(crate) max_model_len: Option<u32>,
-    /// Chat template (a Jinja file) in place of the model's own
-    #[arg(long, env = "LORAMUX_CHAT_TEMPLATE", value_name = "FILE")]
+    /// Chat template in place of the model's own: a Jinja file, or a tokenizer_config.json that has one
+    #[arg(long, alias = "tokenizer-config-path", env = "LORAMUX_CHAT_TEMPLATE", value_name = "FILE")]
     pub(crate) chat_template: Option<PathBuf>,
+    /// Let requests bring their own `chat_template`. Templates are programs; these run with limits on time, memory and output
+    #[arg(long, env = "LORAMUX_TRUST_REQUEST_CHAT_TEMPLATE", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) trust_request_chat_template: bool,
     /// How the model writes tool calls; auto: as its chat template says
     #[arg(long, env = "LORAMUX_TOOL_CALL_PARSER", value_enum, default_value = "auto", value_name = "FORMAT")]
     pub(crate) tool_call_parser: ToolCallParser,
     /// How thoughts are told from the answer; auto: as the chat template says, think: <think>..</think>
     #[arg(long, env = "LORAMUX_REASONING_PARSER", value_enum, default_value = "auto", value_name = "PARSER")]
     pub(crate) reasoning_parser: ReasoningParserArg,
+    /// What of the final hidden states makes an embedding; auto: as the model's 1_Pooling/config.json says, else last
+    #[arg(long, env = "LORAMUX_POOLING", value_enum, default_value = "auto", value_name = "POOLING")]
+    pub(crate) pooling: PoolingArg,
     /// Sampling defaults of the model's generation_config.json: auto (use them) or none
     #[arg(long, env = "LORAMUX_GENERATION_CONFIG", default_value = "auto", value_name = "auto|none")]
     pub(crate) generation_config: String,
@@ -151,6 +166,9 @@ pub(crate) struct AdapterArgs {
     /// https://..; repeat for more
     #[arg(long, alias = "lora-modules", alias = "lora-paths", env = "LORAMUX_ADAPTER", value_name = "NAME=REF", num_args = 1..)]
     pub(crate) adapter: Vec<String>,
+    /// The adapter that answers under the base model's names; a request may ask for `adapter_id: __base_model__` instead
+    #[arg(long, env = "LORAMUX_ADAPTER_ID", value_name = "NAME|REF")]
+    pub(crate) adapter_id: Option<String>,
     /// The same for adapters that are called as their reference is
     #[arg(long, value_name = "REF", num_args = 1.., hide = true)]
     pub(crate) preloaded_adapter_ids: Vec<String>,
@@ -161,7 +179,7 @@ pub(crate) struct AdapterArgs {
     #[arg(long, env = "LORAMUX_MAX_LORA_RANK", default_value_t = 512)]
     pub(crate) max_lora_rank: u32,
     /// Adapters on the device at once. Default: as many as memory holds. Nothing is reserved for it
-    #[arg(long, env = "LORAMUX_MAX_LORAS")]
+    #[arg(long, alias = "max-active-adapters", alias = "max-loras-per-batch", env = "LORAMUX_MAX_LORAS")]
     pub(crate) max_loras: Option<u32>,
     /// Host memory for adapters that are not on the device, such as 8GiB [default: 8GiB, at most half of what is free]
     #[arg(long, env = "LORAMUX_HOST_ADAPTER_MEMORY", value_parser = parse_bytes)]
@@ -169,6 +187,10 @@ pub(crate) struct AdapterArgs {
     /// How long a request waits for its adapter to load, seconds
     #[arg(long, env = "LORAMUX_ADAPTER_LOAD_TIMEOUT", default_value = "30", value_parser = parse_seconds)]
     pub(crate) adapter_load_timeout: std::time::Duration,
+    /// Use the chat template that an adapter brings (chat_template.jinja, tokenizer_config.json) for chats under it, where its
+    /// files lie in a folder of this machine
+    #[arg(long, env = "LORAMUX_ADAPTER_CHAT_TEMPLATE", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) adapter_chat_template: bool,
     /// Adapters one request may compose
     #[arg(long, env = "LORAMUX_MAX_COMPOSED_ADAPTERS", default_value_t = 4)]
     pub(crate) max_composed_adapters: u32,
@@ -263,6 +285,21 @@ pub(crate) struct NetworkArgs {
     /// A file (TOML) of keys with namespaces, allowed adapters and rates. Read again on SIGHUP
     #[arg(long, env = "LORAMUX_KEYS_FILE", value_name = "FILE")]
     pub(crate) keys_file: Option<PathBuf>,
+    /// Key that `/metrics` asks for; an admin key opens it too. Without one it is open. Repeat for more
+    #[arg(long, env = "LORAMUX_METRICS_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true, value_parser = parse_secret)]
+    pub(crate) metrics_key: Vec<SecretString>,
+    /// Origins whose web pages may read answers, such as https://app.example.com, or `*`; repeat for more
+    #[arg(
+        long,
+        alias = "allowed-origins",
+        env = "LORAMUX_CORS_ALLOW_ORIGIN",
+        value_name = "ORIGIN",
+        value_delimiter = ','
+    )]
+    pub(crate) cors_allow_origin: Vec<String>,
+    /// Refuse requests with a field that this server does not know, instead of naming it in `x-ignored-fields`
+    #[arg(long, env = "LORAMUX_STRICT_FIELDS", default_value = "false", value_parser = boolish(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) strict_fields: bool,
     /// Key of the admin API; opens /admin/v1 on the main port too. Repeat for more
     #[arg(long, env = "LORAMUX_ADMIN_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true, value_parser = parse_secret)]
     pub(crate) admin_key: Vec<SecretString>,
@@ -293,13 +330,32 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "LORAMUX_ARENA_BYTES", value_parser = parse_bytes)]
     pub(crate) arena_bytes: Option<u64>,
     /// Sequences in one batch
-    #[arg(long, alias = "max-batch-size", env = "LORAMUX_MAX_NUM_SEQS", default_value_t = 256)]
+    #[arg(
+        long,
+        alias = "max-batch-size",
+        alias = "max-running-requests",
+        env = "LORAMUX_MAX_NUM_SEQS",
+        default_value_t = 256
+    )]
     pub(crate) max_num_seqs: u32,
     /// Token positions in one step (decodes first, then pieces of prompts)
-    #[arg(long, env = "LORAMUX_MAX_NUM_BATCHED_TOKENS", default_value_t = 2048)]
+    #[arg(
+        long,
+        alias = "max-batch-prefill-tokens",
+        alias = "max-prefill-tokens",
+        env = "LORAMUX_MAX_NUM_BATCHED_TOKENS",
+        default_value_t = 2048
+    )]
     pub(crate) max_num_batched_tokens: u32,
     /// Requests that may wait; more get 429
-    #[arg(long, env = "LORAMUX_MAX_QUEUED_REQUESTS", default_value_t = 1024)]
+    #[arg(
+        long,
+        alias = "max-concurrent-requests",
+        alias = "max-concurrency",
+        alias = "max-queued-reqs",
+        env = "LORAMUX_MAX_QUEUED_REQUESTS",
+        default_value_t = 1024
+    )]
     pub(crate) max_queued_requests: usize,
     /// Prompt tokens that may wait. Default: four times what the arena holds
     #[arg(long, env = "LORAMUX_MAX_QUEUED_TOKENS")]
@@ -329,13 +385,16 @@ pub(crate) struct EngineArgs {
     #[arg(long, env = "LORAMUX_STEP_WATCHDOG", default_value = "30", value_parser = parse_seconds)]
     pub(crate) step_watchdog: std::time::Duration,
     /// Where downloads, registrations and the built-in model are kept; one for each server. Default: ~/.cache/loramux
-    #[arg(long, env = "LORAMUX_DATA_DIR", value_name = "DIR")]
+    #[arg(long, alias = "download-dir", env = "LORAMUX_DATA_DIR", value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Output")]
 pub(crate) struct OutputArgs {
+    /// A file (TOML) with flags as keys, such as `port = 9000`; what is typed or in the environment wins
+    #[arg(long, env = "LORAMUX_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
     /// How log lines look
     #[arg(long, env = "LORAMUX_LOG_FORMAT", value_enum, default_value = "text")]
     pub(crate) log_format: LogFormat,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use loramux_router::adapters::sources::ModelRef;
 use loramux_router::adapters::{AdapterRef, SourceDefaults, SourceKind, SourceSettings};
-use loramux_router::http::KeySpec;
+use loramux_router::http::{CorsOrigin, KeySpec};
 
 pub(crate) use keys::read_keys;
 
@@ -53,6 +53,10 @@ pub(crate) enum ConfigError {
     DirMissing { flag: &'static str, path: String },
     #[error("--{flag}: must be {rule}; got {value}")]
     Range { flag: &'static str, rule: &'static str, value: String },
+    #[error("--served-model-name: must be names of 1..256 characters without blanks; got `{0}`")]
+    ServedName(String),
+    #[error("--chat-template: {path} is JSON without a `chat_template`")]
+    NoChatTemplate { path: String },
     #[error("{name}: {reason}")]
     Variable { name: &'static str, reason: String },
     #[error("--chat-template: cannot read {path}: {error}")]
@@ -86,6 +90,9 @@ pub(crate) struct Config {
     pub(crate) port: u16,
     pub(crate) chat_template: Option<String>,
     pub(crate) use_generation_config: bool,
+    pub(crate) default_adapter: Option<String>,
+    pub(crate) cors_origins: Vec<CorsOrigin>,
+    pub(crate) metrics_keys: Vec<KeySpec>,
     pub(crate) args: ServeArgs,
 }
 
@@ -116,8 +123,19 @@ impl Env {
     }
 
     /// The first of these variables that is set and not empty.
-    fn first(&self, names: &[&str]) -> Option<&str> {
+    pub(crate) fn first(&self, names: &[&str]) -> Option<&str> {
         names.iter().find_map(|name| self.0.get(*name)).map(|value| value.trim()).filter(|value| !value.is_empty())
+    }
+
+    /// True if it is set to nothing.
+    fn is_blank(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|value| value.trim().is_empty())
+    }
+
+    /// For tests.
+    #[cfg(test)]
+    pub(crate) fn of(variables: &[(&str, &str)]) -> Self {
+        Self(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
     }
 
     /// True for 1, true, yes, on, whatever their case.
@@ -156,7 +174,9 @@ impl Config {
     pub(crate) fn resolve(args: ServeArgs, env: &Env) -> Result<Self, ConfigError> {
         check_ranges(&args)?;
         let is_demo = args.model.model_id.is_none();
-        let remote_model = args.model.model_id.as_deref().map(remote_model).transpose()?.flatten();
+        let revision = args.model.revision.as_deref().map(str::trim).filter(|revision| !revision.is_empty());
+        let remote_model =
+            args.model.model_id.as_deref().map(|typed| remote_model(typed, revision)).transpose()?.flatten();
         let (model, demo_adapters) = match (&args.model.model_id, &remote_model) {
             (_, Some(remote)) => (PathBuf::from(remote_name(remote)), Vec::new()),
             (Some(path), None) => (check_model(path, args.model.load_format)?, Vec::new()),
@@ -166,8 +186,9 @@ impl Config {
             Some(remote) => Some(remote_name(remote)),
             None => is_demo.then(|| demo::NAME.to_owned()),
         };
-        let served_names = served_names(&args, &model, default_name);
-        let adapters = adapters::registered(&args.adapters, env, demo_adapters, &served_names)?;
+        let served_names = served_names(&args, &model, default_name)?;
+        let mut adapters = adapters::registered(&args.adapters, env, demo_adapters, &served_names)?;
+        let default_adapter = adapters::default_adapter(&args.adapters, &mut adapters)?;
         let data_dir = args.engine.data_dir.clone().unwrap_or_else(default_data_dir);
         let data_dir = std::path::absolute(&data_dir).unwrap_or(data_dir);
         let adapter_dirs = adapters::directories("adapter-dir", &args.adapters.adapter_dir)?;
@@ -175,10 +196,6 @@ impl Config {
         let keys = read_keys(&args.network, env)?;
         keys::refuse_open_by_file(&args.network, &keys)?;
         let admin = keys::admin_listen(&args.network, &keys)?;
-        let chat_template = args.model.chat_template.as_ref().map(|path| {
-            std::fs::read_to_string(path)
-                .map_err(|error| ConfigError::ChatTemplate { path: path.display().to_string(), error })
-        });
         Ok(Self {
             shard: shard_options(&args, model, served_names[0].clone()),
             remote_model,
@@ -199,11 +216,37 @@ impl Config {
             data_dir,
             host: args.network.host.clone(),
             port: args.network.port,
-            chat_template: chat_template.transpose()?,
+            chat_template: args.model.chat_template.as_deref().map(chat_template).transpose()?,
             use_generation_config: args.model.generation_config != "none",
+            default_adapter,
+            metrics_keys: keys::metrics_keys(&args.network)?,
+            cors_origins: origins(&args.network.cors_allow_origin)?,
             args,
         })
     }
+}
+
+/// A Jinja file, or the `chat_template` of a tokenizer_config.json.
+fn chat_template(path: &Path) -> Result<String, ConfigError> {
+    let shown = || path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::ChatTemplate { path: shown(), error })?;
+    match serde_json::from_str::<serde_json::Value>(&text) {
+        Ok(serde_json::Value::Object(config)) => {
+            let template = config.get("chat_template").and_then(|template| template.as_str());
+            template.map(str::to_owned).ok_or_else(|| ConfigError::NoChatTemplate { path: shown() })
+        }
+        _ => Ok(text),
+    }
+}
+
+/// Typed one by one, or as a JSON list, as another server's flag takes them.
+fn origins(typed: &[String]) -> Result<Vec<CorsOrigin>, ConfigError> {
+    let bare = |text: &String| text.trim_matches(|c: char| c.is_whitespace() || "[]\"'".contains(c)).to_owned();
+    let read = |origin: String| {
+        let range = |rule| ConfigError::Range { flag: "cors-allow-origin", rule, value: origin.clone() };
+        CorsOrigin::parse(&origin).map_err(range)
+    };
+    typed.iter().map(bare).map(read).collect()
 }
 
 fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
@@ -262,8 +305,10 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
 }
 
 /// What is no path of this machine and looks like a reference is one.
-fn remote_model(typed: &Path) -> Result<Option<ModelRef>, ConfigError> {
+fn remote_model(typed: &Path, revision: Option<&str>) -> Result<Option<ModelRef>, ConfigError> {
     let Some(text) = typed.to_str().filter(|_| !typed.exists()) else { return Ok(None) };
+    let with_revision = revision.filter(|_| !text.contains('@')).map(|revision| format!("{text}@{revision}"));
+    let text = with_revision.as_deref().unwrap_or(text);
     let has_scheme = text.contains("://") && !text.starts_with("file://");
     if !has_scheme && (text.starts_with(['/', '.', '~']) || !text.contains('/')) {
         return Ok(None);
@@ -320,22 +365,21 @@ pub(crate) fn default_data_dir() -> PathBuf {
     cache.unwrap_or_else(std::env::temp_dir).join("loramux")
 }
 
-fn served_names(args: &ServeArgs, model: &Path, default_name: Option<String>) -> Vec<String> {
-    let typed: Vec<String> = args
-        .model
-        .served_model_name
-        .iter()
-        .map(|name| name.trim().to_owned())
-        .filter(|name| !name.is_empty())
-        .collect();
+fn served_names(args: &ServeArgs, model: &Path, default_name: Option<String>) -> Result<Vec<String>, ConfigError> {
+    let typed: Vec<String> = args.model.served_model_name.iter().map(|name| name.trim().to_owned()).collect();
+    let is_name =
+        |name: &str| (1..=256).contains(&name.len()) && !name.contains(|c: char| c.is_whitespace() || c.is_control());
+    if let Some(bad) = typed.iter().find(|name| !is_name(name)) {
+        return Err(ConfigError::ServedName(bad.clone()));
+    }
     if !typed.is_empty() {
-        return typed;
+        return Ok(typed);
     }
     if let Some(name) = default_name {
-        return vec![name];
+        return Ok(vec![name]);
     }
     let last = if model.is_file() { model.file_stem() } else { model.file_name() };
-    vec![last.map_or_else(|| "base".to_owned(), |name| name.to_string_lossy().into_owned())]
+    Ok(vec![last.map_or_else(|| "base".to_owned(), |name| name.to_string_lossy().into_owned())])
 }
 
 fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOptions {

@@ -2,23 +2,23 @@
 
 mod adapters_cli;
 mod args;
+mod command_line;
 mod config;
 mod demo;
 mod doctor;
 mod fetch_model;
+mod foreign_flags;
 mod serve;
 mod shard;
 mod terminal;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use args::{Cli, Command, ShardArgs};
+use args::{Command, ShardArgs};
 
 fn main() -> ExitCode {
     config::no_implicit_hub_token();
-    let cli = Cli::parse();
+    let cli = command_line::parse(&config::Env::read());
     let ended = match cli.command {
         None => serve::main(cli.serve).map(|()| ExitCode::SUCCESS),
         Some(Command::Serve(args)) => serve::main(*args).map(|()| ExitCode::SUCCESS),

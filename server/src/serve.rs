@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
-use loramux_router::adapters::Registry;
+use loramux_router::adapters::{AdapterSettings, Registry};
 use loramux_router::engine::{self, EngineError, EngineHandle, EngineOptions, ShardLauncher};
 use loramux_router::http::{self, App, Backend, HttpLimits, RouterConfig};
 use loramux_router::text::{TextFiles, TextModel};
@@ -28,6 +28,9 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     if !args.network.allow_core_dumps {
         keep_memory_private();
         raise_open_files();
+    }
+    for notice in &args.notices {
+        tracing::warn!("{notice}");
     }
     let env = Env::read();
     let mut config = Config::resolve(args, &env)?;
@@ -67,7 +70,7 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
     let registry = {
         let _inside = runtime.enter();
         Registry::open(
-            adapters::settings(&config, &adapters_dir)?,
+            AdapterSettings { tokenizer: Some(text.clone()), ..adapters::settings(&config, &adapters_dir)? },
             Arc::clone(&backend) as Arc<dyn Backend>,
             Some(supply),
         )?
@@ -185,6 +188,7 @@ fn router_config(config: &Config) -> RouterConfig {
         use_generation_config: config.use_generation_config,
         tool_call_parser: args.model.tool_call_parser.format(),
         reasoning_parser: args.model.reasoning_parser.into(),
+        pooling: args.model.pooling.of_model(&config.shard.model),
         keys: config.keys.clone(),
         requires_key: config.args.network.keys_file.is_some(),
         allow_runtime_adapters: config.allow_runtime_adapters,
@@ -204,6 +208,13 @@ fn router_config(config: &Config) -> RouterConfig {
             composed_max: args.adapters.max_composed_adapters as usize,
             ..HttpLimits::default()
         },
+        trust_request_chat_template: args.model.trust_request_chat_template,
+        use_adapter_templates: args.adapters.adapter_chat_template,
+        strict_fields: args.network.strict_fields,
+        cors_origins: config.cors_origins.clone(),
+        metrics_keys: config.metrics_keys.clone(),
+        default_adapter: config.default_adapter.clone(),
+        settings: args.settings.clone(),
         ..RouterConfig::default()
     }
 }

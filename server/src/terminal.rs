@@ -12,7 +12,7 @@ use crate::args::LogFormat;
 
 /// Log lines go to standard error, so that standard output stays free for whoever pipes it.
 pub(crate) fn init_logs(format: LogFormat, level: &str) -> Result<(), String> {
-    let filter = EnvFilter::try_new(level).map_err(|e| {
+    let filter = checked_filter(level).map_err(|e| {
         format!("--log-level {level}: {e}; use error, warn, info, debug, trace, or a filter such as info,loramux_router=debug")
     })?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
@@ -21,6 +21,19 @@ pub(crate) fn init_logs(format: LogFormat, level: &str) -> Result<(), String> {
         LogFormat::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).compact().init(),
     }
     Ok(())
+}
+
+/// A word that is no level would be read as the name of a module, and nothing would be logged.
+fn checked_filter(text: &str) -> Result<EnvFilter, String> {
+    const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
+    let text = text.to_ascii_lowercase().replace("warning", "warn");
+    for part in text.split(',') {
+        let level = part.rsplit_once('=').map_or(part, |(_, level)| level).trim();
+        if !LEVELS.iter().any(|known| level.eq_ignore_ascii_case(known)) {
+            return Err(format!("`{level}` is no level"));
+        }
+    }
+    EnvFilter::try_new(text).map_err(|error| error.to_string())
 }
 
 /// A bar on a terminal, a line now and then in a log.

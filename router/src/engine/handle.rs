@@ -119,6 +119,11 @@ impl EngineHandle {
         let _ = self.inbox.send(Message::Prefetch { content });
     }
 
+    /// Empties the prefix cache: the next prompts are computed from their beginning. Running requests go on.
+    pub fn forget_prefixes(&self) {
+        let _ = self.inbox.send(Message::ForgetPrefixes);
+    }
+
     /// From now on `report` is told of contents that are needed and no directory holds any more. Who needs one waits, within
     /// its deadline, until it is prepared again or [`Self::give_up_adapter`] says that it will not be. Without a report they
     /// fail at once. Only the first call counts.

@@ -101,6 +101,13 @@ impl Engine {
         }
     }
 
+    /// Empties the prefix cache of the shard that runs; a new one has none.
+    pub(super) fn forget_prefixes(&mut self) {
+        if let Some(scheduler) = &mut self.scheduler {
+            scheduler.forget_prefixes();
+        }
+    }
+
     /// A request for it is expected.
     pub(super) fn prefetch(&mut self, content: ContentId) {
         self.contents.touch(&content);

@@ -40,6 +40,7 @@ pub(super) enum Message {
     Pin { content: ContentId, level: Option<PinLevel>, reply: PinReply },
     Forget { content: ContentId, mode: ForgetMode },
     Prefetch { content: ContentId },
+    ForgetPrefixes,
     GiveUp { content: ContentId, reason: String },
     Wake,
     ShutDown,
@@ -259,6 +260,7 @@ impl Engine {
             Message::Forget { content, mode } => self.forget(content, mode),
             Message::Prefetch { content } => self.prefetch(content),
             Message::GiveUp { content, reason } => self.give_up(content, &reason),
+            Message::ForgetPrefixes => self.forget_prefixes(),
             Message::Masked(answer) => self.masked(*answer),
             Message::Wake => {}
             Message::ShutDown => return Ok(false),
@@ -322,7 +324,7 @@ impl Engine {
             GenerateEvent::Token { .. } => self.counters.generation_tokens += 1,
             GenerateEvent::Finished { index, .. } => finished = Some(*index),
             GenerateEvent::Failed(_) => failed = true,
-            GenerateEvent::PromptLogprobs { .. } => {}
+            GenerateEvent::PromptLogprobs { .. } | GenerateEvent::Embedding { .. } => {}
         }
         // A reader that left is cancelled by its own drop.
         let _ = client.events.send(event);

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::bare_error;
 use super::config::HttpLimits;
 
 /// Shared by the connection's reader, its requests and its watchdog.
@@ -104,8 +105,37 @@ impl HttpBody for TrackedBody {
 
 /// A socket that reports when bytes move.
 pub(super) struct TrackedIo<T> {
-    pub(super) io: T,
-    pub(super) activity: Activity,
+    io: T,
+    activity: Activity,
+    /// What is written in the place of a bare refusal, and how many bytes of hyper's it stands for.
+    refusal: Option<(Vec<u8>, usize)>,
+}
+
+impl<T> TrackedIo<T> {
+    pub(super) fn new(io: T, activity: Activity) -> Self {
+        Self { io, activity, refusal: None }
+    }
+}
+
+impl<T: AsyncWrite + Unpin> TrackedIo<T> {
+    /// Writes what stands for `bytes`; `None` if they are written as they are.
+    fn poll_refusal(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Option<Poll<std::io::Result<usize>>> {
+        if self.refusal.is_none() {
+            self.refusal = Some((bare_error::with_body(bytes)?, bytes.len()));
+        }
+        let (left, stands_for) = self.refusal.as_mut()?;
+        while !left.is_empty() {
+            match Pin::new(&mut self.io).poll_write(cx, left) {
+                Poll::Ready(Ok(0)) => return Some(Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()))),
+                Poll::Ready(Ok(written)) => drop(left.drain(..written)),
+                Poll::Ready(Err(error)) => return Some(Poll::Ready(Err(error))),
+                Poll::Pending => return Some(Poll::Pending),
+            }
+        }
+        let written = *stands_for;
+        self.refusal = None;
+        Some(Poll::Ready(Ok(written)))
+    }
 }
 
 impl<T: AsyncRead + Unpin> AsyncRead for TrackedIo<T> {
@@ -121,6 +151,9 @@ impl<T: AsyncRead + Unpin> AsyncRead for TrackedIo<T> {
 
 impl<T: AsyncWrite + Unpin> AsyncWrite for TrackedIo<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+        if let Some(written) = self.poll_refusal(cx, bytes) {
+            return written;
+        }
         let result = Pin::new(&mut self.io).poll_write(cx, bytes);
         if result.is_ready() {
             self.activity.moved(false);
@@ -133,6 +166,11 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for TrackedIo<T> {
         cx: &mut Context<'_>,
         bytes: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
+        if let Some(first) = bytes.iter().find(|part| !part.is_empty())
+            && let Some(written) = self.poll_refusal(cx, first)
+        {
+            return written;
+        }
         let result = Pin::new(&mut self.io).poll_write_vectored(cx, bytes);
         if result.is_ready() {
             self.activity.moved(false);

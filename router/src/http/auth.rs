@@ -30,8 +30,9 @@ const OPEN: &[&str] = &[
     "/health/startup",
     "/startup",
     "/ping",
-    "/metrics",
 ];
+/// Open too, as long as no key is set for it.
+const METRICS: &str = "/metrics";
 /// Routes that load and unload adapters for other servers' clients.
 const RUNTIME: &[&str] =
     &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"];
@@ -41,6 +42,8 @@ const LOOPBACK: &[&str] = &["/v1/load_lora_adapter", "/v1/unload_lora_adapter", 
 const PLAYGROUND: &[&str] = &["/v1/models", "/v1/completions", "/v1/chat/completions"];
 /// Where the admin API begins.
 const ADMIN: &str = "/admin/v1";
+/// What the operator set, shown like the admin API.
+const SERVER_INFO: &str = "/server_info";
 /// Bytes of a caller's own token for an adapter's source.
 const TOKEN_BYTES_MAX: usize = 4096;
 /// A header with such a token.
@@ -71,6 +74,8 @@ pub(crate) struct Metered(pub(crate) Arc<Meter>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
     Open,
+    /// Open unless the operator set a key for it.
+    Metrics,
     Keyed,
     Runtime,
     Admin,
@@ -79,11 +84,15 @@ enum Class {
 impl Class {
     fn of(path: &str, method: &Method) -> Self {
         let generates = path == "/" && method == Method::POST;
-        if OPEN.contains(&path) && !generates {
+        if path == METRICS {
+            Self::Metrics
+        } else if OPEN.contains(&path) && !generates {
             Self::Open
         } else if RUNTIME.contains(&path) {
             Self::Runtime
-        } else if path.strip_prefix(ADMIN).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
+        } else if path == SERVER_INFO
+            || path.strip_prefix(ADMIN).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        {
             Self::Admin
         } else {
             Self::Keyed
@@ -153,6 +162,8 @@ impl Visit<'_> {
     fn caller(&self, class: Class, side: Side) -> Result<Admitted, ApiError> {
         match (class, side) {
             (Class::Open, _) => Ok((Caller::default(), None)),
+            (Class::Metrics, Side::Main) if self.app.metrics_keys.has_keys => self.metrics(),
+            (Class::Metrics, _) => Ok((Caller::default(), None)),
             (Class::Keyed, Side::Admin) if PLAYGROUND.contains(&self.path) => {
                 self.no_other_page()?;
                 self.keyed()
@@ -172,17 +183,28 @@ impl Visit<'_> {
 
     /// The key, or why there is none.
     fn any_key(&self) -> Result<&Key, ApiError> {
-        self.key().ok_or_else(|| {
-            // A request without any key is no guess.
-            let limited = self.peer.filter(|_| self.bearer.is_some()).map(|peer| self.app.wrong_keys.count(peer));
-            match limited {
-                Some(Err(wait)) => {
-                    let message = "too many requests with a wrong API key came from this address";
-                    ApiError::new(Cause::RateLimited, message).after(Some(wait))
-                }
-                _ => ApiError::new(Cause::InvalidApiKey, "a valid API key is required: `Authorization: Bearer <key>`"),
+        self.key().ok_or_else(|| self.no_key())
+    }
+
+    fn no_key(&self) -> ApiError {
+        // A request without any key is no guess.
+        let limited = self.peer.filter(|_| self.bearer.is_some()).map(|peer| self.app.wrong_keys.count(peer));
+        match limited {
+            Some(Err(wait)) => {
+                let message = "too many requests with a wrong API key came from this address";
+                ApiError::new(Cause::RateLimited, message).after(Some(wait))
             }
-        })
+            _ => ApiError::new(Cause::InvalidApiKey, "a valid API key is required: `Authorization: Bearer <key>`"),
+        }
+    }
+
+    /// The key for `/metrics` opens nothing else, so scrapers can hold it.
+    fn metrics(&self) -> Result<Admitted, ApiError> {
+        let is_metrics_key = self.bearer.is_some_and(|typed| self.app.metrics_keys.find(typed).is_some());
+        if is_metrics_key || self.key().is_some_and(|key| key.caller.is_admin) {
+            return Ok((Caller::default(), None));
+        }
+        Err(self.no_key())
     }
 
     fn keyed(&self) -> Result<Admitted, ApiError> {

@@ -33,6 +33,8 @@ pub trait Backend: Send + Sync + 'static {
     fn on_missing(&self, _report: MissingReport) {}
     /// See [`EngineHandle::give_up_adapter`].
     fn give_up_adapter(&self, _content: ContentId, _reason: String) {}
+    /// See [`EngineHandle::forget_prefixes`].
+    fn forget_prefixes(&self) {}
     /// See [`EngineHandle::status`].
     fn status(&self) -> Arc<EngineStatus>;
     /// See [`EngineHandle::begin_drain`].
@@ -86,6 +88,10 @@ impl Backend for EngineHandle {
 
     fn give_up_adapter(&self, content: ContentId, reason: String) {
         Self::give_up_adapter(self, content, reason);
+    }
+
+    fn forget_prefixes(&self) {
+        Self::forget_prefixes(self);
     }
 
     fn status(&self) -> Arc<EngineStatus> {

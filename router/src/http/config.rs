@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::cors::CorsOrigin;
 use super::keys::KeySpec;
+use crate::engine::Pooling;
 use crate::text::ToolFormat;
 
 /// Settings of the HTTP side, as meant.
@@ -25,6 +27,20 @@ pub struct RouterConfig {
     pub trust_loopback_adapters: bool,
     /// `--allow-base-fallback`: a request may ask for the base model's answer while its adapter loads.
     pub allow_base_fallback: bool,
+    /// `--cors-allow-origin`: pages of these origins may read answers.
+    pub cors_origins: Vec<CorsOrigin>,
+    /// `--metrics-key`: `/metrics` needs one of these, or an admin key. None: it is open.
+    pub metrics_keys: Vec<KeySpec>,
+    /// `--adapter-id`: what answers under the base model's names.
+    pub default_adapter: Option<String>,
+    /// What every flag came to, without secrets, for `/server_info`.
+    pub settings: serde_json::Value,
+    /// `--trust-request-chat-template`: requests may bring their own template.
+    pub trust_request_chat_template: bool,
+    /// `--adapter-chat-template`: an adapter's own template is used for chats under it alone.
+    pub use_adapter_templates: bool,
+    /// `--strict-fields`: a field that nobody reads is an error.
+    pub strict_fields: bool,
     /// Locator of the base model, shown as `root`.
     pub model_root: String,
     /// `--max-model-len`: at most this many tokens, prompt and completion.
@@ -35,6 +51,8 @@ pub struct RouterConfig {
     pub tool_call_parser: Option<ToolFormat>,
     /// `--reasoning-parser`: whether the model thinks before it answers.
     pub reasoning_parser: ReasoningParser,
+    /// What makes an embedding unless the request says it.
+    pub pooling: Pooling,
     /// Bounds on connections, bodies and requests.
     pub limits: HttpLimits,
     /// How long a request waits for its adapter.
@@ -56,11 +74,19 @@ impl Default for RouterConfig {
             allow_runtime_adapters: false,
             trust_loopback_adapters: false,
             allow_base_fallback: false,
+            cors_origins: Vec::new(),
+            metrics_keys: Vec::new(),
+            default_adapter: None,
+            settings: serde_json::Value::Object(serde_json::Map::new()),
+            trust_request_chat_template: false,
+            use_adapter_templates: false,
+            strict_fields: false,
             model_root: String::new(),
             max_model_len: None,
             use_generation_config: true,
             tool_call_parser: None,
             reasoning_parser: ReasoningParser::Auto,
+            pooling: Pooling::Last,
             limits: HttpLimits::default(),
             adapter_load_timeout: Duration::from_secs(30),
             request_timeout: None,

@@ -77,6 +77,9 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
     }
     if let Some(leftover) = leftover {
         leftover.settle(&mut response).await;
+        if app.is_draining() {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
     }
     let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
     tracing::debug!(request_id = id, method = %what.0, path = super::error::shown(&what.1), status, ms, "answered");

@@ -210,6 +210,21 @@ impl<'a> Fields<'a> {
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 
+    /// Refuses every field that is not `known`: an operator's typing error is no setting left out.
+    ///
+    /// # Errors
+    /// 400 that names the first one.
+    pub(crate) fn only(&self, known: &[&str]) -> Result<(), ApiError> {
+        match self.map.keys().find(|name| !known.contains(&name.as_str())) {
+            None => Ok(()),
+            Some(name) => {
+                let param = self.param(&super::error::cut(name));
+                let message = format!("`{param}` is no field here; known are {}", known.join(", "));
+                Err(ApiError::at(Cause::UnsupportedParameter, &param, message))
+            }
+        }
+    }
+
     /// The value, unless it is absent or null.
     pub(crate) fn get(&self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())

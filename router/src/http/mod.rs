@@ -6,13 +6,16 @@ mod admin;
 mod anthropic;
 mod auth;
 mod backend;
+mod bare_error;
 mod body;
 mod config;
 mod console;
+mod cors;
 mod envelope;
 mod error;
 mod json;
 mod keys;
+mod known_fields;
 mod leftover;
 mod lorax;
 mod openai;
@@ -39,6 +42,8 @@ use tokio::sync::watch;
 pub use admin::report as adapter_report;
 pub use backend::{Backend, Events};
 pub use config::{HttpLimits, ReasoningParser, RouterConfig};
+pub use cors::CorsOrigin;
+pub(crate) use error::cut;
 pub use error::{ApiError, Cause, Row};
 pub use keys::{KeySpec, KeysError, glob_set, keys_of_lines, keys_of_toml};
 pub use rate::Meter;
@@ -63,6 +68,7 @@ pub struct AppInner {
     pub(crate) registry: Registry,
     pub(crate) metrics: Arc<Metrics>,
     keys: RwLock<Arc<keys::KeyRing>>,
+    metrics_keys: keys::KeyRing,
     pub(crate) wrong_keys: rate::WrongKeys,
     /// Unix seconds.
     pub(crate) started: u64,
@@ -110,6 +116,7 @@ impl App {
         }
         let inner = AppInner {
             keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None).requiring(config.requires_key))),
+            metrics_keys: keys::KeyRing::new(&config.metrics_keys, None),
             wrong_keys: rate::WrongKeys::default(),
             config,
             text,
@@ -135,7 +142,7 @@ impl App {
     /// All routes with their layers, without a listener.
     pub fn router(&self) -> Router {
         let app = self.clone();
-        Router::new()
+        let router = Router::new()
             .route("/", get(console::front).post(lorax::compat))
             .merge(console::routes())
             .route("/generate", post(lorax::generate))
@@ -149,6 +156,7 @@ impl App {
             .route("/startup", get(service::startup))
             .route("/ping", get(service::ready).post(service::ready))
             .route("/metrics", get(service::metrics))
+            .route("/server_info", get(service::server_info))
             .route("/version", get(service::version))
             .route("/load", get(service::load))
             .route("/tokenize", post(tokenize::tokenize))
@@ -160,7 +168,7 @@ impl App {
             .route("/v1/responses", post(responses::responses))
             .route("/v1/messages", post(anthropic::messages))
             .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
-            .route("/v1/embeddings", post(service::no_embeddings))
+            .route("/v1/embeddings", post(openai::embeddings::embeddings))
             .route("/v1/load_lora_adapter", post(runtime::load))
             .route("/v1/unload_lora_adapter", post(runtime::unload))
             .route("/load_lora_adapter", post(runtime::sglang_load))
@@ -170,8 +178,11 @@ impl App {
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Main), auth::authenticate))
-            .layer(from_fn_with_state(app.clone(), envelope::envelope))
-            .with_state(app)
+            .layer(from_fn_with_state(app.clone(), envelope::envelope));
+        match cors::layer(&self.config.cors_origins) {
+            Some(cors) => router.layer(cors).with_state(app),
+            None => router.with_state(app),
+        }
     }
 
     /// The operator's own routes with their layers, for a listener that only the operator reaches.
@@ -188,6 +199,7 @@ impl App {
             .route("/health/live", get(service::live))
             .route("/metrics", get(service::metrics))
             .merge(openapi::routes())
+            .route("/server_info", get(service::server_info))
             .fallback(service::no_route)
             .method_not_allowed_fallback(service::no_method)
             .layer(from_fn_with_state((app.clone(), auth::Side::Admin), auth::authenticate))
@@ -262,6 +274,7 @@ impl App {
             defaults: if self.config.use_generation_config { self.text.defaults() } else { Default::default() },
             adapter_load_timeout: self.config.adapter_load_timeout,
             allow_base_fallback: self.config.allow_base_fallback,
+            trust_request_chat_template: self.config.trust_request_chat_template,
         })
     }
 

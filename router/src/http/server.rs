@@ -32,6 +32,8 @@ const H2_STREAMS_MAX: u32 = 128;
 const H2_RESETS_MAX: usize = 64;
 /// After running requests were told to end, how long their last bytes may take.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// The same for those who connected meanwhile: their answers are ready at once.
+const LATE_WORDS: Duration = Duration::from_millis(200);
 /// Pause after `accept` failed (out of file descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -45,8 +47,8 @@ impl ConnectionAbort {
     }
 }
 
-/// Serves `app` until `shutdown` resolves, then drains: not ready at once, no new connections, running requests go on
-/// up to the drain timeout and then end with an error.
+/// Serves `app` until `shutdown` resolves, then drains: not ready at once, new requests get 503, running ones go on up to
+/// the drain timeout and then end with an error.
 ///
 /// # Errors
 /// The listener's address cannot be read.
@@ -66,8 +68,7 @@ pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output
             () = server.accept(&listener, &graceful) => {}
         }
     }
-    drop(listener);
-    drain(&app, graceful).await;
+    server.drain(&listener, graceful).await;
     Ok(())
 }
 
@@ -89,19 +90,6 @@ pub enum Listener {
     Unix(UnixListener),
 }
 
-async fn drain(app: &App, graceful: GracefulShutdown) {
-    app.begin_drain();
-    let (count, limit) = (graceful.count(), app.config.drain_timeout);
-    tracing::info!(connections = count, "draining for at most {} s", limit.as_secs());
-    let done = graceful.shutdown();
-    tokio::pin!(done);
-    if tokio::time::timeout(limit, &mut done).await.is_err() {
-        tracing::warn!("the drain timeout passed; requests that still run end with an error");
-        app.end_requests();
-        let _ = tokio::time::timeout(LAST_WORDS, done).await;
-    }
-}
-
 struct Server {
     app: App,
     router: axum::Router,
@@ -109,6 +97,34 @@ struct Server {
 }
 
 impl Server {
+    /// Waits for running requests. Who connects meanwhile is told why it is not served, which says more than a refused
+    /// connection.
+    async fn drain(&self, listener: &Listener, graceful: GracefulShutdown) {
+        self.app.begin_drain();
+        let (count, limit) = (graceful.count(), self.app.config.drain_timeout);
+        tracing::info!(connections = count, "draining for at most {} s", limit.as_secs());
+        let late = GracefulShutdown::new();
+        let turn_away = async {
+            loop {
+                self.accept(listener, &late).await;
+            }
+        };
+        let done = async {
+            let done = graceful.shutdown();
+            tokio::pin!(done);
+            if tokio::time::timeout(limit, &mut done).await.is_err() {
+                tracing::warn!("the drain timeout passed; requests that still run end with an error");
+                self.app.end_requests();
+                let _ = tokio::time::timeout(LAST_WORDS, done).await;
+            }
+        };
+        tokio::select! {
+            () = done => {}
+            never = turn_away => never,
+        }
+        let _ = tokio::time::timeout(LATE_WORDS, late.shutdown()).await;
+    }
+
     /// Takes one connection, or waits a little where none can be taken.
     async fn accept(&self, listener: &Listener, graceful: &GracefulShutdown) {
         let failed = match listener {
@@ -150,7 +166,7 @@ impl Server {
             let response = router.clone().oneshot(request.map(Body::new));
             async move { response.await.map(|response| response.map(|body| TrackedBody { body, _running: running })) }
         });
-        let io = TrackedIo { io: stream, activity: activity.clone() };
+        let io = TrackedIo::new(stream, activity.clone());
         let connection = builder(&limits).serve_connection(TokioIo::new(io), service).into_owned();
         let connection = graceful.watch(connection);
         tokio::spawn(async move {

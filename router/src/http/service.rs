@@ -44,6 +44,15 @@ pub(crate) async fn metrics(State(app): State<App>) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
+/// What every flag came to. Secrets are `***`.
+pub(crate) async fn server_info(State(app): State<App>) -> Json<serde_json::Value> {
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "served_names": app.config.served_names,
+        "settings": app.config.settings,
+    }))
+}
+
 /// `{"version": ".."}`.
 pub(crate) async fn version() -> Json<serde_json::Value> {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
@@ -69,9 +78,4 @@ pub(crate) fn unknown_route(path: &str) -> ApiError {
 pub(crate) async fn no_method(method: axum::http::Method, uri: axum::http::Uri) -> ApiError {
     let (method, path) = (super::error::cut(method.as_str()), super::error::cut(uri.path()));
     ApiError::new(Cause::MethodNotAllowed, format!("`{path}` does not answer {method}"))
-}
-
-/// A base model that generates cannot embed.
-pub(crate) async fn no_embeddings() -> ApiError {
-    ApiError::at(Cause::UnsupportedParameter, "model", "this model generates text; it has no embeddings")
 }

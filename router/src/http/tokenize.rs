@@ -40,7 +40,7 @@ pub(crate) async fn tokenize(State(app): State<App>, request: Request<Body>) -> 
     let tokens = match fields.string("prompt")? {
         Some(prompt) => app.text.encode(prompt.to_owned(), add_special.unwrap_or(true)).await?,
         None if fields.get("messages").is_some() => {
-            let chat = chat_prompt(&fields, bounds.context_tokens)?;
+            let chat = chat_prompt(&fields, &bounds)?;
             app.text.encode_chat(chat, add_special.unwrap_or(false)).await?
         }
         None => return Err(ApiError::missing("prompt")),

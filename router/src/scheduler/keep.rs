@@ -116,6 +116,11 @@ impl Scheduler {
         }
     }
 
+    /// Empties the prefix cache. Running sequences keep what they hold.
+    pub fn forget_prefixes(&mut self) {
+        self.pool.forget_prefixes();
+    }
+
     /// Uploads what waiting sequences, then what hints name, into pages that hold nothing.
     pub(super) fn prefetch(&mut self, draft: &mut Draft) {
         if !self.suspects.is_empty() {

@@ -237,6 +237,15 @@ impl PagePool {
         true
     }
 
+    /// Forgets every cached block, and what blocks in use hold is found by nobody any more.
+    pub(super) fn forget_prefixes(&mut self) {
+        while self.forget_oldest_cached() {}
+        self.index.clear();
+        for block in &mut self.blocks {
+            block.key = None;
+        }
+    }
+
     fn forget(&mut self, block: BlockId) {
         let at = block.0 as usize;
         self.cached.remove(&(self.blocks[at].idle_since, block));

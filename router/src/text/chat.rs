@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value as Json;
 use sha2::{Digest, Sha256};
 
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, SharedTemplate, TemplateChoice, Trust};
 use super::tools::{self, Thought, ToolFormat};
 use super::{ChatPrompt, Function, Inner, TextError, TextModel, member};
 use super::{THINK_END, THINK_START};
@@ -39,9 +39,18 @@ impl TextModel {
     /// # Errors
     /// As [`Self::encode_chat`].
     pub async fn prepare_chat(&self, mut chat: ChatPrompt, add_special: bool) -> Result<PreparedChat, TextError> {
-        let template = if chat.tools.is_empty() { None } else { self.inner.tool_template.clone() };
-        let template = template.or_else(|| self.inner.template.clone()).ok_or(TextError::NoTemplate)?;
-        self.on_worker(move |inner| {
+        let (workers, template) = match std::mem::take(&mut chat.template) {
+            TemplateChoice::Base => {
+                (&self.inner.workers, Ok(self.inner.template_for(&chat).ok_or(TextError::NoTemplate)?))
+            }
+            TemplateChoice::Compiled(template) => (&self.inner.strangers, Ok(template)),
+            TemplateChoice::Source(source) => (&self.inner.strangers, Err(source)),
+        };
+        self.on_worker_of(workers, move |inner| {
+            let template = match template {
+                Ok(template) => template,
+                Err(source) => Arc::new(ChatTemplate::new(&source, inner.special.clone(), Trust::Stranger)?),
+            };
             let format = chat.tool_format.unwrap_or(template.tool_format());
             let mark = inner.guard_specials(&mut chat);
             adapt(&mut chat, &template, format);
@@ -113,6 +122,12 @@ fn shorten_ids(message: &mut Json) {
 }
 
 impl Inner {
+    /// The model's own.
+    fn template_for(&self, chat: &ChatPrompt) -> Option<SharedTemplate> {
+        let for_tools = self.tool_template.as_ref().filter(|_| !chat.tools.is_empty());
+        for_tools.or(self.template.as_ref()).cloned()
+    }
+
     fn special_id(&self, text: &str) -> Option<u32> {
         self.tokenizer.token_to_id(text).filter(|&id| self.table.is_special(id))
     }

@@ -1,6 +1,8 @@
 //! Text on both sides of the model: tokenizer, chat template, detokenizer, stop strings.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod adapter;
+mod bad_words;
 mod chat;
 mod detokenizer;
 pub mod grammar;
@@ -8,12 +10,16 @@ mod growth;
 mod python;
 mod reasoning;
 mod stop;
+mod stranger;
 mod strftime;
 mod template;
+#[cfg(test)]
+mod template_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod thought;
 mod tools;
 
 use std::collections::BTreeSet;
@@ -26,7 +32,7 @@ use tokio::sync::Semaphore;
 pub use chat::PreparedChat;
 pub use detokenizer::Detokenizer;
 pub use stop::{StopMatcher, StopOutcome};
-pub use template::{ChatPrompt, ChatTemplate, TemplateError};
+pub use template::{ChatPrompt, ChatTemplate, SharedTemplate, TemplateChoice, TemplateError};
 
 pub(crate) use reasoning::{ReasoningDelta, ReasoningReader};
 use reasoning::{THINK_END, THINK_START};
@@ -34,7 +40,7 @@ pub use tools::ToolFormat;
 pub(crate) use tools::{Function, Thought, ToolDelta, ToolReader};
 
 use detokenizer::TokenTable;
-use template::{SharedTemplate, SpecialTokens};
+use template::{SpecialTokens, Trust};
 
 /// The files of a model directory that concern text, as read.
 #[derive(Clone, Debug, Default)]
@@ -112,19 +118,34 @@ pub struct TextModel {
     inner: Arc<Inner>,
 }
 
+impl std::fmt::Debug for TextModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TextModel").field("len_tokens", &self.len_tokens()).finish_non_exhaustive()
+    }
+}
+
 struct Inner {
     tokenizer: Arc<Tokenizer>,
     table: Arc<TokenTable>,
     template: Option<SharedTemplate>,
     /// The one for chats with tools, where the model has two.
     tool_template: Option<SharedTemplate>,
+    adapter_templates: adapter::Templates,
+    /// As templates know them.
+    special: SpecialTokens,
     end_tokens: Vec<u32>,
     special_texts: Vec<String>,
     defaults: GenerationDefaults,
     /// Bounds how many threads of the blocking pool text processing takes.
     workers: Arc<Semaphore>,
+    /// The same for templates that are not the operator's.
+    strangers: Arc<Semaphore>,
     grammars: grammar::GrammarStore,
 }
+
+/// Templates of adapters and requests that run at the same time. One of them may keep a thread busy for seconds, and then
+/// it is in the way of its like alone.
+const STRANGERS_MAX: usize = 2;
 
 impl TextModel {
     /// Parses the files of a model directory.
@@ -148,7 +169,7 @@ impl TextModel {
         end_tokens.extend(ids(member(&generation, "eos_token_id")));
         end_tokens.extend(tokens.eos.as_deref().and_then(|token| tokenizer.token_to_id(token)));
         let own = files.chat_template.is_none();
-        let compile = |source: String| ChatTemplate::new(&source, tokens.clone()).map(Arc::new);
+        let compile = |source: String| ChatTemplate::new(&source, tokens.clone(), Trust::Operator).map(Arc::new);
         let tool_template = named_template(&config, "tool_use").filter(|_| own).map(compile).transpose()?;
         let source = files.chat_template.or_else(|| template_of(&config));
         let template = source.map(compile).transpose()?;
@@ -160,9 +181,12 @@ impl TextModel {
             tokenizer,
             template,
             tool_template,
+            adapter_templates: Default::default(),
+            special: tokens,
             end_tokens: end_tokens.into_iter().collect(),
             special_texts,
             defaults: generation_defaults(&generation),
+            strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
             workers: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()).max(2))),
             grammars: grammar::GrammarStore::default(),
         };
@@ -256,7 +280,15 @@ impl TextModel {
         &self,
         work: impl FnOnce(&Inner) -> Result<T, TextError> + Send + 'static,
     ) -> Result<T, TextError> {
-        let permit = Arc::clone(&self.inner.workers).acquire_owned().await.map_err(|_| TextError::Panicked)?;
+        self.on_worker_of(&self.inner.workers, work).await
+    }
+
+    async fn on_worker_of<T: Send + 'static>(
+        &self,
+        workers: &Arc<Semaphore>,
+        work: impl FnOnce(&Inner) -> Result<T, TextError> + Send + 'static,
+    ) -> Result<T, TextError> {
+        let permit = Arc::clone(workers).acquire_owned().await.map_err(|_| TextError::Panicked)?;
         let inner = Arc::clone(&self.inner);
         let run = move || {
             let _permit = permit; // with the thread, not with the caller: one that leaves does not free the thread

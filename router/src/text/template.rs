@@ -1,5 +1,6 @@
 //! Chat templates: Jinja as Hugging Face runs it, with bounds on time, instructions and output.
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use serde::Serialize;
 use serde_json::Value as Json;
 
 use super::tools::ToolFormat;
-use super::{THINK_START, growth, member, python};
+use super::{THINK_START, growth, member, python, stranger};
 
 /// Instructions one rendering may execute: about 4096 messages of a long template.
 const FUEL: u64 = 2_000_000;
@@ -48,6 +49,27 @@ pub(crate) struct SpecialTokens {
     pub(crate) pad: Option<String>,
 }
 
+/// Whose program a template is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trust {
+    /// The base model's, or the operator's own.
+    Operator,
+    /// A request's or an adapter's.
+    Stranger,
+}
+
+/// Which template a chat is rendered with.
+#[derive(Clone, Debug, Default)]
+pub enum TemplateChoice {
+    /// The base model's.
+    #[default]
+    Base,
+    /// This one, compiled for this chat alone.
+    Source(String),
+    /// This one.
+    Compiled(SharedTemplate),
+}
+
 /// A compiled chat template.
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -57,6 +79,13 @@ pub struct ChatTemplate {
     knows_calls: bool,
     tool_format: ToolFormat,
     thinks: bool,
+    trust: Trust,
+}
+
+impl std::fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChatTemplate").field("trust", &self.trust).finish_non_exhaustive()
+    }
 }
 
 /// One chat to render.
@@ -76,6 +105,8 @@ pub struct ChatPrompt {
     pub continue_final_message: bool,
     /// Extra variables. They cannot replace the ones above.
     pub kwargs: serde_json::Map<String, Json>,
+    /// What turns it into text.
+    pub template: TemplateChoice,
     /// Output longer than this is refused.
     pub output_bytes_max: usize,
 }
@@ -85,7 +116,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TemplateError::Failed`] if it is no Jinja, too long, or can grow a value without bound.
-    pub(crate) fn new(source: &str, tokens: SpecialTokens) -> Result<Self, TemplateError> {
+    pub(crate) fn new(source: &str, tokens: SpecialTokens, trust: Trust) -> Result<Self, TemplateError> {
         if source.len() > SOURCE_BYTES_MAX {
             return Err(TemplateError::Failed(format!(
                 "{} bytes; at most {SOURCE_BYTES_MAX} are accepted",
@@ -93,7 +124,7 @@ impl ChatTemplate {
             )));
         }
         let source = without_generation_tags(source);
-        growth::check(&source).map_err(TemplateError::Failed)?;
+        growth::check(&source, trust).map_err(TemplateError::Failed)?;
         let knows_developer = source.contains("developer");
         let (knows_tools, knows_calls) = (source.contains("tools"), source.contains("tool"));
         let (tool_format, thinks) = (ToolFormat::of_template(&source), source.contains(THINK_START));
@@ -105,13 +136,17 @@ impl ChatTemplate {
         environment.set_recursion_limit(64);
         environment.set_unknown_method_callback(python::method);
         environment.set_formatter(python_formatter);
+        if trust == Trust::Stranger {
+            stranger::restrict(&mut environment);
+        }
+        environment.add_test("iterable", is_iterable);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
         });
         environment.add_function("strftime_now", |format: &str| super::strftime::now(format));
         environment.add_template_owned("chat", source).map_err(failed)?;
-        Ok(Self { environment, tokens, knows_developer, knows_tools, knows_calls, tool_format, thinks })
+        Ok(Self { environment, tokens, knows_developer, knows_tools, knows_calls, tool_format, thinks, trust })
     }
 
     /// Renders `chat`. May take a quarter of a second: call it on a thread that may block.
@@ -119,7 +154,14 @@ impl ChatTemplate {
     /// # Errors
     /// See [`TemplateError`]; all are the request's fault (400).
     pub fn render(&self, chat: &ChatPrompt) -> Result<String, TemplateError> {
-        let template = self.environment.get_template("chat").map_err(failed)?;
+        if self.trust == Trust::Stranger && bytes_of(chat) > chat.output_bytes_max {
+            return Err(TemplateError::Limit("input")); // each of its instructions may copy all of it
+        }
+        let mut environment = Cow::Borrowed(&self.environment);
+        if self.trust == Trust::Stranger {
+            environment.to_mut().set_fuel(Some(stranger::fuel(chat)));
+        }
+        let template = environment.get_template("chat").map_err(failed)?;
         let mut sink = Sink {
             text: Vec::new(),
             bytes_max: chat.output_bytes_max,
@@ -247,6 +289,25 @@ fn python_formatter(out: &mut Output, state: &mut State, value: &Value) -> Resul
     out.write_str(text).map_err(Error::from)
 }
 
+/// As in Python: nothing (`none`) cannot be walked over, a name that nobody set can.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && (value.is_undefined() || value.try_iter().is_ok())
+}
+
+/// Counts bytes down, and stops at none: a list that holds another one many times is small only until it is written.
+struct Bounded(usize);
+
+impl Write for Bounded {
+    fn write(&mut self, piece: &[u8]) -> std::io::Result<usize> {
+        self.0 = self.0.checked_sub(piece.len()).ok_or_else(|| std::io::Error::other("a value is too long"))?;
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// `json.dumps(value, ensure_ascii=False)` with Python's spacing.
 fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get::<Option<usize>>("indent")?;
@@ -255,6 +316,7 @@ fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let separators: Option<Vec<String>> = options.get("separators")?;
     options.assert_all_used()?;
     let bad = |e: serde_json::Error| Error::new(ErrorKind::InvalidOperation, format!("tojson: {e}"));
+    serde_json::to_writer(Bounded(VALUE_BYTES_MAX), value).map_err(bad)?;
     let mut json = serde_json::to_value(value).map_err(bad)?;
     if sort {
         json.sort_all_objects();
@@ -384,5 +446,11 @@ fn cut_after_last_message(mut text: String, chat: &ChatPrompt) -> Result<String,
     Ok(text)
 }
 
+/// Bytes that a template may read.
+fn bytes_of(chat: &ChatPrompt) -> usize {
+    let messages = chat.messages.iter().map(|message| message.to_string().len()).sum::<usize>();
+    messages + chat.kwargs.values().map(|value| value.to_string().len()).sum::<usize>()
+}
+
 /// A template shared by requests.
-pub(crate) type SharedTemplate = Arc<ChatTemplate>;
+pub type SharedTemplate = Arc<ChatTemplate>;

@@ -132,7 +132,7 @@ async fn a_message_cannot_spell_a_special_token() {
 
 fn render(template: &str, prompt: &ChatPrompt) -> Result<String, TemplateError> {
     let tokens = SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), ..SpecialTokens::default() };
-    ChatTemplate::new(template, tokens)?.render(prompt)
+    ChatTemplate::new(template, tokens, Trust::Operator)?.render(prompt)
 }
 
 #[test]

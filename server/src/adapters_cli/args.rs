@@ -155,7 +155,8 @@ pub(crate) struct LoadArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct AliasArgs {
-    /// The alias
+    /// The alias. Without: list all
+    #[arg(default_value = "", hide_default_value = true)]
     pub(crate) name: String,
     /// What it stands for: ADAPTER or ADAPTER=WEIGHT. Without: show it
     #[arg(value_name = "ADAPTER[=WEIGHT]")]

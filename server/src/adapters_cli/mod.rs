@@ -165,6 +165,13 @@ async fn load(client: &Client, asked: &LoadArgs) -> Result<Shown, CallError> {
 }
 
 async fn alias(client: &Client, asked: &AliasArgs) -> Result<Shown, CallError> {
+    if asked.name.is_empty() {
+        if asked.delete || asked.rollback {
+            return Err(CallError::Typed("name the alias that is meant".into()));
+        }
+        let value = client.call(Method::GET, &["aliases"], &[], None).await?;
+        return Ok(Shown { value, page: table::aliases });
+    }
     let (path, query) = (["aliases", asked.name.as_str()], of(&asked.namespace));
     let value = if asked.delete {
         let expected = asked.expected_version.map(|version| version.to_string());

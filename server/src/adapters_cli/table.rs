@@ -89,6 +89,19 @@ pub(super) fn alias(alias: &Value) -> String {
     page
 }
 
+/// All aliases, one below the other.
+pub(super) fn aliases(list: &Value) -> String {
+    let aliases = list["data"].as_array().cloned().unwrap_or_default();
+    if aliases.is_empty() {
+        return "no aliases\n".into();
+    }
+    let one = |entry: &Value| match text(entry, "namespace") {
+        "" | "-" => alias(entry),
+        namespace => format!("{namespace}: {}", alias(entry)),
+    };
+    aliases.iter().map(one).collect()
+}
+
 /// `8`, `8-16`, or nothing where they are unknown.
 fn ranks(of: &Value) -> String {
     match (of[0].as_u64(), of[1].as_u64()) {

@@ -63,6 +63,28 @@ pub(super) fn registered(
     Ok(all)
 }
 
+/// The name of `--adapter-id`, which is registered under its own reference if it is no name yet.
+pub(super) fn default_adapter(
+    args: &AdapterArgs,
+    adapters: &mut Vec<(String, AdapterRef)>,
+) -> Result<Option<String>, ConfigError> {
+    let Some(id) = args.adapter_id.as_deref().map(str::trim).filter(|id| !id.is_empty()) else { return Ok(None) };
+    if adapters.iter().any(|(name, _)| name == id) {
+        return Ok(Some(id.to_owned()));
+    }
+    let reference = reference(id, id)?;
+    // A name may hold less than a reference does.
+    let name = if is_valid_name(id) { id.to_owned() } else { DEFAULT_ADAPTER.to_owned() };
+    if adapters.iter().any(|(other, _)| *other == name) {
+        return Err(ConfigError::AdapterTwice(name));
+    }
+    adapters.push((name.clone(), reference));
+    Ok(Some(name))
+}
+
+/// How the adapter of `--adapter-id` is called where its reference cannot be a name.
+const DEFAULT_ADAPTER: &str = "default-adapter";
+
 /// `NAME=REF[,NAME=REF..]`, or a JSON object or list of objects.
 fn parts(text: &str) -> Result<Vec<(String, String)>, ConfigError> {
     let text = text.trim();

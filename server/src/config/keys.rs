@@ -13,6 +13,10 @@ use crate::args::NetworkArgs;
 pub(crate) fn read_keys(args: &NetworkArgs, env: &Env) -> Result<Vec<KeySpec>, ConfigError> {
     let mut typed = args.api_key.clone();
     if typed.is_empty() {
+        if env.is_blank("VLLM_API_KEY") {
+            let reason = "it is set and empty, and without a key the server would be open; unset it, or set a key";
+            return Err(ConfigError::Variable { name: "VLLM_API_KEY", reason: reason.to_owned() });
+        }
         typed.extend(env.first(&["VLLM_API_KEY"]).map(SecretString::from));
     }
     if let Some(path) = &args.api_key_file {
@@ -41,6 +45,11 @@ pub(crate) fn read_keys(args: &NetworkArgs, env: &Env) -> Result<Vec<KeySpec>, C
         keys.push(admin);
     }
     Ok(keys)
+}
+
+/// Keys that open `/metrics` and nothing else.
+pub(super) fn metrics_keys(args: &NetworkArgs) -> Result<Vec<KeySpec>, ConfigError> {
+    args.metrics_key.iter().map(|key| checked("metrics-key", key).map(KeySpec::plain)).collect()
 }
 
 /// At the start: whoever gives a file of keys does not mean an open server. A later reload may take every key away, and then

@@ -95,6 +95,7 @@ pub(super) fn settings(config: &Config, dir: &Path) -> anyhow::Result<AdapterSet
         share_hub_token: config.share_hub_token,
         data_dir: Some(dir.to_owned()),
         loads_max: args.adapter_loads,
+        tokenizer: None,
         time_scale: args.test_time_scale,
     })
 }

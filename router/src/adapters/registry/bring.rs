@@ -65,6 +65,12 @@ impl Contents {
         let shared = &self.shared;
         let began = shared.clock.now();
         stage.set(AdapterState::Preparing);
+        if let Some(tokenizer) = &shared.tokenizer {
+            let checked = tokenizer.check_added_tokens(files.dir.clone()).await;
+            let broken =
+                |_| failure("adapter_load_failed", "service unavailable: its text files cannot be read".into());
+            checked.map_err(broken)?.map_err(|why| failure("adapter_unsupported", why))?;
+        }
         let _permit = shared.prepares.acquire().await;
         for _ in 0..3 {
             let asked_at = shared.holds.moment();

@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::holds::Holds;
 use super::merged_dir::MergedDirs;
-use super::settings::{Files, FilesHere};
+use super::settings::{AdapterSettings, Files, FilesHere};
 use super::stage::Stage;
 use super::table::{Asker, Attempt, Content, Lease, Ready, Table};
 use super::{AdapterState, failure};
@@ -18,6 +18,7 @@ use crate::adapters::{Credential, Origin, Resolved, SourceKind, Tenant};
 use crate::engine::{AdapterFailure, ContentId, MergeAsk, PreparedAdapter, Tier};
 use crate::http::Backend;
 use crate::metrics::LoadTimes;
+use crate::text::TextModel;
 
 /// How long "not there" and other failures of a moment answer for the next requests.
 const FAILURE_KEPT: Duration = Duration::from_secs(5);
@@ -129,6 +130,8 @@ pub(super) struct Shared {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) holds: Arc<Holds>,
     pub(super) prepares: Semaphore,
+    /// What the tokens that an adapter adds are compared with.
+    pub(super) tokenizer: Option<TextModel>,
     pub(super) times: LoadTimes,
     table: Mutex<Table>,
 }
@@ -145,9 +148,9 @@ impl Contents {
         files: Option<Arc<dyn Files>>,
         merges: Arc<MergedDirs>,
         clock: Arc<dyn Clock>,
-        prepares_max: usize,
+        settings: &AdapterSettings,
     ) -> Self {
-        let (holds, prepares) = (Holds::new(Arc::clone(&engine)), Semaphore::new(prepares_max.max(1)));
+        let (holds, prepares) = (Holds::new(Arc::clone(&engine)), Semaphore::new(settings.loads_max.max(1)));
         Self {
             shared: Arc::new(Shared {
                 engine,
@@ -156,6 +159,7 @@ impl Contents {
                 clock,
                 holds,
                 prepares,
+                tokenizer: settings.tokenizer.clone(),
                 times: LoadTimes::default(),
                 table: Mutex::default(),
             }),

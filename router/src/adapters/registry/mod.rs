@@ -141,7 +141,7 @@ impl Registry {
         };
         let files = supply.as_ref().map(|supply| Arc::clone(&supply.files));
         let merges = MergedDirs::new(files.as_ref().and_then(|files| files.disk_bytes_max()));
-        let contents = Contents::new(Arc::clone(&engine), files, merges, Arc::clone(&clock), settings.loads_max);
+        let contents = Contents::new(Arc::clone(&engine), files, merges, Arc::clone(&clock), &settings);
         let prefixes =
             settings.source_prefixes.iter().map(|prefix| format!("{}/", prefix.trim_end_matches('/'))).collect();
         let merged = match &settings.data_dir {

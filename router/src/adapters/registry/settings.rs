@@ -12,6 +12,7 @@ use crate::adapters::{
     StoreStatus, Stored, Tenant,
 };
 use crate::engine::ContentId;
+use crate::text::TextModel;
 
 /// What the operator set.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct AdapterSettings {
     pub data_dir: Option<PathBuf>,
     /// Adapters that are loaded at the same time.
     pub loads_max: usize,
+    /// What the tokens that an adapter adds are compared with; `None`: they are not looked at.
+    pub tokenizer: Option<TextModel>,
     /// 1; less in tests: the registry's clock runs that much faster, deadlines of requests included.
     pub time_scale: f64,
 }
@@ -55,6 +58,7 @@ impl Default for AdapterSettings {
             share_hub_token: false,
             data_dir: None,
             loads_max: 8,
+            tokenizer: None,
             time_scale: 1.0,
         }
     }

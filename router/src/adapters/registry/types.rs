@@ -1,14 +1,15 @@
 //! What the registry is asked and what it answers. Plain data.
 
 use std::any::Any;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use secrecy::SecretString;
 use serde::{Deserialize, Serialize};
 
-use super::contents::Wanted;
-use crate::adapters::{AdapterRef, Credential, SourceKind};
+use super::contents::{From, Wanted};
+use crate::adapters::{AdapterRef, Credential, Origin, SourceKind};
 use crate::engine::{ForgetMode, MajoritySign, MergeStrategy, PreparedAdapter};
 
 /// How long a request waits for an adapter that is not prepared.
@@ -61,6 +62,19 @@ pub struct ResolvedAdapter {
     pub(super) hold: Hold,
     /// How to load it again.
     pub(super) wanted: Arc<Wanted>,
+}
+
+impl ResolvedAdapter {
+    /// The exact files it was read from, and the folder of this machine where they lie; `None` for what was downloaded.
+    pub fn local_files(&self) -> Option<(&str, &Path)> {
+        match &self.wanted.from {
+            From::Source(resolved) => match &resolved.origin {
+                Origin::Directory(dir) => Some((&self.wanted.identity, dir)),
+                Origin::Remote(_) => None,
+            },
+            From::Merge(_) => None,
+        }
+    }
 }
 
 /// Keeps something alive without saying what.

@@ -50,6 +50,13 @@ impl Sources {
                 reference.locator
             );
         }
+        let has_token = !matches!(credential, Credential::Anonymous) && self.hub.token(credential).is_some();
+        if has_token
+            && let Ok(Some(_)) = self.hub.head(&reference.locator, "main", config, &Credential::Anonymous).await
+        {
+            let whose = if matches!(credential, Credential::Server) { "the server's HF_TOKEN" } else { "this token" };
+            return format!("{reference} is public, but the hub refuses {whose}: it is wrong or has expired");
+        }
         let who = match credential {
             Credential::Anonymous => "it is not public",
             Credential::Server if self.hub.token(credential).is_none() => {

@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{Request, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::query::Asked;
 use super::{credential, reference, report};
 use crate::adapters::{
     AdapterState, AdapterView, ListFilter, LoadAsk, RankBy, RankedFilter, UnloadAsk, Wait, is_valid_name,
@@ -30,6 +31,7 @@ const SCALE_MAX: f64 = 8.0;
 
 /// Query parameters of `GET /admin/v1/adapters`, as sent.
 #[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct ListQuery {
     state: Option<String>,
     prefix: Option<String>,
@@ -42,7 +44,7 @@ pub(super) struct ListQuery {
 }
 
 /// One page: by name after another one, or as people look for it (`contains`, `sort`, `offset`).
-pub(super) async fn list(State(app): State<App>, Query(query): Query<ListQuery>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn list(State(app): State<App>, Asked(query): Asked<ListQuery>) -> Result<Json<Value>, ApiError> {
     let state = match query.state.as_deref().filter(|state| !state.is_empty()) {
         None => None,
         Some(name) => Some(AdapterState::parse(name).ok_or_else(|| {
@@ -102,6 +104,7 @@ fn order(text: &str) -> Result<(RankBy, bool), ApiError> {
 
 /// Whose name is meant.
 #[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Which {
     namespace: Option<String>,
 }
@@ -137,7 +140,7 @@ pub(super) fn refused(name: &str, failure: &AdapterFailure) -> ApiError {
 pub(super) async fn one(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(which): Query<Which>,
+    Asked(which): Asked<Which>,
 ) -> Result<Json<AdapterView>, ApiError> {
     let namespace = which.namespace()?;
     app.registry.get(&namespace, &name).map(Json).ok_or_else(|| unknown("adapter", &namespace, &name))
@@ -162,6 +165,7 @@ pub(super) fn refused_in(kind: &str, namespace: &str, name: &str, failure: &Adap
 
 /// Query parameters of a load.
 #[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct PutQuery {
     wait: Option<String>,
 }
@@ -170,12 +174,13 @@ pub(super) struct PutQuery {
 pub(super) async fn put(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(query): Query<PutQuery>,
+    Asked(query): Asked<PutQuery>,
     Extension(token): Extension<UpstreamToken>,
     request: Request<Body>,
 ) -> Result<Response, ApiError> {
     let (_, body) = json_object(request, &app.config.limits).await?;
     let fields = Fields::new(&body);
+    fields.only(&["ref", "revision", "scale", "pinned", "namespace", "if_content_id", "if_generation"])?;
     check_name(&name)?;
     let text = fields.string("ref")?.ok_or_else(|| ApiError::missing("ref"))?;
     let wait = query.wait.as_deref().map(parse_wait).transpose()?.unwrap_or(app.config.adapter_load_timeout);
@@ -238,6 +243,7 @@ pub(super) async fn validate(
 ) -> Result<Json<Value>, ApiError> {
     let (_, body) = json_object(request, &app.config.limits).await?;
     let fields = Fields::new(&body);
+    fields.only(&["ref", "revision", "self_test"])?;
     let text = fields.string("ref")?.ok_or_else(|| ApiError::missing("ref"))?;
     let asked = reference("ref", text, fields.string("revision")?)?;
     if fields.boolean("self_test")? == Some(true) {
@@ -252,11 +258,13 @@ pub(super) async fn validate(
 pub(super) async fn pin(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(which): Query<Which>,
+    Asked(which): Asked<Which>,
     request: Request<Body>,
 ) -> Result<Json<AdapterView>, ApiError> {
     let (_, body) = json_object(request, &app.config.limits).await?;
-    let level = match Fields::new(&body).string("residency")? {
+    let fields = Fields::new(&body);
+    fields.only(&["residency"])?;
+    let level = match fields.string("residency")? {
         Some("device") => PinLevel::Device,
         Some("host") => PinLevel::Host,
         Some(other) => return Err(ApiError::invalid("residency", "device or host", other)),
@@ -269,7 +277,7 @@ pub(super) async fn pin(
 pub(super) async fn unpin(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(which): Query<Which>,
+    Asked(which): Asked<Which>,
 ) -> Result<Json<AdapterView>, ApiError> {
     set_pin(&app, &name, which, None).await
 }
@@ -282,6 +290,7 @@ async fn set_pin(app: &App, name: &str, which: Which, level: Option<PinLevel>) -
 
 /// Query parameters of an unload.
 #[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct DeleteQuery {
     namespace: Option<String>,
     mode: Option<String>,
@@ -292,7 +301,7 @@ pub(super) struct DeleteQuery {
 pub(super) async fn delete(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(query): Query<DeleteQuery>,
+    Asked(query): Asked<DeleteQuery>,
 ) -> Result<Json<AdapterView>, ApiError> {
     let mode = match query.mode.as_deref() {
         None | Some("drain") => ForgetMode::Drain,

@@ -2,12 +2,13 @@
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::Request;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::adapters::{Which, checked_namespace, refused, refused_in, unknown};
+use super::query::Asked;
 use crate::adapters::{AliasAsk, AliasView, StickyBy, Weighted};
 use crate::http::App;
 use crate::http::body::json_object;
@@ -27,7 +28,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<Value> {
 pub(super) async fn one(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(which): Query<Which>,
+    Asked(which): Asked<Which>,
 ) -> Result<Json<AliasView>, ApiError> {
     let namespace = which.namespace()?;
     app.registry.alias(&namespace, &name).map(Json).ok_or_else(|| unknown("alias", &namespace, &name))
@@ -37,11 +38,12 @@ pub(super) async fn one(
 pub(super) async fn put(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(which): Query<Which>,
+    Asked(which): Asked<Which>,
     request: Request<Body>,
 ) -> Result<Json<AliasView>, ApiError> {
     let (_, body) = json_object(request, &app.config.limits).await?;
     let fields = Fields::new(&body);
+    fields.only(&["versions", "sticky_by", "expected_version"])?;
     let listed = fields.array("versions")?.ok_or_else(|| ApiError::missing("versions"))?;
     if !(1..=VERSIONS_MAX).contains(&listed.len()) {
         let given = format!("{} entries", listed.len());
@@ -69,6 +71,7 @@ fn version(i: usize, value: &Value) -> Result<Weighted, ApiError> {
     let path = format!("versions[{i}]");
     let Value::Object(map) = value else { return Err(ApiError::invalid(&path, "an object", type_name(value))) };
     let fields = Fields::nested(map, path.clone());
+    fields.only(&["adapter", "weight"])?;
     let adapter = fields.string("adapter")?.ok_or_else(|| ApiError::missing(&format!("{path}.adapter")))?;
     let in_range = |weight: f64| weight > 0.0 && weight <= WEIGHT_MAX;
     let weight = fields.number("weight", "a number above 0", in_range)?.unwrap_or(1.0);
@@ -85,6 +88,7 @@ fn of_alias(error: ApiError) -> ApiError {
 
 /// Query parameters of a deletion.
 #[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct DeleteQuery {
     namespace: Option<String>,
     expected_version: Option<String>,
@@ -94,7 +98,7 @@ pub(super) struct DeleteQuery {
 pub(super) async fn delete(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(query): Query<DeleteQuery>,
+    Asked(query): Asked<DeleteQuery>,
 ) -> Result<Json<AliasView>, ApiError> {
     let number = |text: &String| {
         text.parse::<u64>().map_err(|_| ApiError::invalid("expected_version", "an integer of at least 0", text))
@@ -109,7 +113,7 @@ pub(super) async fn delete(
 pub(super) async fn rollback(
     State(app): State<App>,
     Path(name): Path<String>,
-    Query(which): Query<Which>,
+    Asked(which): Asked<Which>,
 ) -> Result<Json<AliasView>, ApiError> {
     let namespace = which.namespace()?;
     let back = app.registry.rollback_alias(&namespace, &name).await;

@@ -2,6 +2,7 @@
 
 mod adapters;
 mod aliases;
+mod query;
 mod report;
 mod status;
 
@@ -30,6 +31,7 @@ pub(crate) fn routes() -> Router<App> {
         .route("/admin/v1/live", get(super::console::live))
         .route("/admin/v1/status", get(status::status))
         .route("/admin/v1/drain", post(status::drain))
+        .route("/admin/v1/cache/reset", post(status::reset_cache))
 }
 
 /// Reads a reference, with the revision that was sent beside it.

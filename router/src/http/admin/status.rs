@@ -1,10 +1,15 @@
-//! `/admin/v1/status` and `/admin/v1/drain`.
+//! `/admin/v1/status`, `/admin/v1/drain` and `/admin/v1/cache/reset`.
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::State;
+use axum::http::Request;
 use serde_json::{Map, Value, json};
 
 use crate::http::App;
+use crate::http::body::json_object;
+use crate::http::error::ApiError;
+use crate::http::json::Fields;
 
 /// What the server holds and does.
 pub(super) async fn status(State(app): State<App>) -> Json<Value> {
@@ -39,6 +44,22 @@ pub(super) async fn status(State(app): State<App>) -> Json<Value> {
         "shard": {"restarts": status.counters.shard_restarts, "replayed_requests": status.counters.replayed},
         "uptime_s": super::super::unix_seconds().saturating_sub(app.started),
     }))
+}
+
+/// Empties the prefix cache.
+pub(super) async fn reset_cache(State(app): State<App>, request: Request<Body>) -> Result<Json<Value>, ApiError> {
+    let (_, body) = json_object(request, &app.config.limits).await?;
+    let fields = Fields::new(&body);
+    fields.only(&["prefix", "disk"])?;
+    if fields.boolean("disk")?.unwrap_or(false) {
+        let why = "files of adapters make room by themselves; DELETE an adapter with purge=true to remove its own";
+        return Err(ApiError::unsupported("disk", why));
+    }
+    let prefix = fields.boolean("prefix")?.ok_or_else(|| ApiError::missing("prefix"))?;
+    if prefix {
+        app.engine.forget_prefixes();
+    }
+    Ok(Json(json!({"prefix": prefix, "disk": false})))
 }
 
 /// From now on no new requests; running ones finish; then the process ends with 0.

@@ -27,6 +27,7 @@ use super::body::json_object;
 use super::envelope::{ErrorShape, RequestId};
 use super::error::ApiError;
 use super::json::Fields;
+use super::known_fields;
 use super::openai::reply::name_the_source;
 use super::openai::resolve::Variant;
 use super::openai::run::Run;
@@ -96,12 +97,15 @@ impl App {
         let asker = self.asker(parts)?;
         let mut asked = native_request(&Fields::new(body), form, &bounds)?;
         asked.params.grammar = self.compile_format(asked.format.take()).await?;
+        let ignored = self.ignored_fields(known_fields::Body::Native, body)?;
         let variants = self.native_variants(&asked, &asker).await?;
         let prompt = self.native_prompt(&asked, &bounds).await?;
         let max_tokens = prompt.max_tokens;
         let runs = self.submit(vec![prompt], &variants, &asked.params, asked.wanted(), asker)?;
         let shape = Shape { app: self.clone(), asked, max_tokens, started, validated: Instant::now() };
-        self.native_answer(form, shape, runs, &variants, parts).await
+        let mut response = self.native_answer(form, shape, runs, &variants, parts).await?;
+        ignored.name_in(&mut response);
+        Ok(response)
     }
 
     async fn native_variants(&self, asked: &NativeRequest, asker: &Asker) -> Result<Vec<Variant>, ApiError> {
@@ -126,7 +130,7 @@ impl App {
             if least > bounds.context_tokens as usize && asked.params.truncate.is_none() {
                 // Megabytes take seconds to encode; these cannot fit.
                 let wanted = asked.params.max_tokens.unwrap_or(1) as usize;
-                return Err(ApiError::context_length(bounds.context_tokens as usize, least, wanted));
+                return Err(asked.params.context_fields.over(bounds.context_tokens as usize, least, wanted));
             }
             self.text.encode(inputs, true).await?
         };

@@ -12,7 +12,7 @@ use crate::http::openai::format::{Format, native_format};
 use crate::http::openai::resolve::adapter_ask;
 use crate::http::openai::submit::{Wanted, random_seed};
 use crate::http::openai::validate::{
-    Bounds, GREEDY_BELOW, LOGPROBS_MAX, Params, StreamOptions, max_tokens, small, stops,
+    Bounds, ContextFields, GREEDY_BELOW, LOGPROBS_MAX, Params, StreamOptions, max_tokens, small, stops,
 };
 
 /// Seeds of our own choice stay below this: readers that hold numbers as f64 show them exactly.
@@ -153,10 +153,12 @@ fn params(fields: &Fields<'_>, sampled: bool, stream: bool, bounds: &Bounds) -> 
     Ok(Params {
         model: String::new(),
         grammar: None,
+        bad_words: Vec::new(),
         sampling: sampling(fields, sampled, bounds)?,
         seed: Some(seed),
         n: 1,
         max_tokens: max_tokens(fields, "max_new_tokens", 1)?,
+        context_fields: ContextFields { prompt: "inputs", max_tokens: "max_new_tokens" },
         stop: stop_sequences(fields, bounds)?,
         stop_tokens: Vec::new(),
         ignore_eos: fields.boolean("ignore_eos_token")?.unwrap_or(false),

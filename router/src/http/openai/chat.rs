@@ -18,17 +18,18 @@ use super::stream::StreamContext;
 use super::submit::{Asker, Wanted, fit_prompt};
 use super::tools::Tools;
 use super::unsupported;
-use super::validate::{Bounds, LOGPROBS_MAX, Params, check_sequences, max_tokens, params, small};
+use super::validate::{Bounds, ContextFields, LOGPROBS_MAX, Params, check_sequences, max_tokens, params, small};
 use crate::access::Caller;
 use crate::http::App;
 use crate::http::auth::{Metered, UpstreamToken};
 use crate::http::body::json_object;
 use crate::http::envelope::RequestId;
-use crate::http::error::{ApiError, Cause};
+use crate::http::error::{ApiError, Cause, shown};
 use crate::http::json::{Fields, type_name};
+use crate::http::known_fields;
 use crate::http::server::ConnectionAbort;
 use crate::text::grammar::GrammarSpec;
-use crate::text::{ChatPrompt, PreparedChat, Thought};
+use crate::text::{ChatPrompt, PreparedChat, TemplateChoice, Thought};
 
 /// Bytes of `chat_template_kwargs`.
 const KWARGS_BYTES_MAX: usize = 16 * 1024;
@@ -58,7 +59,12 @@ pub(crate) async fn chat_completions(State(app): State<App>, request: Request<Bo
 fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiError> {
     unsupported::check_chat(fields)?;
     let mut params = params(fields, bounds)?;
-    params.max_tokens = max_tokens(fields, "max_completion_tokens", 1)?.or(max_tokens(fields, "max_tokens", 1)?);
+    let completion = max_tokens(fields, "max_completion_tokens", 1)?;
+    params.context_fields = ContextFields {
+        prompt: "messages",
+        max_tokens: if completion.is_some() { "max_completion_tokens" } else { "max_tokens" },
+    };
+    params.max_tokens = completion.or(max_tokens(fields, "max_tokens", 1)?);
     let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
     let top = small(fields, "top_logprobs", 0, LOGPROBS_MAX)?;
     if !logprobs && top.is_some_and(|top| top > 0) {
@@ -69,7 +75,7 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiErro
         ));
     }
     let tools = Tools::read(fields)?;
-    let chat = chat_prompt_with(fields, bounds.context_tokens, tools.as_ref())?;
+    let chat = chat_prompt_with(fields, bounds, tools.as_ref())?;
     let echo = fields.boolean("echo")?.unwrap_or(false);
     Ok(ChatRequest {
         logprobs: logprobs.then_some(top.unwrap_or(0)),
@@ -85,11 +91,11 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatRequest, ApiErro
 ///
 /// # Errors
 /// 400 that names the field.
-pub(crate) fn chat_prompt(fields: &Fields<'_>, context_tokens: u32) -> Result<ChatPrompt, ApiError> {
-    chat_prompt_with(fields, context_tokens, Tools::read(fields)?.as_ref())
+pub(crate) fn chat_prompt(fields: &Fields<'_>, bounds: &Bounds) -> Result<ChatPrompt, ApiError> {
+    chat_prompt_with(fields, bounds, Tools::read(fields)?.as_ref())
 }
 
-fn chat_prompt_with(fields: &Fields<'_>, context_tokens: u32, tools: Option<&Tools>) -> Result<ChatPrompt, ApiError> {
+fn chat_prompt_with(fields: &Fields<'_>, bounds: &Bounds, tools: Option<&Tools>) -> Result<ChatPrompt, ApiError> {
     let messages = messages(fields)?;
     let add_generation_prompt = fields.boolean("add_generation_prompt")?;
     let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);
@@ -114,8 +120,22 @@ fn chat_prompt_with(fields: &Fields<'_>, context_tokens: u32, tools: Option<&Too
         add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
         continue_final_message,
         kwargs,
-        output_bytes_max: prompt_bytes_max(context_tokens),
+        template: request_template(fields, bounds)?,
+        output_bytes_max: prompt_bytes_max(bounds.context_tokens),
     })
+}
+
+/// The request's own template, where the operator lets it bring one.
+fn request_template(fields: &Fields<'_>, bounds: &Bounds) -> Result<TemplateChoice, ApiError> {
+    const NAME: &str = "chat_template";
+    match fields.string(NAME)? {
+        None => Ok(TemplateChoice::Base),
+        Some(source) if bounds.trust_request_chat_template => Ok(TemplateChoice::Source(source.to_owned())),
+        Some(_) => {
+            let why = "templates are programs; only the model's own is run (--trust-request-chat-template)";
+            Err(ApiError::unsupported(NAME, why))
+        }
+    }
 }
 
 /// `reasoning_effort` is a variable of templates; `none` is what they call `enable_thinking: false`.
@@ -172,8 +192,11 @@ impl App {
     /// # Errors
     /// Whatever stands in its way.
     pub(crate) async fn chat_completion(&self, parts: &Parts, body: &Map<String, Value>) -> Result<Response, ApiError> {
+        let ignored = self.ignored_fields(known_fields::Body::Chat, body)?;
         let chat = self.start_chat(parts, body).await?;
-        self.answer(chat.shape, chat.runs, &chat.params, &chat.variants, parts).await
+        let mut response = self.answer(chat.shape, chat.runs, &chat.params, &chat.variants, parts).await?;
+        ignored.name_in(&mut response);
+        Ok(response)
     }
 
     /// Checks a chat and hands it to the engine. `body` has the fields of `/v1/chat/completions`.
@@ -187,12 +210,14 @@ impl App {
         asked.params.grammar = self.reply_grammar(body).await?;
         let variants = self.resolve(&asked.params, &asker).await?;
         check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
+        self.choose_template(&mut asked.chat, &variants).await?;
         let mut chat = asked.chat;
         (chat.tool_format, chat.thinks) = (self.config.tool_call_parser, self.config.reasoning_parser.thinks());
         let chat = self.text.prepare_chat(chat, asked.params.add_special.unwrap_or(false)).await?;
         let rules = self.message_rules(&chat, asked.tools.as_ref(), asked.include_reasoning, asked.echo);
         asked.params.shown_special =
             self.text.mark_tokens(rules.tools.as_ref().map(|tools| tools.format), rules.reasoning.is_some());
+        asked.params.grammar = asked.params.grammar.map(|rule| self.text.after_thought(rule, chat.thought));
         if let Some(tools) = asked.tools.filter(Tools::is_forced) {
             let (functions, calls_max) = tools.callable();
             let grammar = GrammarSpec::Lark(self.text.tool_grammar(&chat, functions, calls_max));
@@ -208,8 +233,29 @@ impl App {
             logprobs: asked.logprobs,
             prompt_logprobs: asked.params.prompt_logprobs,
         };
+        self.forbid_words(&mut asked.params, &bounds).await?;
         let runs = self.submit(vec![prompt], &variants, &asked.params, wanted, asker)?;
         Ok(ChatStart { shape, runs, params: asked.params, variants })
+    }
+
+    /// One adapter's own template for a chat under it alone. The request's own wins, and where there are several adapters
+    /// they share the base model's.
+    async fn choose_template(&self, chat: &mut ChatPrompt, variants: &[Variant]) -> Result<(), ApiError> {
+        let [Variant { adapters, .. }] = variants else { return Ok(()) };
+        let ([adapter], TemplateChoice::Base, true) = (&**adapters, &chat.template, self.config.use_adapter_templates)
+        else {
+            return Ok(());
+        };
+        let Some((identity, dir)) = adapter.local_files() else { return Ok(()) };
+        let found = self.text.adapter_template(identity, dir.to_owned()).await;
+        let found = found.map_err(|error| {
+            let message = format!("adapter `{}`: {error} (--adapter-chat-template)", shown(&adapter.name));
+            ApiError::at(Cause::AdapterInvalid, "model", message)
+        })?;
+        if let Some(template) = found {
+            chat.template = TemplateChoice::Compiled(template);
+        }
+        Ok(())
     }
 
     /// How the reply to a chat is to be read.

@@ -16,6 +16,7 @@ use crate::http::App;
 use crate::http::body::json_object;
 use crate::http::error::ApiError;
 use crate::http::json::Fields;
+use crate::http::known_fields;
 
 /// OpenAI's default; clients rely on it being small.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -39,7 +40,7 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<CompletionRequest, A
     unsupported::check_completions(fields)?;
     let mut params = params(fields, bounds)?;
     params.max_tokens = max_tokens(fields, "max_tokens", 0)?;
-    let prompts = prompts(fields, bounds.vocab)?;
+    let prompts = prompts(fields, "prompt", bounds.vocab)?;
     let best_of = best_of(fields, &params, &bounds.limits)?;
     check_sequences("prompt", prompts.len() * best_of as usize, &bounds.limits)?;
     Ok(CompletionRequest {
@@ -61,6 +62,7 @@ impl App {
         let asker = self.asker(parts)?;
         let mut asked = validate(&Fields::new(body), &bounds)?;
         asked.params.grammar = self.reply_grammar(body).await?;
+        let ignored = self.ignored_fields(known_fields::Body::Completion, body)?;
         let variants = self.resolve(&asked.params, &asker).await?;
         let sequences = asked.prompts.len() * variants.len() * asked.best_of as usize;
         check_sequences("prompt", sequences, &bounds.limits)?;
@@ -76,8 +78,11 @@ impl App {
             logprobs: asked.logprobs.or(ranked.then_some(0)),
             prompt_logprobs: asked.params.prompt_logprobs.max(asked.logprobs.filter(|_| asked.echo)),
         };
+        self.forbid_words(&mut asked.params, &bounds).await?;
         let runs = self.submit(prompts, &variants, &asked.params, wanted, asker)?;
-        self.answer(shape, runs, &asked.params, &variants, parts).await
+        let mut response = self.answer(shape, runs, &asked.params, &variants, parts).await?;
+        ignored.name_in(&mut response);
+        Ok(response)
     }
 
     async fn encode_prompt(
@@ -93,7 +98,7 @@ impl App {
                 if least > bounds.context_tokens as usize && params.truncate.is_none() {
                     // Megabytes take seconds to encode; these cannot fit.
                     let wanted = params.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS) as usize;
-                    return Err(ApiError::context_length(bounds.context_tokens as usize, least, wanted));
+                    return Err(params.context_fields.over(bounds.context_tokens as usize, least, wanted));
                 }
                 let tokens = self.text.encode(text.clone(), params.add_special.unwrap_or(true)).await?;
                 (tokens, Some(text))

@@ -357,7 +357,7 @@ pub(crate) fn name_the_source(response: &mut Response, app: &App, variants: &[Va
 }
 
 /// Percent-encodes what is not visible ASCII.
-fn visible_ascii(value: &str) -> String {
+pub(crate) fn visible_ascii(value: &str) -> String {
     let mut out = String::with_capacity(value.len());
     for byte in value.bytes() {
         if byte.is_ascii_graphic() {

@@ -17,6 +17,8 @@ use crate::http::error::{ApiError, Cause, shown};
 use crate::http::json::{Fields, type_name};
 
 const SCALE_MAX: f64 = 8.0;
+/// `adapter_id` of LoRAX for the base model itself.
+const BASE_MODEL: &str = "__base_model__";
 /// What clients of text-generation-inference and huggingface_hub send as `model` when they were told none.
 const NAMES_OF_NOTHING: [&str; 2] = ["tgi", "dummy"];
 
@@ -201,7 +203,8 @@ impl App {
             found => found?,
         };
         let named = match (&model, &ask.adapter_id) {
-            (Target::Base, None) => None,
+            (Target::Base, None) => self.config.default_adapter.clone().filter(|_| !ask.names_any()),
+            (Target::Base, Some(id)) if id == BASE_MODEL => None,
             (Target::Base, Some(id)) => Some(self.adapter_target(id, ask, asker)?),
             (Target::Adapter(name), None) => Some(name.clone()),
             (Target::Adapter(name), Some(id)) if self.adapter_target(id, ask, asker)? == *name => Some(name.clone()),

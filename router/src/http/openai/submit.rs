@@ -13,7 +13,7 @@ use crate::access::Caller;
 use crate::engine::GenerateRequest;
 use crate::http::App;
 use crate::http::auth::Metered;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Cause};
 use crate::metrics::{OTHER, RequestStart};
 
 /// A prompt ready to run.
@@ -65,7 +65,7 @@ pub(crate) fn fit_prompt(
     }
     if tokens.is_empty() {
         return Err(ApiError::invalid(
-            "prompt",
+            params.context_fields.prompt,
             "at least one token long (this tokenizer adds no BOS)",
             "an empty prompt",
         ));
@@ -87,8 +87,23 @@ fn check_something_may_come(sampling: &Sampling, end_tokens: &[u32]) -> Result<(
 }
 
 impl App {
+    /// Adds `bad_words` to the rule for what may be generated.
+    ///
+    /// # Errors
+    /// The tokenizer cannot read a word.
+    pub(crate) async fn forbid_words(&self, params: &mut Params, bounds: &Bounds) -> Result<(), ApiError> {
+        if params.bad_words.is_empty() {
+            return Ok(());
+        }
+        let (words, allowed) = (std::mem::take(&mut params.bad_words), params.sampling.allowed_tokens.clone());
+        let grammar = self.text.without_words(words, allowed, bounds.vocab, params.grammar.take()).await;
+        params.grammar =
+            Some(grammar.map_err(|error| ApiError::at(Cause::InvalidValue, "bad_words", error.to_string()))?);
+        Ok(())
+    }
+
     /// `/metrics` needs no key: it names what is registered for all, and nothing that one caller has or named.
-    fn metrics_label(&self, variant: &Variant, caller: &Caller) -> String {
+    pub(crate) fn metrics_label(&self, variant: &Variant, caller: &Caller) -> String {
         match &*variant.adapters {
             [one] if caller.namespace.is_empty() && self.registry.is_shared_name(&one.name) => one.name.clone(),
             _ => OTHER.to_owned(),
@@ -145,6 +160,7 @@ impl App {
                     max_tokens: prompt.max_tokens,
                     sampling,
                     grammar: params.grammar.clone(),
+                    pooling: None,
                     adapters: variant.uses.clone(),
                     tenant: asker.caller.tenant,
                     cache_salt: params.cache_salt.clone(),

@@ -18,8 +18,7 @@ const NEVER: &str = "this server does not have it";
 const NOT_YET: &str = "this version does not have it yet";
 
 const COMMON: &[(&str, Set, &str)] = &[
-    ("bad_words", Set::Truthy, NOT_YET),
-    ("logprob_token_ids", Set::Truthy, NOT_YET),
+    ("logprob_token_ids", Set::Truthy, "use `logprobs` with up to 20 alternatives"),
     ("merged_adapters", Set::Present, NOT_YET),
     ("use_beam_search", Set::Truthy, NEVER),
     ("prompt_embeds", Set::Present, NEVER),
@@ -29,11 +28,8 @@ const COMMON: &[(&str, Set, &str)] = &[
 
 const COMPLETIONS: &[(&str, Set, &str)] = &[("suffix", Set::Truthy, "this server does not fill in the middle")];
 
-const CHAT: &[(&str, Set, &str)] = &[
-    ("functions", Set::Truthy, "use `tools`"),
-    ("function_call", Set::Present, "use `tool_choice`"),
-    ("chat_template", Set::Present, "templates are programs; only the model's own is run"),
-];
+const CHAT: &[(&str, Set, &str)] =
+    &[("functions", Set::Truthy, "use `tools`"), ("function_call", Set::Present, "use `tool_choice`")];
 
 /// Refuses what `/v1/completions` cannot do.
 pub(crate) fn check_completions(fields: &Fields<'_>) -> Result<(), ApiError> {

@@ -16,8 +16,12 @@ use crate::text::GenerationDefaults;
 const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 256;
 const STOP_TOKENS_MAX: usize = 256;
+const BAD_WORDS_MAX: usize = 256;
+const BAD_WORD_BYTES_MAX: usize = 256;
 /// Entries of `logit_bias`.
 pub(crate) const LOGIT_BIAS_MAX: usize = 1024;
+/// Tokens of one chunk of a stream.
+pub(crate) const STREAM_INTERVAL_MAX: i64 = 1024;
 /// Most alternatives with a logprob.
 pub(crate) const LOGPROBS_MAX: i64 = 20;
 /// Below this, temperature means greedy.
@@ -35,6 +39,8 @@ pub(crate) struct Bounds {
     pub(crate) adapter_load_timeout: Duration,
     /// A request may prefer the base model to waiting.
     pub(crate) allow_base_fallback: bool,
+    /// A request may bring its own `chat_template`.
+    pub(crate) trust_request_chat_template: bool,
 }
 
 /// `stream_options`.
@@ -42,6 +48,26 @@ pub(crate) struct Bounds {
 pub(crate) struct StreamOptions {
     pub(crate) include_usage: bool,
     pub(crate) continuous_usage: bool,
+    /// Tokens of a chunk, at least; 0 and 1 mean as they come.
+    pub(crate) interval: u32,
+}
+
+/// What a route calls the two fields that share the context.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ContextFields {
+    pub(crate) prompt: &'static str,
+    pub(crate) max_tokens: &'static str,
+}
+
+impl ContextFields {
+    /// Says which of the two has to give way.
+    pub(crate) fn over(self, context_tokens: usize, prompt_tokens: usize, completion_tokens: usize) -> ApiError {
+        let param = if prompt_tokens >= context_tokens { self.prompt } else { self.max_tokens };
+        ApiError {
+            param: Some(param.into()),
+            ..ApiError::context_length(context_tokens, prompt_tokens, completion_tokens)
+        }
+    }
 }
 
 /// A generation request without its prompt, in range.
@@ -53,9 +79,12 @@ pub(crate) struct Params {
     pub(crate) sampling: Sampling,
     /// What may be generated. Compiled after the fields were read.
     pub(crate) grammar: Option<Arc<dyn Grammar>>,
+    /// Texts that must not be generated.
+    pub(crate) bad_words: Vec<String>,
     pub(crate) seed: Option<u64>,
     pub(crate) n: u32,
     pub(crate) max_tokens: Option<u32>,
+    pub(crate) context_fields: ContextFields,
     pub(crate) stop: Vec<String>,
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) ignore_eos: bool,
@@ -80,7 +109,8 @@ pub(crate) struct Params {
 /// # Errors
 /// 400 that names the field.
 pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, ApiError> {
-    let stream = stream(fields)?;
+    let interval = small(fields, "stream_interval", 1, STREAM_INTERVAL_MAX)?.unwrap_or(1);
+    let stream = stream(fields)?.map(|options| StreamOptions { interval, ..options });
     let prompt_logprobs = small(fields, "prompt_logprobs", 0, LOGPROBS_MAX)?;
     if prompt_logprobs.is_some() && stream.is_some() {
         return Err(ApiError::invalid("prompt_logprobs", "absent when `stream` is true", "both"));
@@ -92,9 +122,11 @@ pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, Api
         model: fields.string("model")?.unwrap_or("").to_owned(),
         sampling: sampling(fields, bounds)?,
         grammar: None,
+        bad_words: bad_words(fields)?,
         seed: fields.integer("seed", "an integer of 64 bits", |_| true)?.map(|seed| seed as u64),
         n: small(fields, "n", 1, i64::from(bounds.limits.n_max))?.unwrap_or(1),
         max_tokens: None,
+        context_fields: ContextFields { prompt: "prompt", max_tokens: "max_tokens" },
         stop: stops(fields, STOPS_MAX, None)?,
         stop_tokens: token_list(fields, "stop_token_ids", STOP_TOKENS_MAX, bounds.vocab)?,
         ignore_eos: fields.boolean("ignore_eos")?.or(fields.boolean("ignore_eos_token")?).unwrap_or(false),
@@ -165,7 +197,8 @@ fn stream(fields: &Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
     let options = fields.object("stream_options")?;
     let read = |options: &Fields<'_>| -> Result<StreamOptions, ApiError> {
         let continuous_usage = options.boolean("continuous_usage_stats")?.unwrap_or(false);
-        Ok(StreamOptions { include_usage: options.boolean("include_usage")?.unwrap_or(false), continuous_usage })
+        let include_usage = options.boolean("include_usage")?.unwrap_or(false);
+        Ok(StreamOptions { include_usage, continuous_usage, ..StreamOptions::default() })
     };
     match (wanted, options) {
         (false, Some(_)) => Err(ApiError::invalid("stream_options", "absent unless `stream` is true", "an object")),
@@ -210,6 +243,24 @@ pub(crate) fn stops(fields: &Fields<'_>, stops_max: usize, flag: Option<&str>) -
         Some(Value::Array(values)) => values.iter().map(check).collect(),
         Some(value) => check(value).map(|text| vec![text]),
     }
+}
+
+/// Words that are not blank.
+fn bad_words(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+    const NAME: &str = "bad_words";
+    let Some(values) = fields.array(NAME)? else { return Ok(Vec::new()) };
+    if values.len() > BAD_WORDS_MAX {
+        return Err(ApiError::limit(NAME, values.len(), "strings", BAD_WORDS_MAX, None));
+    }
+    let check = |value: &Value| match value {
+        Value::String(text) if text.len() <= BAD_WORD_BYTES_MAX && !text.trim().is_empty() => Ok(text.clone()),
+        Value::String(text) => {
+            let rule = "strings of 1..256 bytes that are not blank";
+            Err(ApiError::invalid(NAME, rule, &format!("one of {} bytes", text.len())))
+        }
+        other => Err(ApiError::invalid(NAME, "an array of strings", type_name(other))),
+    };
+    values.iter().map(check).collect()
 }
 
 /// A list of at most `len_max` token ids.
@@ -279,7 +330,7 @@ pub(crate) fn fit(
     bounds: &Bounds,
 ) -> Result<u32, ApiError> {
     let context = bounds.context_tokens as usize;
-    let over = |completion: usize| ApiError::context_length(context, prompt_tokens, completion);
+    let over = |completion: usize| params.context_fields.over(context, prompt_tokens, completion);
     let left = context.saturating_sub(prompt_tokens);
     let max_tokens = match wanted {
         Some(wanted) if wanted as usize > left || prompt_tokens > context => return Err(over(wanted as usize)),

@@ -234,3 +234,30 @@ async fn special_tokens_in_a_raw_prompt_are_tokens_and_skipped_in_the_reply() {
         assert_eq!(script.last().prompt.first(), Some(&1));
     }
 }
+
+#[tokio::test]
+async fn bad_words_reach_the_engine_as_a_rule() {
+    use crate::engine::Allowed;
+    let script = Script::new();
+    complete(&app(&script), json!({"prompt": "x", "max_tokens": 2, "bad_words": ["b", "cd"]})).await;
+    let grammar = script.last().grammar.expect("a rule");
+    let mut state = grammar.start();
+    let allows = |state: &mut dyn crate::engine::GrammarState, text: &str| {
+        let Ok(Allowed::Tokens(mask)) = state.next() else { panic!("an end") };
+        let token = bytes_of(text)[0] as usize;
+        mask[token / 32] >> (token % 32) & 1 == 1
+    };
+    assert!(!allows(&mut *state, "b") && allows(&mut *state, "c") && allows(&mut *state, "d"));
+    state.accept(bytes_of("c")[0]).unwrap();
+    assert!(!allows(&mut *state, "d") && allows(&mut *state, "c"));
+    complete(&app(&script), json!({"prompt": "x", "max_tokens": 2, "bad_words": []})).await;
+    assert!(script.last().grammar.is_none());
+}
+
+#[tokio::test]
+async fn no_tokens_are_completed_where_none_are_asked_for() {
+    let script = Script::new();
+    let reply = complete(&app(&script), json!({"prompt": "hi", "max_tokens": 0})).await;
+    assert_eq!(script.last().max_tokens, 0);
+    assert_eq!((&reply["choices"][0]["text"], &reply["usage"]["completion_tokens"]), (&json!(""), &json!(0)));
+}

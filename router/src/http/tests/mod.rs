@@ -5,6 +5,7 @@ mod chat;
 mod completions;
 mod console;
 mod envelope;
+mod fields;
 mod keys;
 mod lorax;
 mod models;
@@ -161,6 +162,10 @@ impl Script {
                     reason = FinishReason::Stop;
                     break;
                 }
+            }
+            if request.pooling.is_some() {
+                let values = request.prompt.iter().map(|token| *token as f32).collect();
+                events.push(GenerateEvent::Embedding { values });
             }
             events.push(GenerateEvent::Finished { index, reason });
         }

@@ -227,3 +227,50 @@ async fn a_shutdown_ends_requests_that_take_too_long() {
     );
     tokio::time::timeout(Duration::from_secs(10), server.server).await.expect("it ends").unwrap().unwrap();
 }
+
+#[tokio::test]
+async fn a_head_that_cannot_be_read_gets_the_envelope_too() {
+    let server = start(&app(&Script::new())).await;
+    let huge = format!("GET /health HTTP/1.1\r\nhost: x\r\nx-huge: {}\r\n\r\n", "a".repeat(127 * 1024));
+    let many = format!("GET /health HTTP/1.1\r\nhost: x\r\n{}\r\n", "a: b\r\n".repeat(300));
+    let cases = [
+        (huge.as_str(), 431, "headers_too_large"),
+        (many.as_str(), 431, "headers_too_large"),
+        ("GET /\u{7f} HTTP/1.1\r\n\r\n", 400, "invalid_value"),
+        ("NONSENSE\r\n\r\n", 400, "invalid_value"),
+    ];
+    for (request, status, code) in cases {
+        let mut client = connect(server.address, request).await;
+        let seen = rest_of(&mut client).await;
+        assert!(seen.starts_with(&format!("HTTP/1.1 {status} ")), "{request:.20}: {seen}");
+        let body = seen.split_once("\r\n\r\n").unwrap().1;
+        let body: Value = serde_json::from_str(body).unwrap_or_else(|e| panic!("{request:.20}: {e}: {seen}"));
+        assert_eq!(body["error"]["code"], code, "{request:.20}");
+        assert!(seen.contains(&format!("x-request-id: {}", body["error"]["request_id"].as_str().unwrap())), "{seen}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_comes_while_the_server_drains_is_told_why_it_is_not_served() {
+    let script = Script::new();
+    script.inner.hang.store(true, Ordering::SeqCst);
+    let config = RouterConfig { drain_timeout: Duration::from_secs(20), ..RouterConfig::default() };
+    let app = app_with(&script, config);
+    let server = start(&app).await;
+    let mut running = connect(server.address, &raw_post(r#"{"prompt": "x", "stream": true}"#)).await;
+    until(&mut running, "200 OK").await;
+    server.stop.send(()).unwrap();
+    let mut seen = String::new();
+    while !seen.contains("503") {
+        let mut late = connect(server.address, &raw_post(r#"{"prompt": "x"}"#)).await;
+        seen = until(&mut late, "}").await;
+    }
+    assert!(
+        seen.contains("\"draining\"") && seen.contains("retry-after: 5") && seen.contains("connection: close"),
+        "{seen}"
+    );
+    drop(running);
+    let ended = tokio::time::timeout(Duration::from_secs(10), server.server).await;
+    ended.expect("nothing runs any more").unwrap().unwrap();
+    assert!(TcpStream::connect(server.address).await.is_err(), "the listener is gone");
+}
