@@ -230,6 +230,7 @@ pub(super) fn health(draft: &mut Draft<'_>) {
         .says("Metrics", "Prometheus text, version 0.0.4.")
         .access(Access::Open)
         .text(200, "text/plain", "The metrics.")
+        .refuses(&[Cause::InvalidApiKey, Cause::RateLimited])
         .done();
     let access = if draft.facts.is_admin_listener { Access::Admin } else { Access::Keyed };
     draft
