@@ -36,6 +36,8 @@ pub(super) enum Access {
     Runtime,
     /// The admin key, where there is one.
     Admin,
+    /// The scrapers' key, where there is one.
+    Metrics,
 }
 
 /// How a route spells its errors.
@@ -267,6 +269,7 @@ impl Op<'_, '_> {
             Access::Keyed => facts.has_keys,
             Access::Runtime => facts.has_keys || facts.has_admin,
             Access::Admin => facts.has_admin,
+            Access::Metrics => facts.has_metrics_key && !facts.is_admin_listener,
         };
         if self.access != Access::Open {
             self.causes.extend(KEYED);

@@ -21,6 +21,7 @@ pub(super) const ANTHROPIC: &str = "Anthropic";
 /// What stands in the way of generating.
 pub(super) const GENERATION: &[Cause] = &[
     Cause::ContextLengthExceeded,
+    Cause::InvalidSchema,
     Cause::AdapterAmbiguous,
     Cause::NameIsBaseModel,
     Cause::SourceForbidden,
@@ -45,8 +46,8 @@ pub(super) const GENERATION: &[Cause] = &[
 
 /// What a reply says of what answered: name and meaning.
 const SOURCE_HEADERS: [(&str, &str); 7] = [
-    ("x-model-id", "The base model."),
     ("x-ignored-fields", "Fields of the request that nobody reads."),
+    ("x-model-id", "The base model."),
     ("x-adapter-id", "The adapter that answered; several are joined by commas."),
     ("x-adapter-source", "Where it came from."),
     ("x-adapter-revision", "Commit or entity tag of its files."),

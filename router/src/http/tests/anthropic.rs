@@ -293,3 +293,17 @@ async fn a_bad_field_is_a_400_that_names_it() {
         assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
     }
 }
+
+#[tokio::test]
+async fn a_field_that_nobody_reads_is_named_or_refused() {
+    let mut body = hello();
+    (body["top_k"], body["surprise"]) = (json!(3), json!(1));
+    let response = send(&app(&Script::new()), post(PATH, body.to_string())).await;
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["x-ignored-fields"]),
+        (200, &"surprise".parse().unwrap())
+    );
+    let strict = app_with(&Script::new(), RouterConfig { strict_fields: true, ..RouterConfig::default() });
+    let (status, reply) = call(&strict, PATH, body).await;
+    assert_eq!((status.as_u16(), &reply["error"]["param"]), (400, &json!("surprise")));
+}

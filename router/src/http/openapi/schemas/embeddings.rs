@@ -1,7 +1,7 @@
 //! `/v1/embeddings`.
 
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::completions::Prompt;

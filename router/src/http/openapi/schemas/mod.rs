@@ -10,6 +10,7 @@ pub(super) mod anthropic;
 pub(super) mod chat;
 pub(super) mod completions;
 pub(super) mod embeddings;
+pub(super) mod format;
 pub(super) mod generation;
 pub(super) mod live;
 pub(super) mod lorax;
