@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use crate::adapters_cli::args::AdaptersArgs;
-use crate::config::parsers::{ReasoningParserArg, ToolCallParser};
+use crate::config::parsers::{PoolingArg, ReasoningParserArg, ToolCallParser};
 use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
@@ -148,6 +148,9 @@ pub(crate) struct ModelArgs {
     /// How thoughts are told from the answer; auto: as the chat template says, think: <think>..</think>
     #[arg(long, env = "LORAMUX_REASONING_PARSER", value_enum, default_value = "auto", value_name = "PARSER")]
     pub(crate) reasoning_parser: ReasoningParserArg,
+    /// What of the final hidden states makes an embedding; auto: as the model's 1_Pooling/config.json says, else last
+    #[arg(long, env = "LORAMUX_POOLING", value_enum, default_value = "auto", value_name = "POOLING")]
+    pub(crate) pooling: PoolingArg,
     /// Sampling defaults of the model's generation_config.json: auto (use them) or none
     #[arg(long, env = "LORAMUX_GENERATION_CONFIG", default_value = "auto", value_name = "auto|none")]
     pub(crate) generation_config: String,

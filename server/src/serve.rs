@@ -188,6 +188,7 @@ fn router_config(config: &Config) -> RouterConfig {
         use_generation_config: config.use_generation_config,
         tool_call_parser: args.model.tool_call_parser.format(),
         reasoning_parser: args.model.reasoning_parser.into(),
+        pooling: args.model.pooling.of_model(&config.shard.model),
         keys: config.keys.clone(),
         requires_key: config.args.network.keys_file.is_some(),
         allow_runtime_adapters: config.allow_runtime_adapters,

@@ -127,6 +127,11 @@ impl Decoder {
         run_layers(&mut ops, spec.layers).map_err(ModelError::Op)
     }
 
+    /// Final hidden states of the last step, after the last norm: `[rows of the batch, hidden]`.
+    pub fn hidden(&self) -> &Rows {
+        &self.space.normed
+    }
+
     /// Logits of the given rows of the last step, which was that of `batch`: `[rows.len(), vocab]`, for at most
     /// `logits_rows_max` rows a call.
     ///

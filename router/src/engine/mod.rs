@@ -30,5 +30,5 @@ pub use shard::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
 pub use status::{BatchShare, EngineCounters, EngineStatus};
 pub use types::{
     AdapterUse, Allowed, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest, Grammar, GrammarFailure,
-    GrammarState,
+    GrammarState, Pooling,
 };

@@ -324,7 +324,7 @@ impl Engine {
             GenerateEvent::Token { .. } => self.counters.generation_tokens += 1,
             GenerateEvent::Finished { index, .. } => finished = Some(*index),
             GenerateEvent::Failed(_) => failed = true,
-            GenerateEvent::PromptLogprobs { .. } => {}
+            GenerateEvent::PromptLogprobs { .. } | GenerateEvent::Embedding { .. } => {}
         }
         // A reader that left is cancelled by its own drop.
         let _ = client.events.send(event);

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use loramux_proto::{
-    AdapterError, AdapterFindings, AdapterReport, FromShard, Info, Merged, Prepared, Sample, Sampling, SlotGeneration,
-    Step, StepResult, ToShard, from_shard, prepared, to_shard,
+    AdapterError, AdapterFindings, AdapterReport, FromShard, Info, Merged, Pooled, Prepared, Sample, Sampling,
+    SlotGeneration, Step, StepResult, ToShard, from_shard, prepared, to_shard,
 };
 
 use super::*;
@@ -159,10 +159,15 @@ fn fake_step(script: &Script, step: &Step, sequences: &mut HashMap<u64, Vec<u32>
     for start in &step.starts {
         sequences.insert(start.seq, start.tokens.clone());
     }
-    let mut result = StepResult { id: step.id, ..StepResult::default() };
+    let compute_us = script.step_time.as_micros() as u64;
+    let mut result = StepResult { id: step.id, compute_us, ..StepResult::default() };
     for upload in &step.uploads {
         assert!(script.host.lock().unwrap().contains(&upload.content_id), "upload of what was dropped");
         result.uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
+    }
+    for chunk in step.chunks.iter().filter(|chunk| chunk.pool) {
+        let tokens = &sequences[&chunk.seq];
+        result.pooled.push(Pooled { seq: chunk.seq, values: vec![tokens.iter().sum::<u32>() as f32] });
     }
     for chunk in step.chunks.iter().filter(|chunk| chunk.sample) {
         let tokens = sequences.get_mut(&chunk.seq).expect("started");
@@ -249,6 +254,7 @@ fn request(first: u32, max_tokens: u32) -> GenerateRequest {
         max_tokens,
         sampling,
         grammar: None,
+        pooling: None,
         adapters: Vec::new(),
         tenant: 0,
         cache_salt: None,

@@ -44,6 +44,8 @@ pub struct GenerateRequest {
     pub sampling: Sampling,
     /// What may be generated; `None` = anything.
     pub grammar: Option<Arc<dyn Grammar>>,
+    /// An embedding of the prompt is wanted, made this way; `max_tokens` is 0 and `n` is 1.
+    pub pooling: Option<Pooling>,
     /// In the order of the request; empty = the base model.
     pub adapters: Vec<AdapterUse>,
     /// Whose request this is: fairness and prefix sharing stop at this border.
@@ -54,6 +56,15 @@ pub struct GenerateRequest {
     pub priority: i32,
     /// Time left, ms; past it the request fails with [`Failure::DeadlineExceeded`].
     pub deadline_ms: Option<u64>,
+}
+
+/// What of a prompt's final hidden states, after the last norm, makes its embedding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// The mean over all positions.
+    Mean,
+    /// The last position's.
+    Last,
 }
 
 /// A compiled rule for what may be generated. Each sequence of a request gets a state of its own.
@@ -116,6 +127,11 @@ pub enum GenerateEvent {
         /// Best alternatives, best first, if asked for.
         top: Vec<loramux_proto::TokenLogprob>,
     },
+    /// The prompt's embedding, not normalised; comes before `Finished`.
+    Embedding {
+        /// One for each hidden dimension.
+        values: Vec<f32>,
+    },
     /// The last event of sequence `index`.
     Finished {
         /// Which sequence.
@@ -157,7 +173,7 @@ pub enum Failure {
     /// 500 `adapter_numerics`.
     #[error("the model produced non-finite logits for this request ({0}); its adapter's weights are the likely cause")]
     Numerics(String),
-    /// 500 `internal_error`: the request's grammar could not go on (a limit of its time or memory, or a bug of it).
+    /// 400 `invalid_schema`: the request's grammar could not go on (a limit of its time or memory).
     #[error("what may follow under this request's grammar could not be computed: {0}")]
     Grammar(String),
     /// 503 `adapter_load_failed`: the content went away (its files changed while the shard restarted).

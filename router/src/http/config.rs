@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::cors::CorsOrigin;
 use super::keys::KeySpec;
+use crate::engine::Pooling;
 use crate::text::ToolFormat;
 
 /// Settings of the HTTP side, as meant.
@@ -50,6 +51,8 @@ pub struct RouterConfig {
     pub tool_call_parser: Option<ToolFormat>,
     /// `--reasoning-parser`: whether the model thinks before it answers.
     pub reasoning_parser: ReasoningParser,
+    /// What makes an embedding unless the request says it.
+    pub pooling: Pooling,
     /// Bounds on connections, bodies and requests.
     pub limits: HttpLimits,
     /// How long a request waits for its adapter.
@@ -74,7 +77,7 @@ impl Default for RouterConfig {
             cors_origins: Vec::new(),
             metrics_keys: Vec::new(),
             default_adapter: None,
-            settings: serde_json::Value::Null,
+            settings: serde_json::Value::Object(serde_json::Map::new()),
             trust_request_chat_template: false,
             use_adapter_templates: false,
             strict_fields: false,
@@ -83,6 +86,7 @@ impl Default for RouterConfig {
             use_generation_config: true,
             tool_call_parser: None,
             reasoning_parser: ReasoningParser::Auto,
+            pooling: Pooling::Last,
             limits: HttpLimits::default(),
             adapter_load_timeout: Duration::from_secs(30),
             request_timeout: None,

@@ -5,9 +5,9 @@ use axum::http::HeaderValue;
 use axum::response::Response;
 use serde_json::{Map, Value};
 
-use super::App;
 use super::error::{ApiError, Cause, cut};
 use super::openai::reply::visible_ascii;
+use super::{App, anthropic, responses, turn};
 
 /// The header that names them.
 pub(crate) const IGNORED_FIELDS: &str = "x-ignored-fields";
@@ -40,6 +40,14 @@ const CHAT: &[&str] = &[
     "parallel_tool_calls", "reasoning_effort", "separate_reasoning", "tool_choice", "tools", "top_logprobs", "verbosity",
 ];
 
+/// Those of `/v1/embeddings`.
+#[rustfmt::skip]
+const EMBEDDINGS: &[&str] = &[
+    "adapter_id", "adapter_load_timeout_ms", "adapter_scale", "adapter_source", "adapter_wait", "adapters",
+    "add_special_tokens", "api_token", "cache_salt", "compose", "dimensions", "encoding_format", "input", "metadata",
+    "model", "normalize", "pooling", "priority", "request_id", "stream", "truncate_prompt_tokens", "user",
+];
+
 /// LoRAX's `parameters`.
 #[rustfmt::skip]
 const PARAMETERS: &[&str] = &[
@@ -57,8 +65,14 @@ pub(crate) enum Body {
     Completion,
     /// Of `/v1/chat/completions`.
     Chat,
+    /// Of `/v1/embeddings`.
+    Embeddings,
     /// Of LoRAX's routes.
     Native,
+    /// Of `/v1/responses`.
+    Response,
+    /// Of `/v1/messages` and what counts its tokens.
+    Message,
 }
 
 impl Body {
@@ -67,7 +81,10 @@ impl Body {
         match self {
             Self::Completion => GENERATION.contains(&name) || COMPLETIONS.contains(&name),
             Self::Chat => GENERATION.contains(&name) || CHAT.contains(&name),
+            Self::Embeddings => EMBEDDINGS.contains(&name),
             Self::Native => matches!(name, "inputs" | "parameters" | "stream"),
+            Self::Response => turn::EXTRAS.contains(&name) || responses::FIELDS.contains(&name),
+            Self::Message => turn::EXTRAS.contains(&name) || anthropic::FIELDS.contains(&name),
         }
     }
 

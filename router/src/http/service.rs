@@ -79,8 +79,3 @@ pub(crate) async fn no_method(method: axum::http::Method, uri: axum::http::Uri) 
     let (method, path) = (super::error::cut(method.as_str()), super::error::cut(uri.path()));
     ApiError::new(Cause::MethodNotAllowed, format!("`{path}` does not answer {method}"))
 }
-
-/// A base model that generates cannot embed.
-pub(crate) async fn no_embeddings() -> ApiError {
-    ApiError::at(Cause::UnsupportedParameter, "model", "this model generates text; it has no embeddings")
-}

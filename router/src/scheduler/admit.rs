@@ -5,7 +5,7 @@ use super::adapters::Residency;
 use super::ids::{BlockId, SeqId, SeqKey};
 use super::plan::Draft;
 use super::prefix;
-use crate::engine::FinishReason;
+use crate::engine::{FinishReason, Pooling};
 
 /// KV that a sequence starts with.
 struct Head {
@@ -122,7 +122,9 @@ impl Scheduler {
         let mut head = Head { blocks: Vec::new(), computed: 0, from_cache: true };
         let seq = self.seq(key);
         let owes_logprobs = self.requests.get(&seq.job.id).is_some_and(super::requests::Request::owes_logprobs);
-        if !self.limits.prefix_caching || owes_logprobs {
+        // Hidden states of cached positions are not known any more.
+        let needs_all = owes_logprobs || seq.job.request.pooling == Some(Pooling::Mean);
+        if !self.limits.prefix_caching || needs_all {
             return head;
         }
         let full = (seq.len_tokens() - 1) / self.limits.block_tokens as usize;

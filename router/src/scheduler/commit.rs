@@ -14,6 +14,7 @@ struct Reports {
     samples: HashMap<u64, Sample>,
     logprobs: HashMap<u64, Vec<PositionLogprobs>>,
     faults: HashMap<u64, String>,
+    pooled: HashMap<u64, Vec<f32>>,
 }
 
 impl Scheduler {
@@ -37,6 +38,7 @@ impl Scheduler {
             samples: result.samples.into_iter().map(|sample| (sample.seq, sample)).collect(),
             logprobs: result.prompt_logprobs.into_iter().map(|l| (l.seq, l.positions)).collect(),
             faults: result.faults.into_iter().map(|fault| (fault.seq, fault.reason)).collect(),
+            pooled: result.pooled.into_iter().map(|pooled| (pooled.seq, pooled.values)).collect(),
         };
         for member in &members {
             self.seq_mut(member.key).arrive(member.len, member.samples);
@@ -82,7 +84,15 @@ impl Scheduler {
         if let Some(sample) = sample.filter(|_| samples) {
             self.append(key, sample);
         } else if end == self.seq(key).job.positions_max() {
-            self.finish_index(id, index, FinishReason::Length); // max_tokens = 0: only the prompt was wanted
+            // max_tokens = 0: only the prompt was wanted
+            if self.seq(key).job.request.pooling.is_some() {
+                let Some(values) = reports.pooled.remove(&run) else {
+                    self.fail_request(id, Failure::ShardFault); // the contract again
+                    return;
+                };
+                self.emit(id, GenerateEvent::Embedding { values });
+            }
+            self.finish_index(id, index, FinishReason::Length);
         }
     }
 

@@ -10,6 +10,7 @@ use super::adapters::{Residency, Upload};
 use super::ids::{BlockId, SeqKey};
 use super::load::Claim;
 use super::{InFlight, Member, Scheduler};
+use crate::engine::Pooling;
 
 /// A step in the making.
 #[derive(Default)]
@@ -234,6 +235,7 @@ impl Scheduler {
             let is_last = member.start + member.len == seq.end_in_sight();
             member.samples = is_last && seq.job.request.max_tokens > 0;
             let mask = if member.samples { seq.mask_bytes() } else { None };
+            let pool = is_last && seq.job.request.pooling.is_some();
             seq.depart(member.len, member.samples);
             let start = seq.holding().is_some_and(|holding| !holding.announced).then(|| seq_start(seq));
             let holding = seq.holding_mut().expect("a member of a step runs");
@@ -247,6 +249,7 @@ impl Scheduler {
                 sample: member.samples,
                 prompt_logprobs: logprobs,
                 mask,
+                pool,
             });
             step.starts.extend(start);
         }
@@ -292,5 +295,11 @@ fn seq_start(seq: &super::sequence::Sequence) -> SeqStart {
         tokens: seq.tokens(),
         prompt_tokens: seq.prompt_tokens() as u32,
         sampling: Some(sampling),
+        pooling: match seq.job.request.pooling {
+            None => loramux_proto::Pooling::None,
+            Some(Pooling::Mean) => loramux_proto::Pooling::Mean,
+            Some(Pooling::Last) => loramux_proto::Pooling::Last,
+        }
+        .into(),
     }
 }

@@ -1,6 +1,11 @@
-//! How replies are read: tool calls and thoughts.
+//! How replies are read (tool calls and thoughts), and how embeddings are made.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 
 use clap::ValueEnum;
+use loramux_router::engine::Pooling;
 use loramux_router::http::ReasoningParser;
 use loramux_router::text::ToolFormat;
 
@@ -53,6 +58,39 @@ impl From<ReasoningParserArg> for ReasoningParser {
             ReasoningParserArg::Auto => Self::Auto,
             ReasoningParserArg::None => Self::None,
             ReasoningParserArg::Think => Self::Think,
+        }
+    }
+}
+
+/// `--pooling`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PoolingArg {
+    /// As the model's files say, else the last position
+    Auto,
+    /// The mean over all positions
+    Mean,
+    /// The last position
+    Last,
+}
+
+/// Bytes of a pooling configuration; those in use have a few hundred.
+const POOLING_BYTES_MAX: u64 = 64 << 10;
+
+impl PoolingArg {
+    /// The pooling of the model in `dir`; sentence-transformers' configuration says it.
+    pub(crate) fn of_model(self, dir: &Path) -> Pooling {
+        match self {
+            Self::Mean => Pooling::Mean,
+            Self::Last => Pooling::Last,
+            Self::Auto => {
+                let mut text = String::new();
+                let read = File::open(dir.join("1_Pooling/config.json"))
+                    .and_then(|file| file.take(POOLING_BYTES_MAX).read_to_string(&mut text));
+                let config: serde_json::Value =
+                    read.ok().and_then(|_| serde_json::from_str(&text).ok()).unwrap_or_default();
+                let means = config.get("pooling_mode_mean_tokens").and_then(serde_json::Value::as_bool);
+                if means == Some(true) { Pooling::Mean } else { Pooling::Last }
+            }
         }
     }
 }

@@ -248,7 +248,7 @@ impl Churn {
         for (adapter, adapters, text) in rows {
             let (seq, tokens) = (self.runner.take_seq(), TEXTS[text].to_vec());
             let (len, blocks) = (tokens.len() as u32, self.runner.take_blocks(tokens.len())?);
-            step.starts.push(SeqStart { seq, tokens, prompt_tokens: len, sampling: Some(greedy()) });
+            step.starts.push(SeqStart { seq, tokens, prompt_tokens: len, sampling: Some(greedy()), pooling: 0 });
             let blocks_of_chunk = blocks.clone();
             step.chunks.push(Chunk {
                 seq,
@@ -259,6 +259,7 @@ impl Churn {
                 sample: true,
                 prompt_logprobs: false,
                 mask: None,
+                pool: false,
             });
             self.expected.insert(seq, (adapter, text, blocks));
             seqs.push(seq);

@@ -212,7 +212,13 @@ impl Runner {
             let generated = if let Mode::Generate { tokens, .. } = job.mode { tokens } else { 0 };
             let (seq, blocks) = (self.take_seq(), self.take_blocks(job.tokens.len() + generated)?);
             let (tokens, known) = (job.tokens.clone(), job.tokens.len());
-            starts.push(SeqStart { seq, tokens, prompt_tokens: known as u32, sampling: Some(job.sampling.clone()) });
+            starts.push(SeqStart {
+                seq,
+                tokens,
+                prompt_tokens: known as u32,
+                sampling: Some(job.sampling.clone()),
+                pooling: 0,
+            });
             running.push(Running { seq, blocks, computed: 0, known, positions: Vec::new() });
         }
         let mut unanswered = VecDeque::new();
@@ -271,6 +277,7 @@ impl Runner {
                 sample,
                 prompt_logprobs: matches!(job.mode, Mode::PromptLogprobs { .. }),
                 mask: None,
+                pool: false,
             });
         }
         chunks

@@ -7,6 +7,7 @@ use loramux_kernels::{AdapterTable, AttnChunk, KvLayout, KvSlot, OpError, Segmen
 use loramux_models::Batch;
 use loramux_proto::{AdapterRef, Chunk, Sampling, SeqStart, Step};
 
+use super::pooling::Pooler;
 use super::run::ShardFault;
 
 /// What the shard remembers of a sequence: enough for penalties, and to know the tokens of the next chunk.
@@ -15,6 +16,7 @@ pub(super) struct SeqState {
     pub(super) prompt_tokens: usize,
     pub(super) sampling: Sampling,
     pub(super) bias: Vec<(u32, f32)>,
+    pub(super) pooler: Option<Pooler>,
 }
 
 impl SeqState {
@@ -22,7 +24,7 @@ impl SeqState {
         let sampling = start.sampling.clone().unwrap_or_default();
         let bias = sampling.logit_bias.iter().map(|entry| (entry.token, entry.bias)).collect();
         let prompt_tokens = (start.prompt_tokens as usize).min(start.tokens.len());
-        Self { tokens: start.tokens.clone(), prompt_tokens, sampling, bias }
+        Self { tokens: start.tokens.clone(), prompt_tokens, sampling, bias, pooler: Pooler::new(start.pooling()) }
     }
 
     pub(super) fn generated(&self) -> usize {

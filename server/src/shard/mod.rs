@@ -11,6 +11,7 @@ mod inspect;
 pub(crate) mod launch;
 mod memory;
 mod options;
+mod pooling;
 mod prepare;
 pub(crate) mod process;
 mod run;

@@ -184,6 +184,7 @@ impl Executor {
         if !step.chunks.is_empty() {
             self.buffers.fill(step, &self.sequences, &self.table, &self.limits)?;
             in_pool(|| self.compute(&mut result))?;
+            self.pool(step, &mut result)?;
             for sample in &result.samples {
                 if let Some(seq) = self.sequences.get_mut(&sample.seq) {
                     seq.tokens.push(sample.token);
@@ -202,6 +203,23 @@ impl Executor {
             self.sampler.rows.extend(rows.iter().map(|row| row.row));
             let logits = self.decoder.logits(&self.sampler.rows, &self.buffers.batch, &self.arena, &self.table)?;
             super::sampling::sample_rows(logits, rows, &self.buffers.masks, &self.sequences, result);
+        }
+        Ok(())
+    }
+
+    /// Takes the hidden states of the step's rows whose sequences want an embedding.
+    fn pool(&mut self, step: &Step, result: &mut StepResult) -> Result<(), ShardFault> {
+        let states = self.decoder.hidden();
+        let (hidden, mut first) = (states.width(), 0);
+        for chunk in &step.chunks {
+            let pooler = self.sequences.get_mut(&chunk.seq).and_then(|seq| seq.pooler.as_mut());
+            if let Some(pooler) = pooler {
+                let rows = pooler.rows(chunk.len);
+                let range = (first + rows.start as usize) * hidden..(first + rows.end as usize) * hidden;
+                pooler.add(chunk.start, chunk.len, hidden, states.as_f32().get(range).unwrap_or_default())?;
+                result.pooled.extend(chunk.pool.then(|| pooler.report(chunk.seq)));
+            }
+            first += chunk.len as usize;
         }
         Ok(())
     }

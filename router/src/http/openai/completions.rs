@@ -40,7 +40,7 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds) -> Result<CompletionRequest, A
     unsupported::check_completions(fields)?;
     let mut params = params(fields, bounds)?;
     params.max_tokens = max_tokens(fields, "max_tokens", 0)?;
-    let prompts = prompts(fields, bounds.vocab)?;
+    let prompts = prompts(fields, "prompt", bounds.vocab)?;
     let best_of = best_of(fields, &params, &bounds.limits)?;
     check_sequences("prompt", prompts.len() * best_of as usize, &bounds.limits)?;
     Ok(CompletionRequest {

@@ -70,6 +70,7 @@ impl Run {
                     }
                     return Some(Ok(Progress::Piece { index: index as usize, piece }));
                 }
+                GenerateEvent::Embedding { .. } => {} // nobody asks for one here
                 GenerateEvent::Finished { index, reason } => {
                     let Some(sequence) = open(&mut self.sequences, index) else { continue };
                     let piece = sequence.finished(reason);

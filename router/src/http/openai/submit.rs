@@ -103,7 +103,7 @@ impl App {
     }
 
     /// `/metrics` needs no key: it names what is registered for all, and nothing that one caller has or named.
-    fn metrics_label(&self, variant: &Variant, caller: &Caller) -> String {
+    pub(crate) fn metrics_label(&self, variant: &Variant, caller: &Caller) -> String {
         match &*variant.adapters {
             [one] if caller.namespace.is_empty() && self.registry.is_shared_name(&one.name) => one.name.clone(),
             _ => OTHER.to_owned(),
@@ -160,6 +160,7 @@ impl App {
                     max_tokens: prompt.max_tokens,
                     sampling,
                     grammar: params.grammar.clone(),
+                    pooling: None,
                     adapters: variant.uses.clone(),
                     tenant: asker.caller.tenant,
                     cache_salt: params.cache_salt.clone(),

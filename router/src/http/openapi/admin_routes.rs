@@ -6,8 +6,8 @@ use utoipa::openapi::path::HttpMethod::{Delete, Get, Post, Put};
 use super::draft::{Access, Draft, Op};
 use super::other_routes::LOADING;
 use super::schemas::admin::{
-    Adapter, AdapterPage, AdapterReport, Alias, AliasList, Drained, PinRequest, PutAdapterRequest, PutAliasRequest,
-    Status, ValidateAdapterRequest,
+    Adapter, AdapterPage, AdapterReport, Alias, AliasList, CacheReset, CacheResetRequest, Drained, PinRequest,
+    PutAdapterRequest, PutAliasRequest, ServerInfo, Status, ValidateAdapterRequest,
 };
 use super::schemas::live::Live;
 use super::{integer, one_of, text};
@@ -32,6 +32,13 @@ pub(super) fn add(draft: &mut Draft<'_>) {
         .in_query("since", integer().minimum(Some(0)).build(), "`next` of the answer before: only newer points.")
         .reply::<Live>(200, "Now, and the last minutes.")
         .done();
+    let op = draft.op(Post, "/admin/v1/cache/reset", "adminCacheReset").admin();
+    op.says("Empty caches", "Running requests keep what they use.")
+        .body::<CacheResetRequest>(json!({"prefix": true}))
+        .reply::<CacheReset>(200, "What was emptied.")
+        .done();
+    let op = draft.op(Get, "/server_info", "serverInfo").tag(TAG).access(Access::Admin);
+    op.says("The server's settings", "").reply::<ServerInfo>(200, "The settings; secrets are `***`.").done();
     let says = "No new requests from now on; running ones finish; then the process ends.";
     let op = draft.op(Post, "/admin/v1/drain", "adminDrain").tag(TAG).access(Access::Admin);
     op.says("Stop", says).reply::<Drained>(200, "It drains.").done();
@@ -39,7 +46,8 @@ pub(super) fn add(draft: &mut Draft<'_>) {
 
 impl Op<'_, '_> {
     fn admin(self) -> Self {
-        self.tag(TAG).access(Access::Admin)
+        // Unknown parameters of the query are refused by name.
+        self.tag(TAG).access(Access::Admin).refuses(&[Cause::UnsupportedParameter])
     }
 
     fn named(self) -> Self {

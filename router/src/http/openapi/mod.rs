@@ -51,6 +51,7 @@ struct Facts {
     is_admin_listener: bool,
     has_keys: bool,
     has_admin: bool,
+    has_metrics_key: bool,
     /// The model's and the server's numbers, by the names that `x-maximum` and `x-maxItems` of the schemas use.
     bounds: BTreeMap<&'static str, u64>,
 }
@@ -132,6 +133,7 @@ impl App {
             is_admin_listener: side == Side::Admin,
             has_keys: ring.has_keys,
             has_admin: ring.has_admin,
+            has_metrics_key: self.metrics_keys.has_keys,
             bounds,
         }
     }

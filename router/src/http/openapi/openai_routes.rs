@@ -7,7 +7,8 @@ use super::draft::{Draft, Op, Shape};
 use super::schemas::anthropic::{Message, MessageEvent, MessageTokenCount, MessagesPrompt, MessagesRequest};
 use super::schemas::chat::{ChatCompletion, ChatCompletionChunk, ChatCompletionRequest};
 use super::schemas::completions::{Completion, CompletionChunk, CompletionRequest};
-use super::schemas::models::{EmbeddingRequest, Model, ModelList};
+use super::schemas::embeddings::{EmbeddingList, EmbeddingRequest};
+use super::schemas::models::{Model, ModelList};
 use super::schemas::responses::{ResponseEvent, ResponseObject, ResponseRequest};
 use super::{number, text};
 use crate::http::error::Cause;
@@ -20,6 +21,7 @@ pub(super) const ANTHROPIC: &str = "Anthropic";
 /// What stands in the way of generating.
 pub(super) const GENERATION: &[Cause] = &[
     Cause::ContextLengthExceeded,
+    Cause::InvalidSchema,
     Cause::AdapterAmbiguous,
     Cause::NameIsBaseModel,
     Cause::SourceForbidden,
@@ -43,7 +45,8 @@ pub(super) const GENERATION: &[Cause] = &[
 ];
 
 /// What a reply says of what answered: name and meaning.
-const SOURCE_HEADERS: [(&str, &str); 6] = [
+const SOURCE_HEADERS: [(&str, &str); 7] = [
+    ("x-ignored-fields", "Fields of the request that nobody reads."),
     ("x-model-id", "The base model."),
     ("x-adapter-id", "The adapter that answered; several are joined by commas."),
     ("x-adapter-source", "Where it came from."),
@@ -85,16 +88,18 @@ pub(super) fn add(draft: &mut Draft<'_>) {
     draft
         .op(Post, "/v1/embeddings", "createEmbedding")
         .tag(TAG)
-        .says("Embeddings", "Always refused: the served model generates text.")
+        .says("Embed", "The decoder's final hidden states of each input, pooled. Adapters act on them.")
         .body::<EmbeddingRequest>(json!({"model": model, "input": "Hello!"}))
+        .reply::<EmbeddingList>(200, "One embedding for each input.")
+        .generates()
         .done();
     anthropic(draft, &model);
 }
 
 fn anthropic(draft: &mut Draft<'_>, model: &str) {
-    let prompt = json!({"model": model, "messages": [{"role": "user", "content": "Hello!"}]});
-    let mut message = prompt.clone();
-    message["max_tokens"] = 32.into();
+    let messages = json!([{"role": "user", "content": "Hello!"}]);
+    let prompt = json!({"model": model, "messages": messages});
+    let message = json!({"model": model, "messages": messages, "max_tokens": 32});
     let events = "The whole, or with `stream` server-sent events, each with its name and a `type`.";
     draft
         .op(Post, "/v1/messages", "createMessage")

@@ -58,6 +58,7 @@ const WORK_HEADERS: [(&str, &str); 13] = [
 /// Adds them.
 pub(super) fn add(draft: &mut Draft<'_>) {
     lorax(draft);
+    encoders(draft);
     tokenizer(draft);
     runtime(draft);
     health(draft);
@@ -128,6 +129,16 @@ fn lorax(draft: &mut Draft<'_>) {
         .reply::<Info>(200, "What this server does not have is null.")
         .refuses(&[Cause::NotReady, Cause::Draining])
         .done();
+}
+
+fn encoders(draft: &mut Draft<'_>) {
+    for (path, id) in [("/embed", "embed"), ("/classify", "classify"), ("/classify_batch", "classifyBatch")] {
+        let op = draft
+            .op(Post, path, id)
+            .tag(LORAX)
+            .says("LoRAX's encoders", "Always refused: the served model generates text.");
+        op.shape(Shape::Lorax).refuses(&[Cause::UnsupportedParameter]).done();
+    }
 }
 
 fn tokenizer(draft: &mut Draft<'_>) {
@@ -213,7 +224,7 @@ pub(super) fn health(draft: &mut Draft<'_>) {
             "Browsers (`accept` names `text/html`) get the console, all others what `/health` says.",
         )
         .access(Access::Open)
-        .text(200, "text/html", "Ready, or the console.")
+        .empty(200, "Ready, without a body; or the console as `text/html`.")
         .empty(304, "The browser has the console already.")
         .refuses(not_ready)
         .done();
@@ -228,8 +239,9 @@ pub(super) fn health(draft: &mut Draft<'_>) {
         .op(Get, "/metrics", "metrics")
         .tag(SERVICE)
         .says("Metrics", "Prometheus text, version 0.0.4.")
-        .access(Access::Open)
+        .access(Access::Metrics)
         .text(200, "text/plain", "The metrics.")
+        .refuses(&[Cause::InvalidApiKey, Cause::RateLimited])
         .done();
     let access = if draft.facts.is_admin_listener { Access::Admin } else { Access::Keyed };
     draft

@@ -55,7 +55,7 @@ async fn every_refusal_has_the_one_body() {
             431,
             "headers_too_large",
         ),
-        (post("/v1/embeddings", "{}"), 400, "unsupported_parameter"),
+        (post("/v1/embeddings", "{}"), 400, "missing_field"),
         (post("/v1/completions", "{}"), 400, "missing_field"),
     ];
     for (request, status, code) in cases {

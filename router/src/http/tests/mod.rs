@@ -163,6 +163,10 @@ impl Script {
                     break;
                 }
             }
+            if request.pooling.is_some() {
+                let values = request.prompt.iter().map(|token| *token as f32).collect();
+                events.push(GenerateEvent::Embedding { values });
+            }
             events.push(GenerateEvent::Finished { index, reason });
         }
         if let Some((after, failure)) = self.inner.fail_after.lock().unwrap().clone() {

@@ -11,6 +11,8 @@ pub(super) struct Client {
     pub(super) ended: Vec<bool>,
     pub(super) admitted: bool,
     pub(super) any_token: bool,
+    /// Its embedding came.
+    pooled: bool,
     pub(super) logprobs_seen: usize,
     pub(super) deadline_at_ms: Option<u64>,
     /// A step that covers this position kills the shard.
@@ -34,6 +36,7 @@ impl Client {
             request,
             admitted: false,
             any_token: false,
+            pooled: false,
             logprobs_seen: 0,
             deadline_at_ms,
             poison_at,
@@ -77,7 +80,14 @@ impl Client {
                 assert_eq!((token, logprob), (want, want_logprob), "another token than alone");
                 self.oracles[index as usize].pending = then;
             }
+            GenerateEvent::Embedding { values } => {
+                assert!(self.admitted && !self.pooled, "one embedding");
+                let at = self.request.pooling.expect("it was asked for") as usize;
+                assert_eq!(values, self.oracles[0].pooled[at], "another embedding than alone");
+                self.pooled = true;
+            }
             GenerateEvent::Finished { index, reason } => {
+                assert_eq!(self.pooled, self.request.pooling.is_some(), "the embedding comes first");
                 assert!(!self.ended[index as usize], "finished twice");
                 // A grammar that allows no token at all ends a request before its prompt is computed.
                 if self.any_token || reason != FinishReason::Stop {

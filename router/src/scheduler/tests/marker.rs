@@ -41,6 +41,16 @@ pub(super) fn attend(sum: u64, position: usize, kv: u64) -> u64 {
     sum.wrapping_add(mix(kv, position as u64))
 }
 
+/// What stands for a mean over positions: it depends on their order, as sums of floats do.
+pub(super) fn average(sum: u64, kv: u64) -> u64 {
+    mix(sum, kv)
+}
+
+/// An embedding that tells marks apart.
+pub(super) fn pooled(mark: u64) -> Vec<f32> {
+    vec![(mark >> 40) as f32, (mark & 0xff_ffff) as f32]
+}
+
 /// The token drawn at `position` (the number of tokens before it). Where a mask has none but forbidden ones, they may come.
 pub(super) fn draw(attended: u64, seed: u64, position: usize, forbidden: &[u32], mask: Option<&[u32]>) -> u32 {
     let mut x = mix(mix(attended, seed), position as u64);

@@ -1,6 +1,8 @@
 //! What a request must give, computed from the request alone: no blocks, no slots, no scheduler.
 
-use super::marker::{adapters_mark, attend, draw, image_mark, kv_mark, logprob, owner_mark, page_mark};
+use super::marker::{
+    adapters_mark, attend, average, draw, image_mark, kv_mark, logprob, owner_mark, page_mark, pooled,
+};
 use crate::engine::{Allowed, ContentId, FinishReason, GenerateRequest, GrammarState};
 
 /// One sibling, token by token.
@@ -23,6 +25,8 @@ pub(super) struct Oracle {
     pub(super) broken: bool,
     /// Of prompt position i + 1.
     pub(super) prompt_logprobs: Vec<f32>,
+    /// The prompt's embeddings: mean, last.
+    pub(super) pooled: [Vec<f32>; 2],
 }
 
 /// A token and what must follow it.
@@ -53,13 +57,17 @@ impl Oracle {
             mask: None,
             broken: false,
             prompt_logprobs: Vec::new(),
+            pooled: Default::default(),
         };
+        let mut mean = 0;
         for (at, token) in request.prompt.iter().enumerate() {
             if at > 0 {
                 oracle.prompt_logprobs.push(logprob(oracle.attended, *token));
             }
             oracle.push(*token);
+            mean = average(mean, oracle.chain);
         }
+        oracle.pooled = [pooled(mean), pooled(oracle.attended)];
         if oracle.look() {
             oracle.pending = Some(FinishReason::Stop);
         }

@@ -37,6 +37,7 @@ pub(super) fn request(prompt_tokens: u32, max_tokens: u32) -> GenerateRequest {
         max_tokens,
         sampling: Sampling::default(),
         grammar: None,
+        pooling: None,
         adapters: Vec::new(),
         tenant: 1,
         cache_salt: None,

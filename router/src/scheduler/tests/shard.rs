@@ -3,17 +3,21 @@
 use std::collections::BTreeMap;
 
 use loramux_proto::{
-    AdapterUpload, Chunk, PositionLogprobs, PromptLogprobs, Sample, Sampling, SlotGeneration, Step, StepResult,
+    AdapterUpload, Chunk, Pooled, Pooling, PositionLogprobs, PromptLogprobs, Sample, Sampling, SlotGeneration, Step,
+    StepResult,
 };
 
 use super::grammar::words_of;
-use super::marker::{POISON, adapters_mark, attend, draw, image_mark, kv_mark, logprob, page_mark};
+use super::marker::{POISON, adapters_mark, attend, average, draw, image_mark, kv_mark, logprob, page_mark, pooled};
 use crate::engine::ContentId;
 
 struct Sequence {
     tokens: Vec<u32>,
     prompt_tokens: usize,
     sampling: Sampling,
+    pooling: Pooling,
+    /// Positions in it, and their mark.
+    mean: (usize, u64),
 }
 
 #[derive(Clone, Default)]
@@ -87,7 +91,13 @@ impl FakeShard {
         self.publish(&mut result);
         for start in &step.starts {
             let sampling = start.sampling.clone().expect("sampling is set");
-            let new = Sequence { tokens: start.tokens.clone(), prompt_tokens: start.prompt_tokens as usize, sampling };
+            let new = Sequence {
+                tokens: start.tokens.clone(),
+                prompt_tokens: start.prompt_tokens as usize,
+                sampling,
+                pooling: start.pooling(),
+                mean: (0, 0),
+            };
             assert!(self.sequences.insert(start.seq, new).is_none(), "sequence {} started twice", start.seq);
         }
         for chunk in &step.chunks {
@@ -140,6 +150,10 @@ impl FakeShard {
             }
             before = self.kv[at(position)];
             attended = attend(attended, position, before);
+            if position >= start && seq.pooling == Pooling::Mean {
+                assert_eq!(seq.mean.0, position, "a mean takes every position once, in order");
+                seq.mean = (position + 1, average(seq.mean.1, before));
+            }
             if chunk.prompt_logprobs && position >= start && position + 1 < seq.prompt_tokens {
                 let logprob = logprob(attended, seq.tokens[position + 1]);
                 positions.push(PositionLogprobs { position: position as u32 + 1, logprob, top: Vec::new() });
@@ -147,6 +161,11 @@ impl FakeShard {
         }
         if !positions.is_empty() {
             result.prompt_logprobs.push(PromptLogprobs { seq: chunk.seq, positions });
+        }
+        if chunk.pool {
+            assert_eq!(end, seq.prompt_tokens, "an embedding is of the whole prompt");
+            let values = pooled(if seq.pooling == Pooling::Mean { seq.mean.1 } else { attended });
+            result.pooled.push(Pooled { seq: chunk.seq, values });
         }
         assert!(chunk.sample || chunk.mask.is_none(), "a mask of nothing");
         if chunk.sample {

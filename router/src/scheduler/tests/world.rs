@@ -14,7 +14,7 @@ use super::marker::{Rng, VOCAB};
 use super::oracle::Oracle;
 use super::shard::FakeShard;
 use super::weather::{Totals, Weather};
-use crate::engine::{AdapterUse, ContentId, Failure, GenerateEvent, GenerateRequest, Grammar};
+use crate::engine::{AdapterUse, ContentId, Failure, GenerateEvent, GenerateRequest, Grammar, Pooling};
 
 /// Steps in which everything must have ended once arrivals and faults stopped.
 const DRAIN_STEPS_MAX: u64 = 20_000;
@@ -308,9 +308,11 @@ impl World {
             .map(|_| AdapterUse { content: rng.pick(&self.contents).0, scale: *rng.pick(&[1.0, 1.0, 0.5]) })
             .collect();
         let wants_logprobs = rng.chance(150);
+        let pooling = rng.chance(100).then(|| *rng.pick(&[Pooling::Mean, Pooling::Last]));
+        let max_tokens = if pooling.is_some() { 0 } else { max_tokens };
         GenerateRequest {
             prompt: Arc::from(prompt),
-            n: if rng.chance(700) { 1 } else { rng.range(2, 4) },
+            n: if pooling.is_some() || rng.chance(700) { 1 } else { rng.range(2, 4) },
             max_tokens,
             sampling: Sampling {
                 seed: rng.next() % 3,
@@ -321,6 +323,7 @@ impl World {
                 ..Sampling::default()
             },
             grammar: rng.chance(300).then(|| Arc::new(Formula { salt: rng.next(), breaks }) as Arc<dyn Grammar>),
+            pooling,
             adapters,
             tenant: u64::from(rng.range(1, 3)),
             cache_salt: rng.chance(100).then(|| "salt".to_owned()),

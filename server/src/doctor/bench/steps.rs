@@ -249,7 +249,7 @@ impl Bench {
     fn start(&mut self, seq: u64, tokens: usize) -> SeqStart {
         let tokens: Vec<u32> = (0..tokens).map(|_| self.random.below(self.vocab) as u32).collect();
         let sampling = Sampling { logprobs: None, prompt_logprobs: None, ..greedy() };
-        SeqStart { seq, prompt_tokens: tokens.len() as u32, tokens, sampling: Some(sampling) }
+        SeqStart { seq, prompt_tokens: tokens.len() as u32, tokens, sampling: Some(sampling), pooling: 0 }
     }
 
     /// Sequences whose caches are computed, in steps of as many tokens as there may be.
@@ -341,5 +341,15 @@ fn decode(rows: &Batch, placed: &[AdapterRef]) -> Step {
 
 fn chunk(seq: u64, start: usize, len: usize, blocks: &[u32], adapters: Vec<AdapterRef>, sample: bool) -> Chunk {
     let blocks = blocks[..(start + len).div_ceil(BLOCK_TOKENS)].to_vec();
-    Chunk { seq, start: start as u32, len: len as u32, blocks, adapters, sample, prompt_logprobs: false, mask: None }
+    Chunk {
+        seq,
+        start: start as u32,
+        len: len as u32,
+        blocks,
+        adapters,
+        sample,
+        prompt_logprobs: false,
+        mask: None,
+        pool: false,
+    }
 }

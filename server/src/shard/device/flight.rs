@@ -13,8 +13,22 @@ use super::super::batch::LogitRow;
 pub(super) struct Landing {
     pub(super) out: HostBuffer<SampleOut>,
     pub(super) top: HostBuffer<TopLogprob>,
+    /// Hidden states of the rows that embeddings are made of, each at its row.
+    pub(super) states: HostBuffer<u16>,
     /// Set behind the copies into it.
     pub(super) landed: Event,
+}
+
+/// A chunk of a sequence that wants an embedding.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PooledChunk {
+    pub(super) seq: u64,
+    /// Row of the chunk's first position.
+    pub(super) first_row: usize,
+    pub(super) start: u32,
+    pub(super) len: u32,
+    /// The prompt ends with it.
+    pub(super) is_last: bool,
 }
 
 /// A step in flight.
@@ -24,6 +38,8 @@ pub(super) struct Flight {
     pub(super) rows: Vec<LogitRow>,
     /// Sequences whose penalties found no room.
     pub(super) refused: Vec<u64>,
+    /// Chunks whose hidden states come back.
+    pub(super) pooled: Vec<PooledChunk>,
     pub(super) uploaded: Vec<SlotGeneration>,
     pub(super) landing: Landing,
     pub(super) started: Instant,

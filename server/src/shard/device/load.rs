@@ -72,7 +72,7 @@ impl DeviceExecutor {
         let mut engine = Engine::new(model, place, limits)?;
         let unpack = UnpackKernel::load(&**device, elem)?;
         let bundles = Bundles::new(device, unpack, capacities(&engine))?;
-        let landings = landings(device, &limits)?;
+        let landings = landings(device, &limits, engine.spec.hidden)?;
         let mut notes = Vec::new();
         let base = BaseFiles::new(&options.model, &load, content_id);
         let (pool, slab) = slab(device, options, &engine, base, &mut notes)?;
@@ -209,13 +209,14 @@ fn capacities(engine: &Engine) -> [usize; 13] {
     ]
 }
 
-fn landings(device: &SharedDevice, limits: &EngineLimits) -> Result<Vec<Landing>, DeviceError> {
+fn landings(device: &SharedDevice, limits: &EngineLimits, hidden: usize) -> Result<Vec<Landing>, DeviceError> {
     let rows = limits.step_tokens_max.max(limits.logit_rows_max);
     (0..=DEPTH)
         .map(|_| {
             Ok(Landing {
                 out: HostBuffer::new(device, rows, HostUse::Readback)?,
                 top: HostBuffer::new(device, rows * TOP_MAX, HostUse::Readback)?,
+                states: HostBuffer::new(device, limits.step_tokens_max * hidden, HostUse::Readback)?,
                 landed: device.event()?,
             })
         })

@@ -28,7 +28,7 @@ use loramux_proto::{Info, Step, StepResult};
 use self::adapters::{ArenaPlace, DeviceAdapters};
 use self::bundle::{Bundles, List};
 use self::engine::Engine;
-use self::flight::{Flight, Landing};
+use self::flight::{Flight, Landing, PooledChunk};
 use self::graphs::Graphs;
 use self::lists::{ListLimits, Lists};
 use self::ops::{Shape, StepOps};
@@ -98,7 +98,15 @@ impl Execute for DeviceExecutor {
             Some(landing) => landing,
             None => return Err(ShardFault::Malformed(format!("more than {DEPTH} steps at a time"))),
         };
-        let mut flight = Flight { id: step.id, rows: Vec::new(), refused: Vec::new(), uploaded, landing, started };
+        let mut flight = Flight {
+            id: step.id,
+            rows: Vec::new(),
+            refused: Vec::new(),
+            pooled: Vec::new(),
+            uploaded,
+            landing,
+            started,
+        };
         if !step.chunks.is_empty() {
             self.launch(step, &mut flight)?;
         }
@@ -116,7 +124,7 @@ impl Execute for DeviceExecutor {
             return Ok(None);
         }
         let Some(flight) = self.flights.pop_front() else { return Ok(None) };
-        Ok(Some(self.land(flight)))
+        self.land(flight).map(Some)
     }
 
     fn graph_nodes(&self, rows: usize, adapters: bool) -> Option<usize> {
@@ -198,6 +206,7 @@ impl DeviceExecutor {
         if graph.is_some() {
             self.download(flight, 0, self.lists.logit_rows.len())?;
         }
+        self.download_states(step, flight)?;
         let launched = match self.launched.take() {
             // The copy stream was told to wait for what it held then: the event may be set anew.
             Some(event) => event,
@@ -316,6 +325,45 @@ impl DeviceExecutor {
         Ok(())
     }
 
+    /// Copies the hidden states that embeddings are made of to page-locked memory.
+    fn download_states(&self, step: &Step, flight: &mut Flight) -> Result<(), ShardFault> {
+        let Engine { device, stream, space, spec, .. } = &self.engine;
+        let (row_bytes, mut first_row) = (spec.hidden * size_of::<u16>(), 0);
+        for chunk in &step.chunks {
+            let pooler = self.sequences.get(&chunk.seq).and_then(|seq| seq.pooler.as_ref());
+            if let Some(pooler) = pooler {
+                let rows = pooler.rows(chunk.len);
+                let at = (first_row + rows.start as usize) * row_bytes;
+                // SAFETY: both have room for every row of a step, and nobody reads the landing before its event has come.
+                unsafe {
+                    let to = flight.landing.states.as_ptr().add(at);
+                    device.download(*stream, to, space.normed.address() + at as u64, rows.len() * row_bytes)?;
+                }
+                let (start, len, is_last) = (chunk.start, chunk.len, chunk.pool);
+                flight.pooled.push(PooledChunk { seq: chunk.seq, first_row, start, len, is_last });
+            }
+            first_row += chunk.len as usize;
+        }
+        Ok(())
+    }
+
+    /// Takes the hidden states that came back.
+    fn pool(&mut self, chunks: &[PooledChunk], states: &[u16], result: &mut StepResult) -> Result<(), ShardFault> {
+        let (hidden, elem) = (self.engine.spec.hidden, self.engine.elem);
+        for chunk in chunks {
+            let pooler = self.sequences.get_mut(&chunk.seq).and_then(|seq| seq.pooler.as_mut());
+            let Some(pooler) = pooler else { continue };
+            let rows = pooler.rows(chunk.len);
+            let range =
+                (chunk.first_row + rows.start as usize) * hidden..(chunk.first_row + rows.end as usize) * hidden;
+            let values: Vec<f32> =
+                states.get(range).unwrap_or_default().iter().map(|&bits| elem.from_bits(bits)).collect();
+            pooler.add(chunk.start, chunk.len, hidden, &values)?;
+            result.pooled.extend(chunk.is_last.then(|| pooler.report(chunk.seq)));
+        }
+        Ok(())
+    }
+
     fn wants_top(&self, row: &LogitRow) -> bool {
         let Some(seq) = self.sequences.get(&row.seq) else { return false };
         match row.want {
@@ -325,8 +373,8 @@ impl DeviceExecutor {
     }
 
     /// Reads the result of a step that is done.
-    fn land(&mut self, flight: Flight) -> StepResult {
-        let Flight { id, rows, refused, uploaded, landing, started } = flight;
+    fn land(&mut self, flight: Flight) -> Result<StepResult, ShardFault> {
+        let Flight { id, rows, refused, pooled, uploaded, landing, started } = flight;
         let mut result = StepResult { id, uploaded, ..StepResult::default() };
         let wants = |row: &LogitRow| self.sequences.get(&row.seq).is_some_and(|seq| seq.sampling.logprobs.is_some());
         sampling::read(&rows, landing.out.as_slice(), landing.top.as_slice(), wants, &mut result);
@@ -341,8 +389,9 @@ impl DeviceExecutor {
                 seq.push(sample.token);
             }
         }
+        self.pool(&pooled, landing.states.as_slice(), &mut result)?;
         self.landings.push(landing);
         result.compute_us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        result
+        Ok(result)
     }
 }

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use loramux_proto::{Sampling, SeqStart};
 
+use super::super::pooling::Pooler;
+
 /// One sequence. Its last sampled token may be known to the device only.
 #[derive(Debug)]
 pub(super) struct DeviceSequence {
@@ -17,6 +19,7 @@ pub(super) struct DeviceSequence {
     pub(super) sampling: Sampling,
     /// For penalties: each token of prompt and output, and how often it was generated. `None` where nothing asks.
     pub(super) seen: Option<HashMap<u32, u32>>,
+    pub(super) pooler: Option<Pooler>,
 }
 
 impl DeviceSequence {
@@ -34,7 +37,8 @@ impl DeviceSequence {
             }
             seen
         });
-        Self { slot, tokens: start.tokens.clone(), pending: 0, prompt_tokens, sampling, seen }
+        let pooler = Pooler::new(start.pooling());
+        Self { slot, tokens: start.tokens.clone(), pending: 0, prompt_tokens, sampling, seen, pooler }
     }
 
     /// Appends a token that the host has read.

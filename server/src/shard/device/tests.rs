@@ -27,8 +27,13 @@ fn slots() -> SlotTable {
 
 fn sequences(lens: &[(u64, usize, usize)]) -> HashMap<u64, DeviceSequence> {
     let make = |&(seq, tokens, pending): &(u64, usize, usize)| {
-        let start =
-            SeqStart { seq, tokens: (0..tokens as u32).collect(), prompt_tokens: tokens as u32, sampling: None };
+        let start = SeqStart {
+            seq,
+            tokens: (0..tokens as u32).collect(),
+            prompt_tokens: tokens as u32,
+            sampling: None,
+            pooling: 0,
+        };
         (seq, DeviceSequence { pending, ..DeviceSequence::new(&start, 7 + seq as u32) })
     };
     lens.iter().map(make).collect()
@@ -45,6 +50,7 @@ fn chunk(seq: u64, start: u32, len: u32, slots: &[u32]) -> Chunk {
         sample: true,
         prompt_logprobs: false,
         mask: None,
+        pool: false,
     }
 }
 
@@ -138,7 +144,7 @@ fn masks_lie_one_behind_the_other_and_a_wrong_length_is_refused_before_a_launch(
 #[test]
 fn an_end_token_before_min_tokens_is_banned_unless_the_mask_has_nothing_else() {
     let sampling = Sampling { min_tokens: 3, end_tokens: vec![1], repetition_penalty: 1.0, ..Sampling::default() };
-    let start = SeqStart { seq: 7, tokens: vec![0; 4], prompt_tokens: 4, sampling: Some(sampling) };
+    let start = SeqStart { seq: 7, tokens: vec![0; 4], prompt_tokens: 4, sampling: Some(sampling), pooling: 0 };
     let sequences = HashMap::from([(7, DeviceSequence::new(&start, 0))]);
     let mut samples = SampleLists::default();
     for (words, edits) in [([0b10, 0], 0), ([0b110, 0], 1), ([0b10, 1], 1)] {

@@ -135,6 +135,7 @@ pub(in crate::http::openapi) struct AdapterError {
 
 /// The whole registration: what is absent gets its default.
 #[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(in crate::http::openapi) struct PutAdapterRequest {
     /// A reference or an absolute path.
     #[schema(rename = "ref", min_length = 1, example = "hf://org/repo")]
@@ -157,10 +158,13 @@ pub(in crate::http::openapi) struct PutAdapterRequest {
 
 /// A reference to check.
 #[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(in crate::http::openapi) struct ValidateAdapterRequest {
     #[schema(rename = "ref", min_length = 1, example = "hf://org/repo")]
     reference: String,
     revision: Option<String>,
+    /// Must be false: files are checked, not run.
+    self_test: Option<bool>,
 }
 
 /// What a dry run found.
@@ -202,6 +206,7 @@ pub(in crate::http::openapi) struct Refusal {
 
 /// Where to keep an adapter.
 #[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(in crate::http::openapi) struct PinRequest {
     residency: PinResidency,
 }
@@ -241,6 +246,7 @@ pub(in crate::http::openapi) enum StickyBy {
 
 /// All versions of an alias, changed in one step.
 #[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(in crate::http::openapi) struct PutAliasRequest {
     #[schema(min_items = 1, max_items = 16)]
     versions: Vec<PutAliasVersion>,
@@ -251,6 +257,7 @@ pub(in crate::http::openapi) struct PutAliasRequest {
 }
 
 #[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(in crate::http::openapi) struct PutAliasVersion {
     adapter: String,
     #[schema(exclusive_minimum = 0, maximum = 1_000_000_000.0, default = 1)]
@@ -318,4 +325,30 @@ pub(in crate::http::openapi) struct ShardCounts {
 #[derive(Serialize, ToSchema)]
 pub(in crate::http::openapi) struct Drained {
     draining: bool,
+}
+
+/// Caches to empty.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(in crate::http::openapi) struct CacheResetRequest {
+    /// Keys and values of prompts.
+    prefix: bool,
+    /// Must be false: files of adapters make room by themselves.
+    disk: Option<bool>,
+}
+
+/// What was emptied.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct CacheReset {
+    prefix: bool,
+    disk: bool,
+}
+
+/// What every flag came to.
+#[derive(Serialize, ToSchema)]
+pub(in crate::http::openapi) struct ServerInfo {
+    version: String,
+    served_names: Vec<String>,
+    /// By flag; secrets are `***`.
+    settings: serde_json::Value,
 }

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::generation::{AdapterFields, DrawingFields, Stop, StopString};
+use super::generation::{AdapterFields, DrawingFields, StopString};
 
 /// A request for a message. `container` and `mcp_servers` are refused.
 #[derive(Serialize, ToSchema)]
@@ -25,7 +25,6 @@ pub(in crate::http::openapi) struct MessagesRequest {
     stream: Option<bool>,
     #[schema(max_items = 16)]
     stop_sequences: Option<Vec<StopString>>,
-    stop: Option<Stop>,
     #[serde(flatten)]
     drawing: DrawingFields,
     #[serde(flatten)]
@@ -118,6 +117,7 @@ pub(in crate::http::openapi) enum MessageToolChoiceType {
 
 /// For templates that know the switch.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"type": "disabled"}))]
 pub(in crate::http::openapi) struct Thinking {
     #[schema(rename = "type")]
     kind: ThinkingType,
@@ -207,6 +207,7 @@ pub(in crate::http::openapi) enum MessageEvent {
 /// By its `type`.
 #[derive(Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[expect(clippy::enum_variant_names, reason = "the names of the wire")]
 pub(in crate::http::openapi) enum BlockDelta {
     ThinkingDelta { thinking: String },
     TextDelta { text: String },

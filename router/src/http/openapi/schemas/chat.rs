@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::format::FormatFields;
 use super::generation::{AdapterFields, DrawingFields, PromptPosition, SamplingFields, StopReason, Usage};
 
 /// A request for the next message of a chat.
@@ -46,12 +47,16 @@ pub(in crate::http::openapi) struct ChatCompletionRequest {
     include_reasoning: Option<bool>,
     /// For the model's chat template: objects, mostly with `title` and `text`.
     documents: Option<Vec<Map<String, Value>>>,
+    /// A template in the place of the model's own; needs `--trust-request-chat-template`.
+    chat_template: Option<String>,
     /// Variables for the model's chat template, 16 KiB at most.
     chat_template_kwargs: Option<Map<String, Value>>,
     #[serde(flatten)]
     sampling: SamplingFields,
     #[serde(flatten)]
     drawing: DrawingFields,
+    #[serde(flatten)]
+    format: FormatFields,
     #[serde(flatten)]
     adapter: AdapterFields,
 }
@@ -150,6 +155,7 @@ pub(in crate::http::openapi) enum ReasoningEffort {
 
 /// A message of a chat.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"role": "user", "content": "Hello!"}))]
 pub(in crate::http::openapi) struct ChatMessage {
     role: Role,
     /// Text; null only from an assistant that called tools.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::format::FormatFields;
 use super::generation::{AdapterFields, DrawingFields, PromptPosition, SamplingFields, StopReason, TokenId, Usage};
 
 /// A request for completions.
@@ -31,6 +32,8 @@ pub(in crate::http::openapi) struct CompletionRequest {
     sampling: SamplingFields,
     #[serde(flatten)]
     drawing: DrawingFields,
+    #[serde(flatten)]
+    format: FormatFields,
     #[serde(flatten)]
     adapter: AdapterFields,
 }

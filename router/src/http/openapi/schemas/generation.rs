@@ -197,6 +197,12 @@ pub(in crate::http::openapi) struct DrawingFields {
     /// Added to logits: token id to -100..100.
     #[schema(example = json!({"7": -100}), extensions(("x-maxProperties" = json!("logit_bias_max"))))]
     logit_bias: Option<BTreeMap<String, Bias>>,
+    /// Texts that are not generated.
+    #[schema(max_items = 256)]
+    bad_words: Option<Vec<BadWord>>,
+    /// Tokens of one chunk of a stream.
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    stream_interval: Option<u32>,
     /// Nothing else may be generated.
     #[schema(min_items = 1)]
     allowed_token_ids: Option<Vec<TokenId>>,
@@ -225,6 +231,11 @@ pub(in crate::http::openapi) struct DrawingFields {
     #[schema(max_length = 128)]
     request_id: Option<String>,
 }
+
+/// 1 to 256 bytes, not blank.
+#[derive(Serialize, ToSchema)]
+#[schema(min_length = 1, max_length = 256)]
+pub(in crate::http::openapi) struct BadWord(String);
 
 /// Added to a logit.
 #[derive(Serialize, ToSchema)]

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::format::{JsonSchema, ResponseFormat, TgiGrammar};
 use super::generation::AdapterSource;
 
 /// A text to go on with, and how.
@@ -82,6 +83,10 @@ pub(in crate::http::openapi) struct GenerateParameters {
     apply_chat_template: Option<bool>,
     #[schema(minimum = 0)]
     seed: Option<u64>,
+    /// At most one of `response_format`, `schema` and `grammar`.
+    response_format: Option<ResponseFormat>,
+    schema: Option<JsonSchema>,
+    grammar: Option<TgiGrammar>,
 }
 
 /// How several adapters become one.

@@ -51,9 +51,3 @@ pub(in crate::http::openapi) struct AdapterFacts {
     content_id: String,
     rank: u32,
 }
-
-/// A request for embeddings. The served model generates text, so the answer is an error.
-#[derive(Serialize, ToSchema)]
-pub(in crate::http::openapi) struct EmbeddingRequest {
-    model: Option<String>,
-}

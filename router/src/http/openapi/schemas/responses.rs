@@ -79,6 +79,7 @@ pub(in crate::http::openapi) struct ResponseInputItems(Vec<ResponseInputItem>);
 
 /// By its `type`: `message`, `function_call`, `function_call_output` or `reasoning`.
 #[derive(Serialize, ToSchema)]
+#[schema(example = json!({"role": "user", "content": "Hello!"}))]
 pub(in crate::http::openapi) struct ResponseInputItem {
     #[schema(rename = "type")]
     kind: Option<InputItemType>,
