@@ -1,6 +1,8 @@
 """What a client and the server said to each other, checked against the published schema of its route."""
 
+import base64
 import json
+import struct
 
 from dialects import (
     check_anthropic_error, check_message, check_message_stream, check_response, check_response_stream, named_events)
@@ -40,7 +42,17 @@ def _check(exchange: Exchange):
     elif path.startswith("/v1/models/"):
         check_schema("Model", json.loads(exchange.body))
     elif path == "/v1/embeddings":
-        check_schema("CreateEmbeddingResponse", json.loads(exchange.body))
+        _check_embeddings(json.loads(exchange.request), json.loads(exchange.body))
+
+
+def _check_embeddings(asked: dict, reply: dict):
+    for each in reply["data"]:
+        is_packed = isinstance(each["embedding"], str)
+        assert is_packed == (asked.get("encoding_format") == "base64"), "packed where, and only where, that was asked for"
+        if is_packed:
+            packed = base64.b64decode(each["embedding"], validate=True)
+            each["embedding"] = list(struct.unpack(f"<{len(packed) // 4}f", packed))
+    check_schema("CreateEmbeddingResponse", reply)
 
 
 def _check_native(exchange: Exchange, path: str):

@@ -132,7 +132,7 @@ def unions():
                                 "$defs": {"a": small, "b": word}}
     yield "all_of", {"allOf": [{"type": "integer"}, {"minimum": 10}, {"maximum": 20}]}
     yield "all_of_objects", {"allOf": [{"type": "object", "properties": {"a": small}, "required": ["a"]},
-                                       {"properties": {"b": word}, "required": ["b"], "maxProperties": 2}], "additionalProperties": {"type": "null"}}
+                                       {"properties": {"b": word}, "required": ["b"], "maxProperties": 2}]}
     yield "all_of_strings", {"type": "string", "allOf": [{"pattern": "^[a-f]+$"}, {"minLength": 2}, {"maxLength": 4}]}
     yield "all_of_multiples", {"type": "integer", "minimum": 1, "maximum": 9999, "allOf": [{"multipleOf": 4}, {"multipleOf": 6}]}
     yield "enum_typed", {"type": "string", "enum": ["a", "b", "c"]}

@@ -47,7 +47,7 @@ def _validator(name: str):
 
 _VALIDATORS = {name: _validator(name) for name in (
     "CreateCompletionResponse", "CompletionChunk", "CreateChatCompletionResponse",
-    "CreateChatCompletionStreamResponse", "ErrorResponse", "ListModelsResponse", "Model")}
+    "CreateChatCompletionStreamResponse", "CreateEmbeddingResponse", "ErrorResponse", "ListModelsResponse", "Model")}
 
 # Members that may be null; any other null is a member that should be absent.
 _NULL_ALLOWED = {"logprobs", "finish_reason", "content", "refusal", "usage", "param", "code", "bytes"}

@@ -159,7 +159,8 @@ fn fake_step(script: &Script, step: &Step, sequences: &mut HashMap<u64, Vec<u32>
     for start in &step.starts {
         sequences.insert(start.seq, start.tokens.clone());
     }
-    let mut result = StepResult { id: step.id, ..StepResult::default() };
+    let compute_us = script.step_time.as_micros() as u64;
+    let mut result = StepResult { id: step.id, compute_us, ..StepResult::default() };
     for upload in &step.uploads {
         assert!(script.host.lock().unwrap().contains(&upload.content_id), "upload of what was dropped");
         result.uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });

@@ -173,7 +173,7 @@ pub enum Failure {
     /// 500 `adapter_numerics`.
     #[error("the model produced non-finite logits for this request ({0}); its adapter's weights are the likely cause")]
     Numerics(String),
-    /// 500 `internal_error`: the request's grammar could not go on (a limit of its time or memory, or a bug of it).
+    /// 400 `invalid_schema`: the request's grammar could not go on (a limit of its time or memory).
     #[error("what may follow under this request's grammar could not be computed: {0}")]
     Grammar(String),
     /// 503 `adapter_load_failed`: the content went away (its files changed while the shard restarted).

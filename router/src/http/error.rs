@@ -379,7 +379,8 @@ impl From<Failure> for ApiError {
             Failure::DeadlineExceeded => Cause::DeadlineExceeded,
             Failure::ShardFault => Cause::ShardFault,
             Failure::Numerics(_) => Cause::AdapterNumerics,
-            Failure::Grammar(_) => Cause::InternalError,
+            // The rule was followed for a while and then cost more than a rule may.
+            Failure::Grammar(_) => Cause::InvalidSchema,
             Failure::AdapterGone(..) => Cause::AdapterLoadFailed,
             Failure::TooLarge { .. } => Cause::ContextLengthExceeded,
             Failure::Draining => Cause::Draining,

@@ -5,9 +5,9 @@ use axum::http::HeaderValue;
 use axum::response::Response;
 use serde_json::{Map, Value};
 
-use super::App;
 use super::error::{ApiError, Cause, cut};
 use super::openai::reply::visible_ascii;
+use super::{App, anthropic, responses, turn};
 
 /// The header that names them.
 pub(crate) const IGNORED_FIELDS: &str = "x-ignored-fields";
@@ -69,6 +69,10 @@ pub(crate) enum Body {
     Embeddings,
     /// Of LoRAX's routes.
     Native,
+    /// Of `/v1/responses`.
+    Response,
+    /// Of `/v1/messages` and what counts its tokens.
+    Message,
 }
 
 impl Body {
@@ -79,6 +83,8 @@ impl Body {
             Self::Chat => GENERATION.contains(&name) || CHAT.contains(&name),
             Self::Embeddings => EMBEDDINGS.contains(&name),
             Self::Native => matches!(name, "inputs" | "parameters" | "stream"),
+            Self::Response => turn::EXTRAS.contains(&name) || responses::FIELDS.contains(&name),
+            Self::Message => turn::EXTRAS.contains(&name) || anthropic::FIELDS.contains(&name),
         }
     }
 

@@ -24,8 +24,12 @@ use super::openai::sse::{EventSender, Gone, Runs, Step};
 use super::openai::types::{ChatLogprob, StopReason};
 use super::server::ConnectionAbort;
 
-/// Fields of chat completions that other dialects do not have and that keep their name and meaning there.
-const EXTRAS: &[&str] = &[
+/// Fields of chat completions that other dialects do not have and that keep their name and meaning there, and
+/// those that would make more than one message, which are refused.
+pub(crate) const EXTRAS: &[&str] = &[
+    "n",
+    "best_of",
+    "adapters",
     "adapter_id",
     "adapter_source",
     "adapter_scale",
@@ -89,7 +93,7 @@ impl Translated {
             return Err(ApiError::unsupported("adapters", "a reply is one message; send a request for each adapter"));
         }
         let mut translated = Self::default();
-        for name in EXTRAS {
+        for name in EXTRAS.iter().filter(|name| !matches!(**name, "n" | "best_of")) {
             translated.copy(fields, name, name);
         }
         Ok(translated)

@@ -19,6 +19,7 @@ mod template_tests;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod thought;
 mod tools;
 
 use std::collections::BTreeSet;

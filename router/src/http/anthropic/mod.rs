@@ -19,12 +19,14 @@ use axum::response::{IntoResponse, Response};
 
 use self::events::Events;
 use self::reply::{Head, TokenCount, whole};
+pub(super) use self::request::FIELDS;
 use self::request::{INNER_NAMES, NAMES, Purpose, translate};
 use super::App;
 use super::body::json_object;
 use super::envelope::RequestId;
 use super::error::ApiError;
 use super::json::Fields;
+use super::known_fields;
 use super::openai::chat::chat_prompt;
 use super::turn::json_reply;
 use crate::access::Caller;
@@ -45,23 +47,26 @@ pub(super) fn key(headers: &HeaderMap) -> Option<&[u8]> {
 /// `POST /v1/messages`.
 pub(super) async fn messages(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
     let (parts, body) = json_object(request, &app.config.limits).await?;
+    let ignored = app.ignored_fields(known_fields::Body::Message, &body)?;
     let translated = translate(&Fields::new(&body), Purpose::Reply)?;
     let chat = app.start_chat(&parts, &translated.chat).await;
     let chat = chat.map_err(|error| translated.renamed(error, NAMES, INNER_NAMES))?;
     let head = Head::new(chat.shape.model.clone());
-    let response = if chat.params.stream.is_some() {
+    let mut response = if chat.params.stream.is_some() {
         app.stream_turn(chat, Events::new(head), &parts).await?
     } else {
         let variants = chat.variants.clone();
         let reply = whole(&head, app.whole_turn(chat).await?);
         json_reply(&app, reply, &variants)
     };
+    ignored.name_in(&mut response);
     Ok(with_request_id(response, &parts))
 }
 
 /// `POST /v1/messages/count_tokens`: the tokens that the same message would have as a prompt.
 pub(super) async fn count_tokens(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
     let (parts, body) = json_object(request, &app.config.limits).await?;
+    app.ignored_fields(known_fields::Body::Message, &body)?;
     let translated = translate(&Fields::new(&body), Purpose::Count)?;
     let count = count(&app, &parts, &Fields::new(&translated.chat)).await;
     let input_tokens = count.map_err(|error| translated.renamed(error, NAMES, INNER_NAMES))?;

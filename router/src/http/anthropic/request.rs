@@ -22,6 +22,13 @@ pub(super) const NAMES: &[(&str, &str)] = &[
 /// The same within a name.
 pub(super) const INNER_NAMES: &[(&str, &str)] = &[(".function.parameters", ".input_schema"), (".function", "")];
 
+/// What a request may have besides the extras, read or taken on purpose.
+#[rustfmt::skip]
+pub(in crate::http) const FIELDS: &[&str] = &[
+    "cache_control", "container", "max_tokens", "mcp_servers", "messages", "metadata", "model", "output_config", "service_tier",
+    "stop_sequences", "stream", "system", "temperature", "thinking", "tool_choice", "tools", "top_p",
+];
+
 const THINKING_BUDGET_MIN: i64 = 1024;
 const NONE_HERE: &str = "this server has none";
 

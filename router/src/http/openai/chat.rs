@@ -217,6 +217,7 @@ impl App {
         let rules = self.message_rules(&chat, asked.tools.as_ref(), asked.include_reasoning, asked.echo);
         asked.params.shown_special =
             self.text.mark_tokens(rules.tools.as_ref().map(|tools| tools.format), rules.reasoning.is_some());
+        asked.params.grammar = asked.params.grammar.map(|rule| self.text.after_thought(rule, chat.thought));
         if let Some(tools) = asked.tools.filter(Tools::is_forced) {
             let (functions, calls_max) = tools.callable();
             let grammar = GrammarSpec::Lark(self.text.tool_grammar(&chat, functions, calls_max));

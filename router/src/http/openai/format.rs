@@ -102,17 +102,21 @@ fn found(fields: &Fields<'_>, name: &str, spec: GrammarSpec) -> Format {
 fn response_format(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
     const NAME: &str = "response_format";
     let Some(format) = fields.object(NAME)? else { return Ok(None) };
-    let inline = |spec: fn(Value) -> GrammarSpec| match format.get("schema") {
+    // LoRAX's `json_object` has a `schema`; huggingface_hub sends the same as `value`.
+    let inline = ["schema", "value"].into_iter().find_map(|name| Some((name, format.get(name)?)));
+    let inline = |spec: fn(Value) -> GrammarSpec| match inline {
         None => Ok(None),
-        Some(value) => {
-            schema(value, &format.param("schema")).map(|schema| Some(found(&format, "schema", spec(schema))))
+        Some((name, value)) => {
+            schema(value, &format.param(name)).map(|schema| Some(found(&format, name, spec(schema))))
         }
     };
     match format.string("type")? {
         Some("text") => Ok(None),
-        // LoRAX's has a schema.
+        // LoRAX's has a schema, which may be empty.
         Some("json_object") => {
-            Ok(Some(inline(GrammarSpec::JsonSchema)?.unwrap_or_else(|| found(fields, NAME, GrammarSpec::JsonObject))))
+            let empty = GrammarSpec::JsonSchema(Value::Object(Map::new()));
+            let schema = inline(GrammarSpec::JsonSchema)?.filter(|format| format.spec != empty);
+            Ok(Some(schema.unwrap_or_else(|| found(fields, NAME, GrammarSpec::JsonObject))))
         }
         Some("json_schema") => match format.object("json_schema")? {
             Some(inner) => json_schema(&inner).map(Some),
@@ -121,6 +125,7 @@ fn response_format(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
                 None => Err(ApiError::missing(&format.param("json_schema"))),
             },
         },
+        Some("json" | "regex") => tgi_rule(&format).map(Some),
         Some("structural_tag") => Err(ApiError::unsupported("response_format.type", "send `tools`, or a grammar")),
         Some(other) => Err(ApiError::invalid("response_format.type", "one of text, json_object, json_schema", other)),
         None => Err(ApiError::missing("response_format.type")),
@@ -247,21 +252,140 @@ fn spaced(rule: Format, space: JsonSpace) -> Format {
 }
 
 fn tgi_grammar(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
-    let Some(given) = fields.object("grammar")? else { return Ok(None) };
+    fields.object("grammar")?.map(|given| tgi_rule(&given)).transpose()
+}
+
+/// `{type, value}`, which TGI takes as `grammar` and as `response_format`.
+fn tgi_rule(given: &Fields<'_>) -> Result<Format, ApiError> {
     let param = given.param("value");
     let value = given.get("value").ok_or_else(|| ApiError::missing(&param))?;
     let spec = match given.string("type")? {
         Some("json") => GrammarSpec::JsonSchema(schema(value, &param)?),
         Some("json_schema") => match given.object("value")? {
-            Some(inner) if inner.get("schema").is_some() => return json_schema(&inner).map(Some),
+            Some(inner) if inner.get("schema").is_some() => return json_schema(&inner),
             _ => GrammarSpec::JsonSchema(schema(value, &param)?),
         },
-        Some("regex") => match text(&given, "value")? {
+        Some("regex") => match text(given, "value")? {
             Some(text) => GrammarSpec::Regex(text),
             None => return Err(ApiError::missing(&param)),
         },
-        Some(other) => return Err(ApiError::invalid("grammar.type", "one of json, json_schema, regex", other)),
-        None => return Err(ApiError::missing("grammar.type")),
+        Some(other) => return Err(ApiError::invalid(&given.param("type"), "one of json, json_schema, regex", other)),
+        None => return Err(ApiError::missing(&given.param("type"))),
     };
-    Ok(Some(Format { spec, param }))
+    Ok(Format { spec, param })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(body: Value, native: bool) -> Result<Option<Format>, (Cause, String)> {
+        let map = body.as_object().unwrap();
+        let fields = Fields::new(map);
+        let found = if native { native_format(&fields) } else { format(&fields) };
+        found.map_err(|error| (error.cause, error.param.unwrap_or_default()))
+    }
+
+    #[test]
+    fn each_spelling_is_read_with_its_field() {
+        let schema = json!({"type": "integer"});
+        let json = || GrammarSpec::JsonSchema(json!({"type": "integer"}));
+        let spaced = |space| GrammarSpec::JsonSpaced { schema: json!({"type": "integer"}), space };
+        let cases = [
+            (json!({"response_format": {"type": "json_object"}}), GrammarSpec::JsonObject, "response_format"),
+            (
+                json!({"response_format": {"type": "json_object", "schema": {}}}),
+                GrammarSpec::JsonObject,
+                "response_format",
+            ),
+            (json!({"response_format": {"type": "json_object", "schema": schema}}), json(), "response_format.schema"),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}),
+                json(),
+                "response_format.json_schema.schema",
+            ),
+            (json!({"structured_outputs": {"json": schema, "regex": null}}), json(), "structured_outputs.json"),
+            (json!({"structured_outputs": {"json": schema.to_string()}}), json(), "structured_outputs.json"),
+            (
+                json!({"structured_outputs": {"json_object": true}}),
+                GrammarSpec::JsonObject,
+                "structured_outputs.json_object",
+            ),
+            (json!({"structured_outputs": {"regex": "a"}}), GrammarSpec::Regex("a".into()), "structured_outputs.regex"),
+            (
+                json!({"structured_outputs": {"choice": ["a", "b"]}}),
+                GrammarSpec::Choice(vec!["a".into(), "b".into()]),
+                "structured_outputs.choice",
+            ),
+            (
+                json!({"structured_outputs": {"grammar": "start: \"a\""}}),
+                GrammarSpec::Lark("start: \"a\"".into()),
+                "structured_outputs.grammar",
+            ),
+            (json!({"guided_grammar": "root ::= \"a\""}), GrammarSpec::Gbnf("root ::= \"a\"".into()), "guided_grammar"),
+            (json!({"guided_json": schema}), json(), "guided_json"),
+            (
+                json!({"structured_outputs": {"json": schema, "disable_any_whitespace": false}}),
+                spaced(JsonSpace::Free),
+                "structured_outputs.json",
+            ),
+            (
+                json!({"guided_json": schema, "guided_whitespace_pattern": "[ ]?"}),
+                spaced(JsonSpace::Pattern("[ ]?".into())),
+                "guided_json",
+            ),
+        ];
+        for (body, spec, param) in cases {
+            assert_eq!(read(body.clone(), false), Ok(Some(Format { spec, param: param.into() })), "{body}");
+        }
+        for nothing in [json!({}), json!({"response_format": {"type": "text"}}), json!({"structured_outputs": null})] {
+            assert_eq!(read(nothing, false), Ok(None));
+        }
+    }
+
+    #[test]
+    fn native_routes_have_their_own_spellings() {
+        let schema = json!({"type": "integer"});
+        let json = || GrammarSpec::JsonSchema(json!({"type": "integer"}));
+        let cases = [
+            (json!({"schema": schema.to_string()}), json(), "schema"),
+            (json!({"grammar": {"type": "json", "value": schema}}), json(), "grammar.value"),
+            (json!({"grammar": {"type": "json_schema", "value": {"schema": schema}}}), json(), "grammar.value.schema"),
+            (json!({"grammar": {"type": "json_schema", "value": schema}}), json(), "grammar.value"),
+            (json!({"grammar": {"type": "regex", "value": "a"}}), GrammarSpec::Regex("a".into()), "grammar.value"),
+        ];
+        for (body, spec, param) in cases {
+            assert_eq!(read(body.clone(), true), Ok(Some(Format { spec, param: param.into() })), "{body}");
+        }
+        for bad in [json!({"grammar": {}}), json!({"grammar": {"type": "x", "value": 1}}), json!({"schema": "[]"})] {
+            assert!(read(bad, true).is_err());
+        }
+        assert_eq!(read(json!({"grammar": {"type": "json", "value": schema}}), false), Ok(None), "not OpenAI's");
+    }
+
+    #[test]
+    fn two_rules_or_empty_ones_are_refused() {
+        let cases = [
+            (json!({"structured_outputs": {}}), "structured_outputs"),
+            (json!({"structured_outputs": {"regex": "a", "choice": ["b"]}}), "structured_outputs"),
+            (json!({"structured_outputs": {"json": {}}}), "structured_outputs.json"),
+            (json!({"structured_outputs": {"choice": []}}), "structured_outputs.choice"),
+            (json!({"guided_regex": ""}), "guided_regex"),
+            (json!({"guided_regex": "a", "guided_choice": ["b"]}), "guided_choice"),
+            (json!({"guided_regex": "a", "response_format": {"type": "json_object"}}), "guided_regex"),
+        ];
+        for (body, param) in cases {
+            assert_eq!(read(body.clone(), false), Err((Cause::InvalidValue, param.to_owned())), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_rule_that_is_too_large_says_which_flag_allows_more() {
+        let error = check_size(&GrammarSpec::Lark("x".repeat(11)), "guided_grammar", 10).unwrap_err();
+        assert_eq!(error.cause, Cause::InvalidSchema);
+        assert_eq!(error.message, "`guided_grammar` has 11 bytes; this server allows 10 (--max-grammar-bytes)");
+        assert!(check_size(&GrammarSpec::Regex("x".repeat(REGEX_BYTES_MAX)), "r", 10).is_ok());
+        assert!(check_size(&GrammarSpec::Choice(vec!["x".into(); CHOICES_MAX + 1]), "c", 1 << 20).is_err());
+    }
 }

@@ -48,6 +48,8 @@ pub(crate) struct ToolRules {
     pub(crate) calls_max: usize,
     /// The request named the function: the call is the whole reply, and it ends for the reason it would end for anyway.
     pub(crate) named: bool,
+    /// The reply is nothing but calls: what is cut off before it is one is left out.
+    pub(crate) forced: bool,
 }
 
 impl MessageRules {
@@ -55,7 +57,8 @@ impl MessageRules {
     pub(crate) fn reader(&self) -> MessageReader {
         let tools = |rules: &ToolRules| {
             let reader = ToolReader::new(rules.format, Arc::clone(&rules.names), rules.calls_max);
-            Tools { reader, short_ids: matches!(rules.format, ToolFormat::Mistral | ToolFormat::MistralArgs) }
+            let short_ids = matches!(rules.format, ToolFormat::Mistral | ToolFormat::MistralArgs);
+            Tools { reader, short_ids, forced: rules.forced }
         };
         MessageReader {
             echo: self.echo.clone(),
@@ -82,6 +85,7 @@ struct Tools {
     reader: ToolReader,
     /// Mistral's templates accept ids of nine characters only.
     short_ids: bool,
+    forced: bool,
 }
 
 impl MessageReader {
@@ -110,7 +114,7 @@ impl MessageReader {
         if let Some(tools) = &mut self.tools {
             let mut deltas = Vec::new();
             tools.reader.finish(&mut deltas);
-            out.extend(deltas.into_iter().map(|delta| tools.delta(delta)));
+            out.extend(deltas.into_iter().filter_map(|delta| tools.delta(delta)));
         }
         out
     }
@@ -131,7 +135,8 @@ impl MessageReader {
         for delta in self.push(text).into_iter().chain(self.finish()) {
             message.add(delta);
         }
-        if message.content.is_none() && message.tool_calls.is_empty() && message.reasoning.is_none() {
+        let forced = self.tools.as_ref().is_some_and(|tools| tools.forced);
+        if message.content.is_none() && message.tool_calls.is_empty() && message.reasoning.is_none() && !forced {
             message.content = Some(String::new());
         }
         message
@@ -164,18 +169,19 @@ impl MessageReader {
             Some(tools) => {
                 let mut deltas = Vec::new();
                 tools.reader.push(text, &mut deltas);
-                out.extend(deltas.into_iter().map(|delta| tools.delta(delta)));
+                out.extend(deltas.into_iter().filter_map(|delta| tools.delta(delta)));
             }
         }
     }
 }
 
 impl Tools {
-    fn delta(&self, delta: ToolDelta) -> MessageDelta {
+    fn delta(&self, delta: ToolDelta) -> Option<MessageDelta> {
         match delta {
-            ToolDelta::Text(text) => MessageDelta::Content(text),
-            ToolDelta::Start { index, name } => MessageDelta::CallStart { index, id: self.id(), name },
-            ToolDelta::Arguments { index, text } => MessageDelta::CallArguments { index, text },
+            ToolDelta::Text(_) if self.forced => None,
+            ToolDelta::Text(text) => Some(MessageDelta::Content(text)),
+            ToolDelta::Start { index, name } => Some(MessageDelta::CallStart { index, id: self.id(), name }),
+            ToolDelta::Arguments { index, text } => Some(MessageDelta::CallArguments { index, text }),
         }
     }
 

@@ -86,7 +86,8 @@ impl Tools {
     /// How the reply is to be read.
     pub(crate) fn rules(&self, format: ToolFormat) -> ToolRules {
         let names: Arc<[String]> = self.functions.iter().map(|function| function.name.clone()).collect();
-        ToolRules { format, names, calls_max: self.callable().1, named: self.choice == Choice::Named }
+        let (named, forced) = (self.choice == Choice::Named, self.is_forced());
+        ToolRules { format, names, calls_max: self.callable().1, named, forced }
     }
 }
 

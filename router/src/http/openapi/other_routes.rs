@@ -241,6 +241,7 @@ pub(super) fn health(draft: &mut Draft<'_>) {
         .says("Metrics", "Prometheus text, version 0.0.4.")
         .access(Access::Metrics)
         .text(200, "text/plain", "The metrics.")
+        .refuses(&[Cause::InvalidApiKey, Cause::RateLimited])
         .done();
     let access = if draft.facts.is_admin_listener { Access::Admin } else { Access::Keyed };
     draft

@@ -62,7 +62,7 @@ impl Messages {
             }
             Some("reasoning") => Ok(()), // what was thought is not read again
             Some("item_reference") => {
-                let message = "an item can not be named by its id: this server keeps no state between requests";
+                let message = format!("`{path}` names an item by its id: this server keeps no state between requests");
                 Err(ApiError::at(Cause::UnsupportedParameter, &path, message))
             }
             Some(other) => Err(ApiError::invalid(&item.param("type"), KINDS, other)),

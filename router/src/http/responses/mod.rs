@@ -17,25 +17,30 @@ use axum::response::Response;
 
 use self::events::Events;
 use self::reply::{Echo, whole};
+pub(super) use self::request::FIELDS;
 use self::request::{INNER_NAMES, NAMES, translate};
 use super::App;
 use super::body::json_object;
 use super::error::ApiError;
 use super::json::Fields;
+use super::known_fields;
 use super::turn::json_reply;
 
 /// The handler.
 pub(super) async fn responses(State(app): State<App>, request: Request<Body>) -> Result<Response, ApiError> {
     let (parts, body) = json_object(request, &app.config.limits).await?;
-    let fields = Fields::new(&body);
-    let asked = translate(&fields)?;
+    let ignored = app.ignored_fields(known_fields::Body::Response, &body)?;
+    let asked = translate(&Fields::new(&body))?;
     let chat = app.start_chat(&parts, &asked.translated.chat).await;
     let chat = chat.map_err(|error| asked.translated.renamed(error, NAMES, INNER_NAMES))?;
     let echo = Echo::new(&chat, asked);
-    if chat.params.stream.is_some() {
-        return app.stream_turn(chat, Events::new(echo), &parts).await;
-    }
-    let variants = chat.variants.clone();
-    let reply = whole(&echo, app.whole_turn(chat).await?);
-    Ok(json_reply(&app, reply, &variants))
+    let mut response = if chat.params.stream.is_some() {
+        app.stream_turn(chat, Events::new(echo), &parts).await?
+    } else {
+        let variants = chat.variants.clone();
+        let reply = whole(&echo, app.whole_turn(chat).await?);
+        json_reply(&app, reply, &variants)
+    };
+    ignored.name_in(&mut response);
+    Ok(response)
 }

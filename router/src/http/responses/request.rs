@@ -22,6 +22,15 @@ pub(super) const NAMES: &[(&str, &str)] = &[
 /// The same within a name.
 pub(super) const INNER_NAMES: &[(&str, &str)] = &[(".function", ""), ("tool_choice.allowed_tools", "tool_choice")];
 
+/// What a request may have besides the extras, read or taken on purpose.
+#[rustfmt::skip]
+pub(in crate::http) const FIELDS: &[&str] = &[
+    "background", "conversation", "include", "input", "instructions", "max_output_tokens", "max_tool_calls", "metadata", "model",
+    "parallel_tool_calls", "previous_response_id", "prompt", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "reasoning", "safety_identifier", "service_tier", "store", "stream", "stream_options", "temperature", "text", "tool_choice",
+    "tools", "top_logprobs", "top_p", "truncation", "user",
+];
+
 const NO_STATE: &str = "this server keeps no state between requests; send the whole conversation in `input`";
 /// Fields that name something kept from before.
 const STATEFUL: &[&str] = &["previous_response_id", "conversation", "prompt"];

@@ -207,9 +207,6 @@ async fn a_client_that_leaves_or_stalls_cancels_and_a_drain_ends() {
     assert_eq!(named_events(&text_of(response).await).last().unwrap()["code"], "draining");
     assert_eq!(whole.await.unwrap().0, 503);
     script.until_none_is_open().await;
-    let waiting = tokio::spawn(async move { send(&app(&script), post(PATH, r#"{"input":"hi"}"#)).await });
-    tokio::task::yield_now().await;
-    waiting.abort();
     let script = Script::new().reply(&"x".repeat(100));
     let mut config = RouterConfig::default();
     (config.limits.stalled_events, config.limits.stalled_timeout) = (4, Duration::from_millis(50));
@@ -219,10 +216,32 @@ async fn a_client_that_leaves_or_stalls_cancels_and_a_drain_ends() {
     assert!(!kinds(&named_events(&text_of(response).await)).contains(&"response.completed"));
 }
 
+/// Field, value, and the code and place of the refusal.
+type Case = (&'static str, Value, &'static str, &'static str);
+
+async fn are_refused(cases: Vec<Case>) {
+    for (field, value, code, param) in cases {
+        let script = Script::new();
+        let mut body = json!({"input": "hi"});
+        body[field] = value.clone();
+        let (status, reply) = call(&app(&script), PATH, body).await;
+        let error = &reply["error"];
+        assert_eq!(
+            (status.as_u16(), error["code"].as_str(), error["param"].as_str()),
+            (400, Some(code), Some(param)),
+            "{value}: {reply}"
+        );
+        assert!(
+            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
+            "{reply}"
+        );
+        assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
+    }
+}
+
 #[tokio::test]
-async fn a_bad_field_is_a_400_that_names_it() {
-    let tool = json!({"type": "function", "name": "f", "parameters": {"type": "object"}});
-    let cases = [
+async fn bad_input_is_a_400_that_names_the_place() {
+    are_refused(vec![
         ("input", Value::Null, "missing_field", "input"),
         ("input", json!(1), "invalid_value", "input"),
         ("input", json!([]), "invalid_value", "input"),
@@ -252,6 +271,13 @@ async fn a_bad_field_is_a_400_that_names_it() {
             "input[0].call_id",
         ),
         ("input", json!([{"type": "function_call_output", "call_id": "c"}]), "missing_field", "input[0].output"),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_bad_setting_is_a_400_that_names_it() {
+    are_refused(vec![
         ("instructions", json!(["x"]), "invalid_value", "instructions"),
         ("previous_response_id", json!("resp_1"), "unsupported_parameter", "previous_response_id"),
         ("conversation", json!("conv_1"), "unsupported_parameter", "conversation"),
@@ -270,6 +296,16 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("top_logprobs", json!(21), "invalid_value", "top_logprobs"),
         ("metadata", json!({"a": 1}), "invalid_value", "metadata"),
         ("metadata", json!({"a": "x".repeat(513)}), "invalid_value", "metadata"),
+    ])
+    .await;
+    let (status, _) = call(&app(&Script::new()), PATH, json!({"input": "hi", "model": "nobody"})).await;
+    assert_eq!(status, 404);
+}
+
+#[tokio::test]
+async fn bad_reasoning_text_or_tools_are_a_400_that_names_the_place() {
+    let tool = json!({"type": "function", "name": "f", "parameters": {"type": "object"}});
+    are_refused(vec![
         ("reasoning", json!("high"), "invalid_value", "reasoning"),
         ("reasoning", json!({"effort": 3}), "invalid_value", "reasoning.effort"),
         ("text", json!({"format": {"type": "xml"}}), "invalid_value", "text.format.type"),
@@ -281,33 +317,24 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("tool_choice", json!("maybe"), "invalid_value", "tool_choice"),
         ("tool_choice", json!({"type": "mcp"}), "invalid_value", "tool_choice.type"),
         ("tool_choice", json!({"type": "function"}), "missing_field", "tool_choice.name"),
-        (
-            "tool_choice",
-            json!({"type": "allowed_tools", "tools": [{"name": "g"}]}),
-            "invalid_value",
-            "tool_choice.tools[0].name",
-        ),
+        ("tool_choice", json!({"type": "allowed_tools", "tools": [{"name": "g"}]}), "invalid_value", "tool_choice"),
         ("n", json!(2), "invalid_value", "n"),
         ("adapters", json!(["a"]), "unsupported_parameter", "adapters"),
         ("top_k", json!(-2), "invalid_value", "top_k"),
-    ];
-    for (field, value, code, param) in cases {
-        let script = Script::new();
-        let mut body = json!({"input": "hi"});
-        body[field] = value.clone();
-        let (status, reply) = call(&app(&script), PATH, body).await;
-        let error = &reply["error"];
-        assert_eq!(
-            (status.as_u16(), error["code"].as_str(), error["param"].as_str()),
-            (400, Some(code), Some(param)),
-            "{value}: {reply}"
-        );
-        assert!(
-            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
-            "{reply}"
-        );
-        assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
-    }
-    let (status, _) = call(&app(&Script::new()), PATH, json!({"input": "hi", "model": "nobody"})).await;
-    assert_eq!(status, 404);
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_field_that_nobody_reads_is_named_or_refused() {
+    let mut body = json!({"input": "hi"});
+    (body["top_k"], body["surprise"]) = (json!(3), json!(1));
+    let response = send(&app(&Script::new()), post(PATH, body.to_string())).await;
+    assert_eq!(
+        (response.status().as_u16(), &response.headers()["x-ignored-fields"]),
+        (200, &"surprise".parse().unwrap())
+    );
+    let strict = app_with(&Script::new(), RouterConfig { strict_fields: true, ..RouterConfig::default() });
+    let (status, reply) = call(&strict, PATH, body).await;
+    assert_eq!((status.as_u16(), &reply["error"]["param"]), (400, &json!("surprise")));
 }

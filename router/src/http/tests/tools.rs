@@ -134,6 +134,11 @@ async fn the_length_is_the_reason_to_end_even_in_a_call() {
     assert_eq!(reason, "length");
     let arguments = message["tool_calls"][0]["function"]["arguments"].as_str().unwrap();
     assert!("{\"city\": \"Oslo\"}".starts_with(arguments) && !arguments.is_empty(), "{arguments}");
+    // A forced reply is calls only, so what is cut off before the name is nothing.
+    let script = says(CALL.trim_start_matches("Let me see.\n"));
+    let (message, reason) =
+        both(&script, &app(&script), ask(json!({"max_tokens": 20, "tool_choice": "required"}))).await;
+    assert_eq!((&message["content"], message.get("tool_calls"), reason), (&Value::Null, None, json!("length")));
 }
 
 #[tokio::test]

@@ -218,12 +218,9 @@ async fn fields_of_chat_are_checked() {
 #[tokio::test]
 async fn what_is_not_served_is_refused_by_name() {
     let both = [
-        ("structured_outputs", json!({"regex": "a"})),
-        ("guided_json", json!({"a": 1})),
         ("use_beam_search", json!(true)),
         ("prompt_embeds", json!("x")),
         ("kv_transfer_params", json!({})),
-        ("response_format", json!({"type": "json_object"})),
         ("adapter_wait", json!("base")),
     ];
     let chat_only = [("chat_template", json!("{{ x }}")), ("functions", json!([1]))];

@@ -23,7 +23,26 @@ pub(super) fn compile(factory: &ParserFactory, spec: &GrammarSpec) -> Result<Com
     if first.is_zero() {
         return Err(nothing_matches());
     }
+    try_out(&start).map_err(|error| refused(spec, &error))?;
     Ok(Compiled::new(start, factory.tok_env().tok_trie().eos_tokens().into()))
+}
+
+/// Goes a few tokens into the rule: most rules that are too large to be followed fail there, and the caller still hears why.
+fn try_out(start: &Matcher) -> Result<(), impl Display + use<>> {
+    let mut matcher = start.deep_clone();
+    for _ in 0..limits::TRIED_TOKENS {
+        if matcher.is_stopped() {
+            break;
+        }
+        let step = matcher.compute_mask().and_then(|set| match set.first_bit_set() {
+            Some(token) => matcher.consume_token(token as u32),
+            None => Ok(()),
+        });
+        if step.is_err() && matcher.is_error() {
+            return step;
+        }
+    }
+    Ok(())
 }
 
 fn grammar(spec: &GrammarSpec) -> Result<TopLevelGrammar, GrammarError> {
@@ -66,6 +85,12 @@ fn nothing_matches() -> GrammarError {
     GrammarError("no text can match this rule".into())
 }
 
+/// A line that is empty, points at a column, or repeats a line of the grammar (which is not the caller's own text).
+fn is_picture(line: &str) -> bool {
+    let repeated = line.split_once(" | ").is_some_and(|(number, _)| number.bytes().all(|byte| byte.is_ascii_digit()));
+    repeated || line.bytes().all(|byte| matches!(byte, b'^' | b' '))
+}
+
 /// The library's message without its appendices.
 pub(super) fn plain(error: &impl Display) -> String {
     let text = format!("{error:#}");
@@ -73,7 +98,7 @@ pub(super) fn plain(error: &impl Display) -> String {
     if text.starts_with("panic: ") {
         return "it is beyond what this server can compile".into();
     }
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !is_picture(line)).collect();
     let mut text = lines.join("; ");
     if text.len() > limits::MESSAGE_BYTES_MAX {
         let end = (0..=limits::MESSAGE_BYTES_MAX).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);

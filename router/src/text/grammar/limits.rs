@@ -13,6 +13,12 @@ pub(super) const COMPILE_TIME_MAX: Duration = Duration::from_secs(1);
 pub(super) const STACK_BYTES: usize = 256 << 20;
 /// Objects of a schema that are schemas themselves.
 pub(super) const SCHEMA_NODES_MAX: usize = 16_384;
+/// Properties of one object.
+pub(super) const PROPERTIES_MAX: usize = 1500;
+/// `patternProperties` of one object: each pair is compared.
+pub(super) const PATTERN_PROPERTIES_MAX: usize = 48;
+/// Tokens that a rule is tried with before it is accepted.
+pub(super) const TRIED_TOKENS: usize = 4;
 /// `$ref`s of a schema. The library follows chains of them by recursion, about 20 KiB of stack each.
 pub(super) const SCHEMA_REFS_MAX: usize = 2048;
 /// Bytes of compiled rules that are kept for the next request.
@@ -29,12 +35,12 @@ pub(super) const MESSAGE_BYTES_MAX: usize = 400;
 /// The library's own limits. Speeds are its authors' figures for one core.
 pub(super) fn parser_limits() -> ParserLimits {
     ParserLimits {
-        max_items_in_row: 2000,
+        max_items_in_row: 8000,        // an object with 2000 optional properties
         initial_lexer_fuel: 1_000_000, // 20 ms
         step_lexer_fuel: 200_000,      // 14 ms a token
         step_max_items: 50_000,        // 2.5 ms a token
         max_lexer_states: 20_000,      // 1 to 2 KiB each
-        max_grammar_size: 100_000,
+        max_grammar_size: 40_000,
         precompute_large_lexemes: false,
         verbose_errors: false, // they would repeat the whole rule
     }

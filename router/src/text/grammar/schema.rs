@@ -53,6 +53,13 @@ const IDLE: [(&str, &str); 4] =
 /// `format`s that are held.
 const FORMATS: [&str; 10] =
     ["date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"];
+/// Those of RFC 3339 that are held by patterns of our own: the library's have a year 0, a February of 29 days in every year
+/// and a second 60, which many readers refuse.
+const DATE: &str = "(?:(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])\
+                    |(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8]))\
+                    |(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)-02-29)";
+const TIME: &str =
+    "(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])";
 /// `format`s that say how a value is shown or stored, not which it is.
 const DISPLAY_FORMATS: [&str; 1] = ["password"];
 
@@ -109,6 +116,8 @@ fn find_mark(text: &str, mark: &str) -> Option<usize> {
             b'#' => at += line(rest),
             b'/' if rest.get(1) == Some(&b'/') => at += line(rest),
             b'/' => at += quoted(rest, b'/'),
+            // A special token by its name, which may have any of these.
+            b'<' => at += rest.iter().position(|byte| matches!(byte, b'>' | b'\n')).map_or(1, |end| end + 1),
             b'%' if rest.starts_with(mark.as_bytes()) => return Some(at),
             _ => at += 1,
         }
@@ -213,13 +222,17 @@ impl Walk<'_> {
         }
         let Some(schemas) = members.shift_remove("oneOf") else { return };
         if members.contains_key("anyOf") {
-            let all = members.entry("allOf").or_insert_with(|| json!([]));
-            if let Json::Array(all) = all {
-                all.push(json!({"anyOf": schemas}));
-            }
+            add_schema(members, json!({"anyOf": schemas}));
         } else {
             members.insert("anyOf".into(), schemas);
         }
+    }
+}
+
+/// Must hold too.
+fn add_schema(members: &mut Map<String, Json>, schema: Json) {
+    if let Json::Array(all) = members.entry("allOf").or_insert_with(|| json!([])) {
+        all.push(schema);
     }
 }
 
@@ -257,6 +270,16 @@ fn refuse(members: &Map<String, Json>, path: &str) -> Result<(), GrammarError> {
     if members.contains_key("prefixItems") && matches!(members.get("items"), Some(Json::Array(_))) {
         return Err(GrammarError(format!("`{path}/items` must be a schema where there is `prefixItems`")));
     }
+    let count = |name: &str| members.get(name).and_then(Json::as_object).map_or(0, Map::len);
+    for (name, limit) in [("properties", limits::PROPERTIES_MAX), ("patternProperties", limits::PATTERN_PROPERTIES_MAX)]
+    {
+        if count(name) > limit {
+            return Err(GrammarError(format!(
+                "`{path}/{name}` has {} entries; up to {limit} can be held",
+                count(name)
+            )));
+        }
+    }
     if members.get("enum").and_then(Json::as_array).is_some_and(Vec::is_empty) {
         return Err(GrammarError(format!("`{path}/enum` must have at least one value")));
     }
@@ -276,6 +299,17 @@ fn check_format(members: &mut Map<String, Json>, path: &str) -> Result<(), Gramm
     };
     if !text || DISPLAY_FORMATS.contains(&format) {
         members.shift_remove("format");
+        return Ok(());
+    }
+    let pattern = match format {
+        "date" => Some(format!("^{DATE}$")),
+        "time" => Some(format!("^{TIME}$")),
+        "date-time" => Some(format!("^{DATE}T{TIME}$")),
+        _ => None,
+    };
+    if let Some(pattern) = pattern {
+        members.shift_remove("format");
+        add_schema(members, json!({"pattern": pattern}));
         return Ok(());
     }
     if FORMATS.contains(&format) {

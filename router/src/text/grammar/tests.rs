@@ -118,3 +118,69 @@ fn white_space_is_fixed_unless_the_request_frees_it() {
     check(spaced(JsonSpace::Pattern("[ ]?".into())), &[fixed, tight], &[wide, r#"{"a":  [1]}"#]);
     assert!(compile(spaced(JsonSpace::Pattern(".*".into()))).is_err());
 }
+
+#[test]
+fn what_the_library_would_ignore_or_get_wrong_is_refused_by_name() {
+    let cases = [
+        (json!({"not": {}}), "`/not`"),
+        (json!({"properties": {"a": {"items": {"if": {}}}}}), "`/properties/a/items/if`"),
+        (json!({"uniqueItems": true}), "`/uniqueItems`"),
+        (json!({"anyOf": [{}, {"dependencies": {}}]}), "`/anyOf/1/dependencies`"),
+        (json!({"type": "string", "format": "iri"}), "`iri`"),
+        (json!({"const": 9_007_199_254_740_993_u64}), "9007199254740993"),
+        (json!({"enum": []}), "`/enum`"),
+        (json!({"minProperties": 2}), "`/minProperties`"),
+        (json!({"multipleOf": 0}), "`/multipleOf`"),
+        (json!({"allOf": 5}), "`/allOf`"),
+        (json!({"items": 5}), "`/items`"),
+        (json!({"$ref": "https://example.com/x"}), "example.com"),
+        (json!({"oneOf": [{"type": "number"}, {"type": "integer"}]}), "`oneOf`"),
+        (json!({"type": "string", "pattern": "(?=a)b"}), "look-around"),
+        (json!({"type": "integer", "minimum": 2, "maximum": 1}), "minimum"),
+        (json!(false), "an object"),
+        (json!({"$ref": "#"}), "no text"),
+    ];
+    for (rule, part) in cases {
+        let error = compile(schema(rule.clone())).map(|_| ()).unwrap_err();
+        assert!(error.contains(part), "{rule}: {error}");
+        let inside = GrammarSpec::Lark(format!("start: \"a\" value // %json \nvalue: %json {rule}"));
+        assert!(compile(inside).is_err(), "{rule} inside a grammar");
+    }
+}
+
+#[test]
+fn schemas_inside_a_grammar_are_held_as_elsewhere() {
+    let rule = json!({"type": "object", "properties": {"d": {"type": "string", "format": "date"}}, "required": ["d"], "additionalProperties": false,
+                      "x-guidance": {"whitespace_flexible": true}});
+    let lark = format!("start: \"%json{{\" call /%json/\ncall: %json {rule}");
+    check(
+        GrammarSpec::Lark(lark),
+        &[r#"%json{{"d": "2024-02-29"}%json"#],
+        &[r#"%json{{"d":"2024-02-29"}%json"#, r#"%json{{"d": "2023-02-29"}%json"#, r#"%json{{"d": "0000-01-01"}%json"#],
+    );
+    check(schema(rule), &[r#"{"d": "2000-02-29"}"#], &[r#"{"d": "1900-02-29"}"#, r#"{"d": "2024-04-31"}"#]);
+}
+
+#[test]
+fn a_key_has_one_spelling() {
+    let rule =
+        json!({"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": {"type": "null"}});
+    check(schema(rule), &[r#"{"a": 1, "b": null}"#, r#"{"b": null}"#], &[r#"{"\u0061": null}"#, r#"{"a": null}"#]);
+}
+
+#[test]
+fn a_rule_is_compiled_once_and_a_refusal_remembered() {
+    let text = byte_level();
+    let rule = |first: &str, second: &str| {
+        schema(
+            json!({"type": "object", "properties": {first: {"type": "null"}, second: {"type": "null"}}, "required": ["a", "b"], "additionalProperties": false}),
+        )
+    };
+    let one = compile_on(&text, rule("a", "b")).unwrap();
+    assert!(Arc::ptr_eq(&one, &compile_on(&text, rule("a", "b")).unwrap()));
+    let other = compile_on(&text, rule("b", "a")).unwrap();
+    assert!(!Arc::ptr_eq(&one, &other), "the order of properties is part of a rule");
+    assert_eq!(fate(&other, r#"{"b": null, "a": null}"#), Fate::Complete);
+    let bad = || compile_on(&text, GrammarSpec::Regex("[".into())).map(|_| ()).unwrap_err();
+    assert_eq!(bad(), bad());
+}

@@ -95,8 +95,9 @@ impl ToolReader {
     /// The text has ended: what was held back was no call.
     pub(crate) fn finish(&mut self, out: &mut Vec<ToolDelta>) {
         let held = self.held.take();
-        // Blank space behind a call is no answer.
-        if !self.begun && !(self.behind_call && held.trim().is_empty()) {
+        // Blank space behind a call is no answer, and neither is half of its closing mark.
+        let rest = matches!(self.state, State::After) || (self.behind_call && held.trim().is_empty());
+        if !self.begun && !rest {
             self.give_text(&held, out);
         }
         self.state = State::Text;

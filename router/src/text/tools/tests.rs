@@ -71,6 +71,9 @@ fn hermes_calls_are_found() {
     // Cut off by the length: what is there is given.
     check(Hermes, r#"<tool_call>{"name": "add", "arguments": {"a": "x"#, "", &[("add", r#"{"a": "x"#)]);
     assert_eq!(read(Hermes, &[r#"<tool_call>{"name": "add", "arguments": {"a": "x"#], 9).2, 0, "it is not whole");
+    let cut = r#"<tool_call>{"name": "add", "arguments": {}}
+</tool_c"#;
+    check(Hermes, cut, "", &[("add", "{}")]);
     // A forgotten brace is no reason to lose the call.
     check(Hermes, r#"<tool_call>{"name": "add", "arguments": {"a": 1}</tool_call>"#, "", &[("add", r#"{"a": 1}"#)]);
 }

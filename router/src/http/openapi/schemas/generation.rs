@@ -200,6 +200,9 @@ pub(in crate::http::openapi) struct DrawingFields {
     /// Texts that are not generated.
     #[schema(max_items = 256)]
     bad_words: Option<Vec<BadWord>>,
+    /// Tokens of one chunk of a stream.
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    stream_interval: Option<u32>,
     /// Nothing else may be generated.
     #[schema(min_items = 1)]
     allowed_token_ids: Option<Vec<TokenId>>,
