@@ -13,12 +13,17 @@ import pytest
 from openai import OpenAI
 
 from loramux_server import Server
-from wire import post
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_embeddings.json").read_text())
 REAL = os.environ.get("LORAMUX_REAL_MODEL_DIR"), os.environ.get("LORAMUX_REAL_ADAPTERS_DIR")
 # Activations of the CPU path are f32; weights and KV are rounded in bfloat16.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def embed(server: Server, body: dict) -> dict:
+    answer = server.http.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
 
 
 def length(values: list[float]) -> float:
@@ -37,9 +42,9 @@ def test_equal_to_transformers_and_peft(data_dir, dtype):
             for adapter in (None, *names):
                 cases = [case for case in GOLDEN["cases"] if (case["adapter"], case["pooling"]) == (adapter, pooling)]
                 body = {"model": adapter or "base", "input": [case["text"] for case in cases], "pooling": pooling}
-                reply = post(server, "/v1/embeddings", body)
+                reply = embed(server, body)
                 assert reply["usage"]["prompt_tokens"] == sum(case["tokens"] for case in cases)
-                raw = post(server, "/v1/embeddings", {**body, "normalize": False})
+                raw = embed(server, {**body, "normalize": False})
                 for case, datum, plain in zip(cases, reply["data"], raw["data"], strict=True):
                     values = datum["embedding"]
                     assert len(values) == GOLDEN["dimensions"] and abs(length(values) - 1) < 1e-5
@@ -50,7 +55,7 @@ def test_equal_to_transformers_and_peft(data_dir, dtype):
 
 def test_the_clients_call(demo):
     """The client asks for base64 unless told otherwise."""
-    with OpenAI(base_url=f"{demo.url}/v1", api_key="EMPTY") as client:
+    with OpenAI(base_url=f"{demo.base}/v1", api_key="EMPTY") as client:
         ours = client.embeddings.create(model="demo", input=["Hello there", "Another text"])
         floats = client.embeddings.create(model="demo", input=["Hello there", "Another text"], encoding_format="float")
         assert [datum.index for datum in ours.data] == [0, 1]
@@ -62,19 +67,19 @@ def test_the_clients_call(demo):
         short = client.embeddings.create(model="demo", input="Hello there", dimensions=8).data[0].embedding
         assert len(short) == 8 and abs(length(short) - 1) < 1e-5
         assert short[0] / short[1] == pytest.approx(ours.data[0].embedding[0] / ours.data[0].embedding[1], rel=1e-4)
-    reply = post(demo, "/v1/embeddings", {"input": "Hello there", "encoding_format": "base64"})
+    reply = embed(demo, {"input": "Hello there", "encoding_format": "base64"})
     raw = base64.b64decode(reply["data"][0]["embedding"])
     assert list(struct.unpack(f"<{len(raw) // 4}f", raw)) == pytest.approx(ours.data[0].embedding, abs=0)
 
 
 def test_an_adapter_changes_the_embedding_and_is_named(demo):
     names = [card["id"] for card in demo.http.get("/v1/models").json()["data"] if "parent" in card]
-    base = post(demo, "/v1/embeddings", {"input": "SELECT"})["data"][0]["embedding"]
+    base = embed(demo, {"input": "SELECT"})["data"][0]["embedding"]
     for name in names[:2]:
         answer = demo.http.post("/v1/embeddings", json={"model": name, "input": "SELECT"})
         assert answer.json()["data"][0]["embedding"] != base and answer.json()["model"] == name
         assert answer.headers["x-adapter-id"] == name
-    none = post(demo, "/v1/embeddings", {"model": names[0], "adapter_scale": 0, "input": "SELECT"})
+    none = embed(demo, {"model": names[0], "adapter_scale": 0, "input": "SELECT"})
     assert none["data"][0]["embedding"] == pytest.approx(base, abs=1e-6)
 
 
@@ -84,12 +89,12 @@ def test_what_is_beside_it_changes_no_bit(demo):
     names = [card["id"] for card in demo.http.get("/v1/models").json()["data"]]
     bodies = [{"model": names[i % len(names)], "pooling": ("mean", "last")[i % 2], "normalize": i % 3 > 0, "encoding_format": "base64",
                "input": f"Text {i}. " * (1 + 7 * (i % 9))} for i in range(64)]
-    alone = [post(demo, "/v1/embeddings", body)["data"] for body in bodies]
+    alone = [embed(demo, body)["data"] for body in bodies]
     prompts = [{"model": names[i % len(names)], "prompt": f"Story {i}:", "max_tokens": 40, "temperature": 0} for i in range(16)]
-    texts = [post(demo, "/v1/completions", prompt)["choices"][0]["text"] for prompt in prompts]
+    texts = [demo.http.post("/v1/completions", json=prompt).json()["choices"][0]["text"] for prompt in prompts]
 
     async def together():
-        async with httpx.AsyncClient(base_url=demo.url, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=demo.base, timeout=120) as client:
             answers = await asyncio.gather(*(client.post("/v1/completions", json=prompt) for prompt in prompts),
                                            *(client.post("/v1/embeddings", json=body) for body in bodies))
         return [answer.raise_for_status().json() for answer in answers]

@@ -10,7 +10,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 QUESTION = "Tell me about the sea."
 
@@ -24,6 +24,7 @@ def chat(server):
 
 class Weather(BaseModel):
     """The weather of a city."""
+    model_config = ConfigDict(extra="forbid")  # otherwise there is no end to what a model may add
     city: Literal["Oslo", "Paris"]
     degrees: int = Field(ge=-50, le=50)
 

@@ -10,7 +10,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 QUESTION = "Tell me about the sea."
 ASK = [ChatMessage(role="user", content=QUESTION)]
@@ -18,6 +18,7 @@ ASK = [ChatMessage(role="user", content=QUESTION)]
 
 class Weather(BaseModel):
     """The weather of a city."""
+    model_config = ConfigDict(extra="forbid")  # otherwise there is no end to what a model may add
     city: Literal["Oslo", "Paris"]
     degrees: int = Field(ge=-50, le=50)
 

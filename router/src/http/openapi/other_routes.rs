@@ -224,7 +224,7 @@ pub(super) fn health(draft: &mut Draft<'_>) {
             "Browsers (`accept` names `text/html`) get the console, all others what `/health` says.",
         )
         .access(Access::Open)
-        .text(200, "text/html", "Ready, or the console.")
+        .empty(200, "Ready, without a body; or the console as `text/html`.")
         .empty(304, "The browser has the console already.")
         .refuses(not_ready)
         .done();
