@@ -36,7 +36,9 @@ impl ErrorShape {
     fn of(request: &Request) -> Self {
         match request.extensions().get::<MatchedPath>().map(MatchedPath::as_str) {
             Some("/") if request.method() == Method::POST => Self::Lorax,
-            Some("/generate" | "/generate_stream" | "/invocations") => Self::Lorax,
+            Some("/generate" | "/generate_stream" | "/invocations" | "/embed" | "/classify" | "/classify_batch") => {
+                Self::Lorax
+            }
             // Also where there is no route: it is the client that counts.
             _ if anthropic::is_here(request.uri().path()) => Self::Anthropic,
             _ => Self::OpenAi,

@@ -25,7 +25,7 @@ use self::validate::{NativeRequest, native_request};
 use super::App;
 use super::body::json_object;
 use super::envelope::{ErrorShape, RequestId};
-use super::error::ApiError;
+use super::error::{ApiError, Cause};
 use super::json::Fields;
 use super::known_fields;
 use super::openai::reply::name_the_source;
@@ -83,6 +83,11 @@ pub(super) async fn invocations(State(app): State<App>, request: Request<Body>) 
     let mut response = answer.into_response();
     response.extensions_mut().insert(ErrorShape::OpenAi);
     Ok(response)
+}
+
+/// `POST /embed`, `/classify` and `/classify_batch`: LoRAX has them for encoders.
+pub(super) async fn no_encoder() -> ApiError {
+    ApiError::at(Cause::UnsupportedParameter, "inputs", "this model generates text; it is no encoder")
 }
 
 impl App {

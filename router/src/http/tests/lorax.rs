@@ -436,3 +436,12 @@ async fn the_base_answers_for_a_cold_adapter_if_both_sides_want_that() {
     let (status, reply) = call(&closed, "/v1/completions", serde_json::from_str(&asked("slow")).unwrap()).await;
     assert_eq!((status.as_u16(), &reply["error"]["code"]), (400, &json!("unsupported_parameter")));
 }
+
+#[tokio::test]
+async fn routes_of_encoders_say_in_loraxs_form_that_this_model_is_none() {
+    let app = app(&Script::new());
+    for path in ["/embed", "/classify", "/classify_batch"] {
+        let (status, reply) = call(&app, path, json!({"inputs": "x"})).await;
+        assert_eq!((status.as_u16(), &reply["error_type"]), (422, &json!("validation")), "{path}: {reply}");
+    }
+}
