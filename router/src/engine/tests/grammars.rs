@@ -257,7 +257,7 @@ fn a_slow_grammar_slows_nobody_else_and_a_cancel_frees_its_state() {
         let want = if request.grammar.is_some() { constrained_oracle(request) } else { oracle(request) };
         assert_eq!(world.runtime.block_on(collect(generation)).unwrap(), want);
     }
-    let steps = world.handle.status().counters.steps;
+    let steps = u64::from(world.script.steps.load(Ordering::SeqCst));
     let mut tokens = 0;
     while slow_one.backlog() > 0 {
         tokens += u64::from(matches!(world.runtime.block_on(slow_one.recv()), Some(GenerateEvent::Token { .. })));
