@@ -135,7 +135,6 @@ def test_a_turn_with_tools(chat):
     assert not chat().bind_tools([get_weather], tool_choice="none").invoke("How is the weather?").tool_calls
 
 
-@pytest.mark.usefixtures("embeddings")
 def test_embeddings(server):
     # Otherwise it cuts texts with a tokenizer that it downloads.
     model = OpenAIEmbeddings(model="demo", base_url=server.v1, api_key=server.key, check_embedding_ctx_length=False)

@@ -107,7 +107,6 @@ def test_tools(at, provider, choice):
     assert litellm.completion(model=f"{provider}/demo", messages=turn, **{**at, "tools": [WEATHER]}).choices
 
 
-@pytest.mark.usefixtures("embeddings")
 def test_embeddings(at):
     where = {name: at[name] for name in ("api_base", "api_key")}
     for provider in ("openai", "hosted_vllm"):

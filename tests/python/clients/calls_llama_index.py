@@ -97,7 +97,6 @@ def test_structured_output(llm):
     assert isinstance(enforced.structured_predict(Weather, PromptTemplate("How is the weather in {place}?"), place="Oslo"), Weather)
 
 
-@pytest.mark.usefixtures("embeddings")
 def test_embeddings(server):
     model = OpenAIEmbedding(model_name="demo", api_base=server.v1, api_key=server.key, max_retries=0)
     first, second = model.get_text_embedding_batch(["The sea is deep.", "Coffee is hot."])

@@ -280,7 +280,6 @@ def test_tools_that_may_be_called(client):
     assert caught.value.param.startswith("tool_choice")
 
 
-@pytest.mark.usefixtures("embeddings")
 def test_embeddings(client, server):
     texts = ["The sea is deep.", "Coffee is hot."]
     packed = client.embeddings.create(model="demo", input=texts)
