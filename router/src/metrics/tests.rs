@@ -12,7 +12,14 @@ use crate::engine::{
 use crate::http::{Backend, Events};
 
 fn start(adapter: Option<&str>) -> RequestStart {
-    RequestStart { n: 1, max_tokens: 4, prompt_tokens: 7, adapter: adapter.map(str::to_owned), meter: None }
+    RequestStart {
+        n: 1,
+        max_tokens: 4,
+        prompt_tokens: 7,
+        adapter: adapter.map(str::to_owned),
+        meter: None,
+        record: None,
+    }
 }
 
 #[test]
@@ -33,7 +40,7 @@ fn a_request_that_is_dropped_counts_as_aborted() {
     let metrics = Arc::new(Metrics::default());
     drop(metrics.request(&start(None)));
     let mut good = metrics.request(&start(None));
-    good.admitted();
+    good.admitted(0);
     good.token(0);
     good.token(0);
     good.finished(Finished::Length);
@@ -104,7 +111,8 @@ fn the_page_stays_below_64_kib_whatever_the_adapters_are_called() {
                 metrics.request(&long).finished(ended);
             }
         }
-        let page = metrics.render(&Snapshot { model: &"m".repeat(24), status: &status, registry: &registry });
+        let page =
+            metrics.render(&Snapshot { model: &"m".repeat(24), status: &status, registry: &registry, spans: None });
         assert!(page.len() < 64 * 1024, "{} bytes with names of {name_bytes}", page.len());
         let requests: f64 = page
             .lines()
