@@ -38,6 +38,7 @@ const EXPOSED: [&str; 27] = [
     "x-time-to-first-token",
     "x-time-per-output-token",
     "server-timing",
+    "traceresponse",
     "www-authenticate",
 ];
 

@@ -13,7 +13,7 @@ const POSITIONS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 
 
 /// What a step computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StepKind {
+pub(crate) enum StepKind {
     /// Pieces of prompts.
     Prefill,
     /// One position of each of its sequences.

@@ -29,7 +29,7 @@ pub(crate) struct ObserveArgs {
     pub(crate) adapter_metrics_names: Vec<String>,
     /// OpenTelemetry collector that gets traces (OTLP over HTTP, protobuf), such as http://collector:4318. Default:
     /// OTEL_EXPORTER_OTLP_ENDPOINT; without either there are none
-    #[arg(long, env = "LORAMUX_OTLP_ENDPOINT", value_name = "URL")]
+    #[arg(long, alias = "otlp-traces-endpoint", env = "LORAMUX_OTLP_ENDPOINT", value_name = "URL")]
     pub(crate) otlp_endpoint: Option<String>,
     /// Part of the requests without a `traceparent` that is traced, 0..1; where there is one, it decides
     #[arg(long, env = "LORAMUX_OTLP_SAMPLE_RATIO", default_value_t = 1.0, value_name = "RATIO")]
