@@ -217,6 +217,7 @@ fn router_config(config: &Config) -> RouterConfig {
         settings: args.settings.clone(),
         access_log: args.observe.access_log.into(),
         otlp: config.otlp.clone(),
+        lorax_metrics: args.observe.lorax_metrics,
         adapter_metrics: args.observe.adapter_metrics.into(),
         adapter_metrics_names: args.observe.adapter_metrics_names.clone(),
         ..RouterConfig::default()

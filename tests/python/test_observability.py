@@ -8,9 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter_files import write_random_adapter
-from loramux_server import REPOSITORY, wait_until
+from loramux_server import REPOSITORY, Server, wait_until
 from otlp_receiver import Collector
-from wire import chat, complete, post_stream
+from wire import chat, complete
 
 MODEL_CONFIG = json.loads((REPOSITORY / "models/demo/base/config.json").read_text())
 CANARY = "canary-5f2e"
@@ -84,7 +84,6 @@ def collector():
 @pytest.fixture(scope="module")
 def told(data_dir, collector):
     """A server that tells everything."""
-    from loramux_server import Server
     env = {"OTEL_SERVICE_NAME": "shop", "OTEL_EXPORTER_OTLP_HEADERS": f"x-tenant={CANARY}"}
     with Server("--otlp-endpoint", collector.url, "--adapter-metrics", "full", "--adapter-metrics-names", "sql,listed",
                 env=env, data_dir=data_dir) as server:
@@ -117,6 +116,22 @@ def test_every_family_is_there_with_its_type_and_labels(told):
     assert value["loramux_adapter_prompt_tokens_total", ("adapter", "listed")] == 0
     steps = sum(value["loramux_step_seconds_count", ("kind", kind)] for kind in ("prefill", "decode", "mixed"))
     assert steps == value["loramux_step_tokens_count",] == value["loramux_steps_total",]
+
+
+def test_lorax_names_are_there_for_who_asks(start_server, demo):
+    assert not any(name.startswith("lorax_") for name in families(demo))
+    server = start_server("--lorax-metrics")
+    complete(server.http, model="sql", prompt="Hello!\n", max_tokens=3, ignore_eos=True)
+    server.wait_idle()
+    time.sleep(0.1)
+    found = families(server)
+    for name in ("duration", "validation_duration", "queue_duration", "inference_duration", "mean_time_per_token_duration",
+                 "input_length", "generated_tokens", "max_new_tokens"):
+        values = {sample.name: sample.value for sample in found[f"lorax_request_{name}"].samples}
+        assert values[f"lorax_request_{name}_count"] == 1, name
+    sums = server.metrics()
+    assert [sums[f"lorax_request_{name}"] for name in ("count", "success", "failure")] == [1, 1, 0]
+    assert sums["lorax_queue_length"] == sums["lorax_batch_current_size"] == 0
 
 
 @pytest.mark.parametrize("level", ["off", "counters"])
@@ -185,10 +200,8 @@ def test_a_caller_that_does_not_sample_is_not_traced(told, collector):
     assert collector.of("not-sampled") == []
 
 
-def test_failures_streams_and_private_names_in_traces(told, collector):
+def test_failures_and_private_names_in_traces(told, collector):
     told.http.post("/v1/completions", headers={"x-request-id": "wrong"}, json={"model": CANARY, "prompt": "x"})
-    events = post_stream(told.http, "/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 4, "ignore_eos": True, "stream": True})
-    assert events
     root, = wait_until(lambda: collector.of("wrong"), "spans", 20)
     assert root.attributes["error.type"] == "model_not_found" and not root.is_error
     assert CANARY not in str(root.attributes) + told.log()
@@ -212,7 +225,8 @@ def test_a_collector_that_hangs_or_is_away_costs_nothing(start_server):
 
 def test_the_access_log_has_a_line_of_each_request_and_no_secret(start_server):
     server = start_server(api_key=f"key-{CANARY}")
-    ids = lambda name: {"x-request-id": name}
+    def ids(name):
+        return {"x-request-id": name}
     answer = server.http.post("/v1/completions", headers=ids("good"), json={
         "model": "sql", "prompt": CANARY, "max_tokens": 5, "ignore_eos": True, "user": CANARY})
     line = access(server, "good")
@@ -273,9 +287,14 @@ def test_times_are_in_the_headers_of_replies(demo):
 
 
 def test_lines_of_a_request_carry_its_ids(start_server):
-    server = start_server("--log-level", "info,access=off,loramux_router=debug")
-    body = {"model": "nobody", "prompt": "x"}
-    server.http.post("/v1/completions", headers={"x-request-id": "mine", "traceparent": f"00-{TRACE}-{PARENT}-01"}, json=body)
+    server = start_server("--log-level", "info,access=off")
+    ids = {"x-request-id": "mine", "traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-timeout": "0.001"}
+    body = {"model": "demo", "prompt": "x", "max_tokens": 1900, "ignore_eos": True}
+    assert server.http.post("/v1/completions", headers=ids, json=body).status_code == 504
+    def lines():
+        return [event for event in server.log_events() if event.get("code") == "deadline_exceeded"]
+    line, = wait_until(lines, "the line of the failure")
+    assert (line["span"]["request_id"], line["span"]["trace_id"]) == ("mine", TRACE)
     assert not [event for event in server.log_events() if event["target"] == "access"]
 
 

@@ -63,6 +63,8 @@ pub struct RouterConfig {
     pub adapter_metrics: AdapterMetrics,
     /// `--adapter-metrics-names`: adapters with a label from the start.
     pub adapter_metrics_names: Vec<String>,
+    /// `--lorax-metrics`: `/metrics` has LoRAX's names too.
+    pub lorax_metrics: bool,
     /// Bounds on connections, bodies and requests.
     pub limits: HttpLimits,
     /// How long a request waits for its adapter.
@@ -101,6 +103,7 @@ impl Default for RouterConfig {
             otlp: None,
             adapter_metrics: AdapterMetrics::default(),
             adapter_metrics_names: Vec::new(),
+            lorax_metrics: false,
             limits: HttpLimits::default(),
             adapter_load_timeout: Duration::from_secs(30),
             request_timeout: None,

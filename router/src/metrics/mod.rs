@@ -5,6 +5,7 @@ mod adapters;
 mod engine;
 mod histogram;
 mod loads;
+mod lorax;
 mod recent;
 mod render;
 #[cfg(test)]
@@ -76,6 +77,7 @@ pub struct Metrics {
     inter_token: Histogram,
     per_output_token: Histogram,
     end_to_end: Histogram,
+    validation: Histogram,
     queue: Histogram,
     inference: Histogram,
     prefill: Histogram,
@@ -106,6 +108,7 @@ impl Default for Metrics {
             inter_token: Histogram::new(PER_TOKEN),
             per_output_token: Histogram::new(PER_TOKEN),
             end_to_end: Histogram::new(LATENCY),
+            validation: Histogram::new(FIRST_TOKEN),
             queue: Histogram::new(LATENCY),
             inference: Histogram::new(LATENCY),
             prefill: Histogram::new(LATENCY),
@@ -168,6 +171,7 @@ impl Metrics {
         }
         let times = Arc::new(Mutex::new(RunTimes::new(start.prompt_tokens)));
         if let Some(record) = &start.record {
+            self.validation.observe(seconds(record.started.elapsed()));
             record.runs(&times, start.adapter.as_deref());
         }
         RequestClock {

@@ -26,6 +26,8 @@ pub struct Snapshot<'a> {
     pub registry: &'a Registry,
     /// Spans exported and lost; `None` where none are made.
     pub spans: Option<(u64, u64)>,
+    /// LoRAX's names too.
+    pub lorax_names: bool,
 }
 
 /// The last lists of `vllm:lora_requests_info` and when they changed.
@@ -61,6 +63,9 @@ impl Metrics {
         snapshot.status.meters.render(&mut page.out);
         self.loramux_requests(snapshot, &mut page);
         self.loramux_engine(snapshot, &mut page);
+        if snapshot.lorax_names {
+            self.render_lorax(snapshot, &mut page.out);
+        }
         page.out
     }
 

@@ -104,8 +104,13 @@ fn the_page_stays_below_64_kib_whatever_the_adapters_are_called() {
     for (name_bytes, level) in [4, 24, 257, 4000].into_iter().flat_map(|bytes| levels.map(|level| (bytes, level))) {
         let metrics = busy(name_bytes, level);
         let model = "m".repeat(24);
-        let page =
-            metrics.render(&Snapshot { model: &model, status: &status, registry: &registry, spans: Some((1, 2)) });
+        let page = metrics.render(&Snapshot {
+            model: &model,
+            status: &status,
+            registry: &registry,
+            spans: Some((1, 2)),
+            lorax_names: true,
+        });
         assert!(page.len() < 64 * 1024, "{} bytes with names of {name_bytes}, {level:?}", page.len());
         let requests: f64 = page
             .lines()
@@ -146,7 +151,7 @@ fn ten_thousand_adapters_cost_no_time_at_a_scrape() {
     let settings = AdapterSettings { registered: registered.collect(), ..AdapterSettings::default() };
     let registry = Registry::new(settings, Arc::new(NoEngine));
     let (metrics, status) = (busy(24, AdapterMetrics::Counters), EngineStatus::default());
-    let snapshot = Snapshot { model: "base", status: &status, registry: &registry, spans: None };
+    let snapshot = Snapshot { model: "base", status: &status, registry: &registry, spans: None, lorax_names: false };
     let time = |_| {
         let begin = Instant::now();
         assert!(metrics.render_now(&snapshot).contains("loramux_adapters{state=\"registered\"} 10000\n"));

@@ -88,7 +88,7 @@ pub(crate) struct RequestRecord {
     pub(super) method: Method,
     /// The matched route; empty where there is none. Never the path: it may hold names.
     pub(super) route: String,
-    pub(super) started: Instant,
+    pub(crate) started: Instant,
     pub(super) started_at: SystemTime,
     pub(crate) trace: Option<TraceIds>,
     told: Mutex<Told>,

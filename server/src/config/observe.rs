@@ -27,6 +27,9 @@ pub(crate) struct ObserveArgs {
     /// Adapters that have a label of their own from the start, comma-separated, 64 at most; then first come, the rest is `other`
     #[arg(long, env = "LORAMUX_ADAPTER_METRICS_NAMES", value_name = "NAMES", value_delimiter = ',')]
     pub(crate) adapter_metrics_names: Vec<String>,
+    /// Give /metrics the names that LoRAX's dashboards look for too
+    #[arg(long, env = "LORAMUX_LORAX_METRICS", default_value = "false", value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub(crate) lorax_metrics: bool,
     /// OpenTelemetry collector that gets traces (OTLP over HTTP, protobuf), such as http://collector:4318. Default:
     /// OTEL_EXPORTER_OTLP_ENDPOINT; without either there are none
     #[arg(long, alias = "otlp-traces-endpoint", env = "LORAMUX_OTLP_ENDPOINT", value_name = "URL")]
