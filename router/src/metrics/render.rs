@@ -51,7 +51,7 @@ impl Metrics {
         text
     }
 
-    fn render_now(&self, snapshot: &Snapshot<'_>) -> String {
+    pub(super) fn render_now(&self, snapshot: &Snapshot<'_>) -> String {
         let labels = format!("model_name=\"{}\",engine=\"0\"", escape(snapshot.model));
         let mut page = Page { out: String::with_capacity(32 * 1024), labels };
         self.vllm_gauges(snapshot, &mut page);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 
 use super::*;
-use crate::adapters::{AdapterSettings, Registry};
+use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::engine::{
     AdapterCheck, AdapterFailure, ContentId, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel,
     PinRefused, PreparedAdapter,
