@@ -8,5 +8,6 @@ pub mod adapters;
 pub mod engine;
 pub mod http;
 pub mod metrics;
+pub mod observe;
 pub mod scheduler;
 pub mod text;

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use crate::adapters_cli::args::AdaptersArgs;
+use crate::config::observe::ObserveArgs;
 use crate::config::parsers::{PoolingArg, ReasoningParserArg, ToolCallParser};
 use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
@@ -93,6 +94,8 @@ pub(crate) struct ServeArgs {
     pub(crate) network: NetworkArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) observe: ObserveArgs,
     #[command(flatten)]
     pub(crate) output: OutputArgs,
     /// What is said once at the start about flags without an effect.

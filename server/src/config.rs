@@ -3,6 +3,7 @@
 
 pub(crate) mod adapters;
 mod keys;
+pub(crate) mod observe;
 pub(crate) mod parsers;
 mod sources;
 
@@ -13,6 +14,7 @@ use std::time::Duration;
 use loramux_router::adapters::sources::ModelRef;
 use loramux_router::adapters::{AdapterRef, SourceDefaults, SourceKind, SourceSettings};
 use loramux_router::http::{CorsOrigin, KeySpec};
+use loramux_router::observe::OtlpSettings;
 
 pub(crate) use keys::read_keys;
 
@@ -93,6 +95,7 @@ pub(crate) struct Config {
     pub(crate) default_adapter: Option<String>,
     pub(crate) cors_origins: Vec<CorsOrigin>,
     pub(crate) metrics_keys: Vec<KeySpec>,
+    pub(crate) otlp: Option<OtlpSettings>,
     pub(crate) args: ServeArgs,
 }
 
@@ -220,6 +223,7 @@ impl Config {
             use_generation_config: args.model.generation_config != "none",
             default_adapter,
             metrics_keys: keys::metrics_keys(&args.network)?,
+            otlp: observe::otlp(&args.observe, env)?,
             cors_origins: origins(&args.network.cors_allow_origin)?,
             args,
         })

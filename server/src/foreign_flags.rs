@@ -111,5 +111,6 @@ pub(crate) const VARIABLES: &[(&str, &str)] = &[
     ("MAX_STOP_SEQUENCES", "max_stop_sequences"),
     ("JSON_OUTPUT", "json_output"),
     ("LOG_LEVEL", "log_level"),
+    ("OTLP_ENDPOINT", "otlp_endpoint"),
     ("CORS_ALLOW_ORIGIN", "cors_allow_origin"),
 ];

@@ -215,6 +215,11 @@ fn router_config(config: &Config) -> RouterConfig {
         metrics_keys: config.metrics_keys.clone(),
         default_adapter: config.default_adapter.clone(),
         settings: args.settings.clone(),
+        access_log: args.observe.access_log.into(),
+        otlp: config.otlp.clone(),
+        lorax_metrics: args.observe.lorax_metrics,
+        adapter_metrics: args.observe.adapter_metrics.into(),
+        adapter_metrics_names: args.observe.adapter_metrics_names.clone(),
         ..RouterConfig::default()
     }
 }

@@ -172,7 +172,7 @@ class Server:
 
 def clean_environment() -> dict:
     """This environment without flags and credentials that a developer may have set for their own server."""
-    others = ("LORAMUX_", "RUST_LOG", "HF_", "HUGGING", "AWS_", "S3_", "R2_", "GOOGLE_", "VLLM_", "LORA", "PREDIBASE_")
+    others = ("LORAMUX_", "RUST_LOG", "HF_", "HUGGING", "AWS_", "S3_", "R2_", "GOOGLE_", "VLLM_", "LORA", "PREDIBASE_", "OTEL_")
     return {name: value for name, value in os.environ.items() if not name.startswith(others)}
 
 

@@ -21,6 +21,7 @@ use super::shard::{ShardExit, ShardLauncher};
 use super::status::{ContentsView, EngineCounters, EngineStatus};
 use super::supervise::Link;
 use super::types::{ContentId, Failure, GenerateEvent, GenerateRequest};
+use crate::metrics::EngineMeters;
 use crate::scheduler::{NewRequest, RequestId, Scheduler, SchedulerEvent};
 
 /// How often the snapshot is renewed while steps run.
@@ -131,6 +132,7 @@ pub(super) struct Engine {
     pub(super) last_step: Duration,
     contents_view: ContentsView,
     pub(super) counters: EngineCounters,
+    pub(super) meters: Arc<EngineMeters>,
     pub(super) epoch: Instant,
     published: Instant,
 }
@@ -153,10 +155,10 @@ pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::i
         missing: std::sync::OnceLock::new(),
     });
     let handle = EngineHandle { shared: Arc::clone(&shared), inbox: inbox_sender.clone() };
-    let now = Instant::now();
+    let (now, meters) = (Instant::now(), Arc::<EngineMeters>::default());
     let engine = Engine {
         inbox,
-        masks: Masks::new(inbox_sender.clone()),
+        masks: Masks::new(inbox_sender.clone(), Arc::clone(&meters)),
         last_step: Duration::ZERO,
         inbox_sender,
         shared,
@@ -172,6 +174,7 @@ pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::i
         asks: Asks::default(),
         contents_view: ContentsView::default(),
         counters: EngineCounters::default(),
+        meters,
         epoch: now,
         published: now,
     };
@@ -362,6 +365,7 @@ impl Engine {
             started: self.scheduler.is_some(),
             draining: self.shared.draining.load(Ordering::Relaxed),
             shard: self.info.clone(),
+            meters: Arc::clone(&self.meters),
             ..EngineStatus::default()
         };
         (status.host_adapters, status.host_bytes) = self.contents.host();
@@ -370,6 +374,7 @@ impl Engine {
         if let Some(scheduler) = &self.scheduler {
             let stats = scheduler.stats();
             counters.preemptions = stats.preemptions;
+            counters.wasted_positions = stats.wasted_positions;
             counters.prefix_queries = stats.prefix_queries_tokens;
             counters.prefix_hits = stats.prefix_hit_tokens;
             counters.adapter_uploads = stats.adapter_uploads;

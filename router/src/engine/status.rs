@@ -11,6 +11,7 @@ use super::contents::{Content, Contents, Residency};
 use super::prepare::Parked;
 use super::run::PUBLISH_EVERY;
 use super::types::ContentId;
+use crate::metrics::EngineMeters;
 use crate::scheduler::Scheduler;
 
 /// What the engine is doing, renewed at most every 50 ms.
@@ -56,6 +57,8 @@ pub struct EngineStatus {
     pub host_bytes: u64,
     /// Bytes of adapters that the shard may keep there.
     pub host_bytes_max: u64,
+    /// Times of steps and masks; the same for every snapshot.
+    pub meters: Arc<EngineMeters>,
     /// Counters that only grow.
     pub counters: EngineCounters,
 }
@@ -86,6 +89,8 @@ pub struct EngineCounters {
     pub step_tokens: u64,
     /// Time the shard spent on them, us.
     pub step_us: u64,
+    /// Positions that were computed for sequences that had ended meanwhile.
+    pub wasted_positions: u64,
     /// Sequences that gave their memory back and were computed again.
     pub preemptions: u64,
     /// Prompt tokens looked up in the prefix cache.

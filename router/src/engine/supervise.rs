@@ -8,6 +8,7 @@ use loramux_proto::{FromShard, Info, Ping, Shutdown, Step, StepResult, ToShard, 
 use super::adapters::AdapterFailure;
 use super::run::{Engine, EngineError};
 use super::shard::{Reports, Shard, ShardExit};
+use crate::metrics::StepKind;
 use crate::scheduler::{Scheduler, SchedulerLimits};
 
 /// Silence longer than this means not ready.
@@ -27,6 +28,7 @@ pub(super) struct InFlight {
     /// When the shard could begin with it: it was sent, and the one before was done.
     since: Instant,
     positions: u64,
+    kind: StepKind,
 }
 
 /// The current shard, if any.
@@ -75,7 +77,8 @@ impl Link {
 
     pub(super) fn send_step(&mut self, step: Step) {
         let positions = step.chunks.iter().map(|chunk| u64::from(chunk.len)).sum();
-        self.in_flight.push_back(InFlight { id: step.id, since: Instant::now(), positions });
+        let kind = StepKind::of(step.chunks.iter().map(|chunk| chunk.len));
+        self.in_flight.push_back(InFlight { id: step.id, since: Instant::now(), positions, kind });
         self.send(to_shard::Body::Step(step));
     }
 
@@ -139,6 +142,7 @@ impl Engine {
         self.counters.step_tokens += in_flight.positions;
         self.counters.step_us += result.compute_us;
         self.last_step = Duration::from_micros(result.compute_us);
+        self.meters.step(in_flight.kind, in_flight.positions, self.last_step);
         let now_ms = self.now_ms();
         if let Some(scheduler) = &mut self.scheduler {
             let events = scheduler.commit(now_ms, result);

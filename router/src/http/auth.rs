@@ -15,6 +15,7 @@ use super::keys::{Key, KeyRing};
 use super::rate::Meter;
 use super::{App, anthropic};
 use crate::access::Caller;
+use crate::observe::RequestRecord;
 
 /// Routes that need no key. Every other one does, unknown ones included.
 const OPEN: &[&str] = &[
@@ -121,6 +122,9 @@ pub(crate) async fn authenticate(
     let counted = meter.filter(|_| request.method() == Method::POST);
     let permit = counted.as_ref().map(|meter| meter.admit()).transpose()?;
     let extensions = request.extensions_mut();
+    if let Some(record) = extensions.get::<Arc<RequestRecord>>() {
+        record.asked_by(&caller.name);
+    }
     extensions.insert(side);
     extensions.insert(caller);
     extensions.insert(UpstreamToken(token));

@@ -6,6 +6,8 @@ use std::time::Duration;
 use super::cors::CorsOrigin;
 use super::keys::KeySpec;
 use crate::engine::Pooling;
+use crate::metrics::AdapterMetrics;
+use crate::observe::{AccessLog, OtlpSettings};
 use crate::text::ToolFormat;
 
 /// Settings of the HTTP side, as meant.
@@ -53,6 +55,16 @@ pub struct RouterConfig {
     pub reasoning_parser: ReasoningParser,
     /// What makes an embedding unless the request says it.
     pub pooling: Pooling,
+    /// `--access-log`: which requests have a line in the log.
+    pub access_log: AccessLog,
+    /// `--otlp-endpoint`: where spans go; `None`: none are made.
+    pub otlp: Option<OtlpSettings>,
+    /// `--adapter-metrics`: how much is counted by adapter.
+    pub adapter_metrics: AdapterMetrics,
+    /// `--adapter-metrics-names`: adapters with a label from the start.
+    pub adapter_metrics_names: Vec<String>,
+    /// `--lorax-metrics`: `/metrics` has LoRAX's names too.
+    pub lorax_metrics: bool,
     /// Bounds on connections, bodies and requests.
     pub limits: HttpLimits,
     /// How long a request waits for its adapter.
@@ -87,6 +99,11 @@ impl Default for RouterConfig {
             tool_call_parser: None,
             reasoning_parser: ReasoningParser::Auto,
             pooling: Pooling::Last,
+            access_log: AccessLog::default(),
+            otlp: None,
+            adapter_metrics: AdapterMetrics::default(),
+            adapter_metrics_names: Vec::new(),
+            lorax_metrics: false,
             limits: HttpLimits::default(),
             adapter_load_timeout: Duration::from_secs(30),
             request_timeout: None,

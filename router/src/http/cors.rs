@@ -11,7 +11,7 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 const MAX_AGE: Duration = Duration::from_secs(600);
 
 /// Our headers that scripts may read besides the usual ones.
-const EXPOSED: [&str; 27] = [
+const EXPOSED: [&str; 28] = [
     "retry-after",
     "x-request-id",
     "x-ignored-fields",
@@ -38,6 +38,7 @@ const EXPOSED: [&str; 27] = [
     "x-time-to-first-token",
     "x-time-per-output-token",
     "server-timing",
+    "traceresponse",
     "www-authenticate",
 ];
 

@@ -1,7 +1,7 @@
 //! The outermost layer: gives each request its id, and every response that is not 2xx the one error body.
 
 use std::panic::AssertUnwindSafe;
-use std::time::Instant;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
@@ -9,12 +9,14 @@ use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::FutureExt;
+use tracing::Instrument;
 
 use super::App;
 use super::anthropic::{self, error::anthropic_response};
 use super::error::{ApiError, Cause};
 use super::leftover::Leftover;
 use super::lorax::error::lorax_response;
+use crate::observe::RequestRecord;
 
 /// The id of a request, in logs, headers and error bodies.
 #[derive(Clone, Debug)]
@@ -49,32 +51,40 @@ impl ErrorShape {
 /// The layer.
 pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
-    let (started, what) = (Instant::now(), (request.method().clone(), request.uri().path().to_owned()));
-    request.extensions_mut().insert(RequestId(id.clone()));
+    let recording = app.observer.begin(&request, id.clone());
+    let record = recording.record();
+    request.extensions_mut().insert(RequestId(id));
+    request.extensions_mut().insert(Arc::clone(&record));
+    let span = tracing::info_span!("request", request_id = record.id, trace_id = record.trace_id());
+    let response = answer(&app, request, next, &record).instrument(span).await;
+    recording.hold(response)
+}
+
+async fn answer(app: &App, request: Request, next: Next, record: &RequestRecord) -> Response {
     let shape = ErrorShape::of(&request);
     let (request, leftover) = Leftover::of(request);
-    let mut response = match check_head(&app, &request) {
+    let mut response = match check_head(app, &request) {
         Ok(()) => match AssertUnwindSafe(next.run(request)).catch_unwind().await {
             Ok(response) => response,
             Err(_) => respond(
-                &app,
+                app,
                 &ApiError::new(Cause::InternalError, "an internal error; the request id is in the log"),
-                &id,
+                record,
                 shape,
             ),
         },
-        Err(error) => respond(&app, &error, &id, shape),
+        Err(error) => respond(app, &error, record, shape),
     };
     let shape = response.extensions_mut().remove::<ErrorShape>().unwrap_or(shape);
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
         let allow = response.headers_mut().remove(header::ALLOW); // set by the router with a 405
-        response = respond(&app, &error, &id, shape);
+        response = respond(app, &error, record, shape);
         response.headers_mut().extend(allow.map(|allow| (header::ALLOW, allow)));
     } else if is_error(response.status()) && response.headers().get("x-request-id").is_none() {
         let error = ApiError::new(cause_of(response.status()), response.status().to_string());
-        response = respond(&app, &error, &id, shape);
+        response = respond(app, &error, record, shape);
     }
-    if let Ok(value) = HeaderValue::from_str(&id) {
+    if let Ok(value) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert("x-request-id", value);
     }
     if let Some(leftover) = leftover {
@@ -83,8 +93,6 @@ pub(crate) async fn envelope(State(app): State<App>, mut request: Request, next:
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
     }
-    let (status, ms) = (response.status().as_u16(), started.elapsed().as_millis() as u64);
-    tracing::debug!(request_id = id, method = %what.0, path = super::error::shown(&what.1), status, ms, "answered");
     response
 }
 
@@ -93,14 +101,15 @@ fn is_error(status: StatusCode) -> bool {
     status.is_client_error() || status.is_server_error()
 }
 
-fn respond(app: &App, error: &ApiError, id: &str, shape: ErrorShape) -> Response {
-    let row = error.cause.row();
+fn respond(app: &App, error: &ApiError, record: &RequestRecord, shape: ErrorShape) -> Response {
+    let (row, id) = (error.cause.row(), record.id.as_str());
     // Probes ask once a second; what is waited for is in the log where it happens.
     let is_state = matches!(error.cause, Cause::NotReady | Cause::Draining);
     if row.status.is_server_error() && !is_state {
-        tracing::error!(request_id = id, code = row.code, "{error}");
+        tracing::error!(code = row.code, "{error}");
     }
     app.metrics.rejected(row.code);
+    record.failed(row.code);
     let mut response: axum::http::Response<Body> = match shape {
         ErrorShape::OpenAi => error.response(id),
         ErrorShape::Lorax => lorax_response(error, id),

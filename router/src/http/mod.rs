@@ -52,6 +52,7 @@ pub use server::{Listener, serve, serve_admin};
 
 use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::metrics::Metrics;
+use crate::observe::Observer;
 use crate::text::TextModel;
 use openai::validate::Bounds;
 
@@ -68,6 +69,7 @@ pub struct AppInner {
     pub(crate) engine: Arc<dyn Backend>,
     pub(crate) registry: Registry,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) observer: Arc<Observer>,
     keys: RwLock<Arc<keys::KeyRing>>,
     metrics_keys: keys::KeyRing,
     pub(crate) wrong_keys: rate::WrongKeys,
@@ -115,6 +117,9 @@ impl App {
         if config.served_names.is_empty() {
             config.served_names.push("base".into());
         }
+        let model = config.served_names.first().map_or("base", String::as_str);
+        let observer = Observer::new(model, config.access_log, config.otlp.take());
+        let metrics = Arc::new(Metrics::new(config.adapter_metrics, &config.adapter_metrics_names));
         let inner = AppInner {
             keys: RwLock::new(Arc::new(keys::KeyRing::new(&config.keys, None).requiring(config.requires_key))),
             metrics_keys: keys::KeyRing::new(&config.metrics_keys, None),
@@ -123,7 +128,8 @@ impl App {
             text,
             registry,
             engine,
-            metrics: Arc::default(),
+            metrics,
+            observer,
             started: unix_seconds(),
             models: Default::default(),
             documents: Default::default(),

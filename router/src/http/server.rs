@@ -56,6 +56,7 @@ pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output
     tracing::info!(address = %listener.local_addr()?, "listening");
     app.preload();
     app.record();
+    app.observer.start();
     let server = Server { app: app.clone(), router: app.router(), open: Arc::default() };
     let graceful = GracefulShutdown::new();
     let listener = Listener::Tcp(listener);
@@ -69,6 +70,7 @@ pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output
         }
     }
     server.drain(&listener, graceful).await;
+    app.observer.flush().await;
     Ok(())
 }
 

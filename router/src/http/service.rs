@@ -40,7 +40,14 @@ pub(crate) async fn startup(State(app): State<App>) -> Result<Response, ApiError
 /// Prometheus text 0.0.4.
 pub(crate) async fn metrics(State(app): State<App>) -> Response {
     let status = app.engine.status();
-    let text = app.metrics.render(&Snapshot { model: app.base_name(), status: &status, registry: &app.registry });
+    let snapshot = Snapshot {
+        model: app.base_name(),
+        status: &status,
+        registry: &app.registry,
+        spans: app.observer.spans(),
+        lorax_names: app.config.lorax_metrics,
+    };
+    let text = app.metrics.render(&snapshot);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 

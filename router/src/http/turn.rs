@@ -9,6 +9,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use serde_json::{Map, Value};
+use tracing::Instrument;
 
 use super::App;
 use super::envelope::RequestId;
@@ -289,7 +290,9 @@ impl App {
         name_the_source(&mut response, self, &chat.variants);
         let request_id = parts.extensions.get::<RequestId>().map_or_else(String::new, |id| id.0.clone());
         let reader = TurnReader::new(chat.shape);
-        tokio::spawn(Producer { app: self.clone(), request_id, narrator, reader, events, runs }.run(first));
+        tokio::spawn(
+            Producer { app: self.clone(), request_id, narrator, reader, events, runs }.run(first).in_current_span(),
+        );
         Ok(response)
     }
 }

@@ -32,7 +32,7 @@ impl Histogram {
         self.counts.iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
 
-    /// Appends the family; `labels` without braces.
+    /// Appends the family; `labels` without braces, perhaps none.
     pub(super) fn render(&self, name: &str, help: &str, labels: &str, out: &mut String) {
         let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
         self.series(name, labels, out);
@@ -42,11 +42,13 @@ impl Histogram {
     pub(super) fn series(&self, name: &str, labels: &str, out: &mut String) {
         let mut total = 0;
         let bounds = self.bounds.iter().map(|bound| bound.to_string()).chain(["+Inf".to_owned()]);
+        let comma = if labels.is_empty() { "" } else { "," };
         for (bound, count) in bounds.zip(&self.counts) {
             total += count.load(Ordering::Relaxed);
-            let _ = writeln!(out, "{name}_bucket{{{labels},le=\"{bound}\"}} {total}");
+            let _ = writeln!(out, "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {total}");
         }
         let sum = f64::from_bits(self.sum_bits.load(Ordering::Relaxed));
-        let _ = writeln!(out, "{name}_sum{{{labels}}} {sum}\n{name}_count{{{labels}}} {total}");
+        let labels = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
+        let _ = writeln!(out, "{name}_sum{labels} {sum}\n{name}_count{labels} {total}");
     }
 }

@@ -1,31 +1,35 @@
 //! `/metrics`: counters and histograms of the HTTP side beside the engine's own numbers, in Prometheus text 0.0.4.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod adapters;
+mod engine;
 mod histogram;
 mod loads;
+mod lorax;
 mod recent;
 mod render;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use adapters::AdapterMetrics;
+#[cfg(test)]
+use adapters::LABELS_MAX as ADAPTER_LABELS_MAX;
+pub(crate) use adapters::OTHER;
+use adapters::{AdapterCount, AdapterCounters};
+pub use engine::EngineMeters;
+pub(crate) use engine::StepKind;
 use histogram::Histogram;
 pub use loads::{LoadPhase, LoadTimes};
 pub(crate) use recent::{Counts, Times};
 pub use render::Snapshot;
 
 use crate::http::Meter;
-
-/// The label of all that have none.
-pub(crate) const OTHER: &str = "other";
-/// Adapters that get a label of their own; the rest share `other`.
-const ADAPTER_LABELS_MAX: usize = 64;
-/// Bytes of these labels together: each stands on several lines, and a composition's label names all its parts.
-const ADAPTER_LABEL_BYTES_MAX: usize = 1536;
+use crate::observe::{RequestRecord, RunTimes, SharedTimes, times_of};
 
 const LATENCY: &[f64] = &[
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
@@ -73,6 +77,7 @@ pub struct Metrics {
     inter_token: Histogram,
     per_output_token: Histogram,
     end_to_end: Histogram,
+    validation: Histogram,
     queue: Histogram,
     inference: Histogram,
     prefill: Histogram,
@@ -84,28 +89,16 @@ pub struct Metrics {
     finished: [AtomicU64; 3],
     stream_stalls: AtomicU64,
     rejected: Mutex<BTreeMap<&'static str, u64>>,
+    /// Requests held to a rule, by the kind of rule.
+    structured: Mutex<BTreeMap<&'static str, u64>>,
+    /// Chats with tools, by `tool_choice`.
+    tools: Mutex<BTreeMap<&'static str, u64>>,
     adapters: Mutex<AdapterCounters>,
     rendered: Mutex<Option<(Instant, String)>>,
     lora: Mutex<render::LoraSets>,
     /// As `first_token` and `inter_token`, finer.
     pub(crate) recent_first_token: Times,
     pub(crate) recent_inter_token: Times,
-}
-
-#[derive(Debug, Default)]
-struct AdapterCounters {
-    labels: HashMap<String, usize>,
-    label_bytes: usize,
-    /// `[0]` is `other`.
-    counts: Vec<AdapterCount>,
-}
-
-#[derive(Clone, Debug, Default)]
-struct AdapterCount {
-    label: String,
-    outcomes: BTreeMap<&'static str, u64>,
-    prompt_tokens: u64,
-    generation_tokens: u64,
 }
 
 impl Default for Metrics {
@@ -115,6 +108,7 @@ impl Default for Metrics {
             inter_token: Histogram::new(PER_TOKEN),
             per_output_token: Histogram::new(PER_TOKEN),
             end_to_end: Histogram::new(LATENCY),
+            validation: Histogram::new(FIRST_TOKEN),
             queue: Histogram::new(LATENCY),
             inference: Histogram::new(LATENCY),
             prefill: Histogram::new(LATENCY),
@@ -126,6 +120,8 @@ impl Default for Metrics {
             finished: Default::default(),
             stream_stalls: AtomicU64::new(0),
             rejected: Mutex::default(),
+            structured: Mutex::default(),
+            tools: Mutex::default(),
             adapters: Mutex::default(),
             rendered: Mutex::default(),
             lora: Mutex::default(),
@@ -136,6 +132,21 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Counts by adapter as `level` says; `names` have labels from the start.
+    pub fn new(level: AdapterMetrics, names: &[String]) -> Self {
+        Self { adapters: Mutex::new(AdapterCounters::new(level, names)), ..Self::default() }
+    }
+
+    /// A reply is held to a rule of this kind.
+    pub(crate) fn structured(&self, kind: &'static str) {
+        *self.structured.lock().unwrap_or_else(PoisonError::into_inner).entry(kind).or_default() += 1;
+    }
+
+    /// A chat has tools and this `tool_choice`.
+    pub(crate) fn tools(&self, choice: &'static str) {
+        *self.tools.lock().unwrap_or_else(PoisonError::into_inner).entry(choice).or_default() += 1;
+    }
+
     /// A request was answered with error `code` (a stable code of the API).
     pub fn rejected(&self, code: &'static str) {
         *self.rejected.lock().unwrap_or_else(PoisonError::into_inner).entry(code).or_default() += 1;
@@ -151,51 +162,34 @@ impl Metrics {
         self.params_n.observe(f64::from(start.n));
         self.params_max_tokens.observe(f64::from(start.max_tokens));
         self.prompt_tokens.observe(f64::from(start.prompt_tokens));
-        let adapter = start.adapter.as_deref().map(|name| self.adapter_index(name));
+        let adapter = start.adapter.as_deref().and_then(|name| self.adapters().index(name));
         if let Some(adapter) = adapter {
             self.with_adapter(adapter, |count| count.prompt_tokens += u64::from(start.prompt_tokens));
         }
         if let Some(meter) = &start.meter {
             meter.charge_tokens(u64::from(start.prompt_tokens));
         }
-        let now = Instant::now();
+        let times = Arc::new(Mutex::new(RunTimes::new(start.prompt_tokens)));
+        if let Some(record) = &start.record {
+            self.validation.observe(seconds(record.started.elapsed()));
+            record.runs(&times, start.adapter.as_deref());
+        }
         RequestClock {
             metrics: Arc::clone(self),
             adapter,
             meter: start.meter.clone(),
-            submitted: now,
-            admitted: None,
-            first_token: None,
+            times,
             last_tokens: vec![None; start.n as usize],
-            tokens: 0,
             ended: Finished::Abort,
         }
     }
 
-    fn adapter_index(&self, name: &str) -> usize {
-        let mut adapters = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
-        if adapters.counts.is_empty() {
-            adapters.counts.push(AdapterCount { label: OTHER.into(), ..AdapterCount::default() });
-        }
-        if name == OTHER {
-            return 0;
-        }
-        if let Some(&index) = adapters.labels.get(name) {
-            return index;
-        }
-        let index = adapters.counts.len();
-        if index > ADAPTER_LABELS_MAX || adapters.label_bytes + name.len() > ADAPTER_LABEL_BYTES_MAX {
-            return 0;
-        }
-        adapters.label_bytes += name.len();
-        adapters.labels.insert(name.to_owned(), index);
-        adapters.counts.push(AdapterCount { label: name.to_owned(), ..AdapterCount::default() });
-        index
+    fn adapters(&self) -> MutexGuard<'_, AdapterCounters> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn with_adapter(&self, index: usize, change: impl FnOnce(&mut AdapterCount)) {
-        let mut adapters = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = adapters.counts.get_mut(index) {
+        if let Some(count) = self.adapters().counts.get_mut(index) {
             change(count);
         }
     }
@@ -214,6 +208,8 @@ pub struct RequestStart {
     pub adapter: Option<String>,
     /// Where its tokens are charged.
     pub meter: Option<Arc<Meter>>,
+    /// The record of the request that it belongs to.
+    pub(crate) record: Option<Arc<RequestRecord>>,
 }
 
 /// Times one request; when it is dropped, the request is over.
@@ -222,34 +218,35 @@ pub struct RequestClock {
     metrics: Arc<Metrics>,
     adapter: Option<usize>,
     meter: Option<Arc<Meter>>,
-    submitted: Instant,
-    admitted: Option<Instant>,
-    first_token: Option<Instant>,
+    times: SharedTimes,
     last_tokens: Vec<Option<Instant>>,
-    tokens: u32,
     ended: Finished,
 }
 
 impl RequestClock {
-    /// The engine admitted it.
-    pub fn admitted(&mut self) {
+    /// The engine admitted it; `cached_tokens` of its prompt were computed before.
+    pub fn admitted(&mut self, cached_tokens: u32) {
         let now = Instant::now();
-        self.metrics.queue.observe(seconds(now - self.submitted));
-        self.admitted = Some(now);
+        let mut times = times_of(&self.times);
+        self.metrics.queue.observe(seconds(now - times.submitted));
+        (times.admitted, times.cached_tokens) = (Some(now), cached_tokens);
     }
 
     /// Sequence `index` got a token.
     pub fn token(&mut self, index: u32) {
         let now = Instant::now();
-        self.tokens += 1;
         if let Some(meter) = &self.meter {
             meter.charge_tokens(1);
         }
-        if self.first_token.is_none() {
-            self.first_token = Some(now);
-            self.metrics.first_token.observe(seconds(now - self.submitted));
-            self.metrics.recent_first_token.observe(seconds(now - self.submitted));
+        let mut times = times_of(&self.times);
+        times.tokens += 1;
+        times.last_token = Some(now);
+        if times.first_token.is_none() {
+            times.first_token = Some(now);
+            self.metrics.first_token.observe(seconds(now - times.submitted));
+            self.metrics.recent_first_token.observe(seconds(now - times.submitted));
         }
+        drop(times);
         if let Some(last) = self.last_tokens.get_mut(index as usize)
             && let Some(before) = last.replace(now)
         {
@@ -260,44 +257,52 @@ impl RequestClock {
 
     /// When the engine admitted it.
     pub fn admitted_at(&self) -> Option<Instant> {
-        self.admitted
+        times_of(&self.times).admitted
     }
 
     /// When its first token came.
     pub fn first_token_at(&self) -> Option<Instant> {
-        self.first_token
+        times_of(&self.times).first_token
     }
 
     /// It ended well; without this call it counts as aborted.
     pub fn finished(&mut self, how: Finished) {
         self.ended = how;
+        times_of(&self.times).ended = Some(Instant::now());
+    }
+
+    /// It failed with error `code`.
+    pub(crate) fn failed(&mut self, code: &'static str) {
+        let mut times = times_of(&self.times);
+        (times.failed, times.ended) = (Some(code), Some(Instant::now()));
     }
 }
 
 impl Drop for RequestClock {
     fn drop(&mut self) {
-        let (metrics, now) = (&self.metrics, Instant::now());
+        let (metrics, now, times) = (&self.metrics, Instant::now(), *times_of(&self.times));
         let slot = Finished::ALL.iter().position(|how| *how == self.ended).unwrap_or(0);
         if let Some(counter) = metrics.finished.get(slot) {
             counter.fetch_add(1, Ordering::Relaxed);
         }
+        let since = |moment: Option<Instant>| moment.map(|moment| seconds(moment - times.submitted));
         if let Some(adapter) = self.adapter {
-            let (outcome, tokens) =
-                (if self.ended == Finished::Abort { "error" } else { "ok" }, u64::from(self.tokens));
+            let outcome = if self.ended == Finished::Abort { "error" } else { "ok" };
             metrics.with_adapter(adapter, |count| {
                 *count.outcomes.entry(outcome).or_default() += 1;
-                count.generation_tokens += tokens;
+                count.generation_tokens += u64::from(times.tokens);
             });
+            metrics.adapters().observe(adapter, since(times.admitted), since(times.first_token));
         }
-        let (Some(admitted), true) = (self.admitted, self.ended != Finished::Abort) else { return };
-        metrics.end_to_end.observe(seconds(now - self.submitted));
+        let (Some(admitted), true) = (times.admitted, self.ended != Finished::Abort) else { return };
+        metrics.end_to_end.observe(seconds(now - times.submitted));
         metrics.inference.observe(seconds(now - admitted));
-        metrics.generation_tokens.observe(f64::from(self.tokens));
-        if let Some(first) = self.first_token {
+        metrics.generation_tokens.observe(f64::from(times.tokens));
+        if let Some(first) = times.first_token {
             metrics.prefill.observe(seconds(first - admitted));
             metrics.decode.observe(seconds(now - first));
-            if self.tokens > 1 {
-                metrics.per_output_token.observe(seconds(now - first) / f64::from(self.tokens - 1));
+            if times.tokens > 1 {
+                metrics.per_output_token.observe(seconds(now - first) / f64::from(times.tokens - 1));
             }
         }
     }

@@ -24,6 +24,10 @@ pub struct Snapshot<'a> {
     pub status: &'a EngineStatus,
     /// For names and states.
     pub registry: &'a Registry,
+    /// Spans exported and lost; `None` where none are made.
+    pub spans: Option<(u64, u64)>,
+    /// LoRAX's names too.
+    pub lorax_names: bool,
 }
 
 /// The last lists of `vllm:lora_requests_info` and when they changed.
@@ -47,15 +51,21 @@ impl Metrics {
         text
     }
 
-    fn render_now(&self, snapshot: &Snapshot<'_>) -> String {
+    pub(super) fn render_now(&self, snapshot: &Snapshot<'_>) -> String {
         let labels = format!("model_name=\"{}\",engine=\"0\"", escape(snapshot.model));
         let mut page = Page { out: String::with_capacity(32 * 1024), labels };
         self.vllm_gauges(snapshot, &mut page);
         self.vllm_counters(snapshot, &mut page);
         self.vllm_histograms(&mut page);
+        snapshot.status.meters.render_vllm(&page.labels, &mut page.out);
         self.lora_info(snapshot, &mut page);
-        self.loramux_adapters(&mut page);
+        self.adapters().render(&mut page.out);
+        snapshot.status.meters.render(&mut page.out);
+        self.loramux_requests(snapshot, &mut page);
         self.loramux_engine(snapshot, &mut page);
+        if snapshot.lorax_names {
+            self.render_lorax(snapshot, &mut page.out);
+        }
         page.out
     }
 
@@ -148,28 +158,24 @@ impl Metrics {
         );
     }
 
-    fn loramux_adapters(&self, page: &mut Page) {
-        let adapters = self.adapters.lock().unwrap_or_else(PoisonError::into_inner);
-        page.family("loramux_adapter_requests_total", "counter", "Requests by adapter and outcome.");
-        for count in &adapters.counts {
-            for (outcome, n) in &count.outcomes {
-                let label = escape(&count.label);
-                let _ = writeln!(
-                    page.out,
-                    "loramux_adapter_requests_total{{adapter=\"{label}\",outcome=\"{outcome}\"}} {n}"
-                );
+    /// What the HTTP side counts of requests, by kinds that are few.
+    fn loramux_requests(&self, snapshot: &Snapshot<'_>, page: &mut Page) {
+        let families = [
+            ("loramux_rejected_total", "code", "Requests answered with an error, by code.", &self.rejected),
+            ("loramux_structured_requests_total", "kind", "Requests held to a schema or grammar.", &self.structured),
+            ("loramux_tool_requests_total", "choice", "Chats with tools, by tool_choice.", &self.tools),
+        ];
+        for (name, label, help, counts) in families {
+            page.family(name, "counter", help);
+            for (value, n) in counts.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                page.bare(name, label, value, *n as f64);
             }
         }
-        page.family("loramux_adapter_prompt_tokens_total", "counter", "Prompt tokens by adapter.");
-        for count in &adapters.counts {
-            let (label, n) = (escape(&count.label), count.prompt_tokens);
-            let _ = writeln!(page.out, "loramux_adapter_prompt_tokens_total{{adapter=\"{label}\"}} {n}");
-        }
-        page.family("loramux_adapter_generation_tokens_total", "counter", "Generated tokens by adapter.");
-        for count in &adapters.counts {
-            let (label, n) = (escape(&count.label), count.generation_tokens);
-            let _ = writeln!(page.out, "loramux_adapter_generation_tokens_total{{adapter=\"{label}\"}} {n}");
-        }
+        let Some((exported, dropped)) = snapshot.spans else { return };
+        let name = "loramux_trace_spans_total";
+        page.family(name, "counter", "Spans that the collector took, and spans that were lost.");
+        page.bare(name, "outcome", "exported", exported as f64);
+        page.bare(name, "outcome", "dropped", dropped as f64);
     }
 
     fn loramux_engine(&self, snapshot: &Snapshot<'_>, page: &mut Page) {
@@ -200,13 +206,14 @@ impl Metrics {
         for (used_by, n) in [("kv", status.pages_kv), ("adapter", status.pages_adapters), ("free", status.pages_free)] {
             page.bare("loramux_arena_pages", "use", used_by, f64::from(n));
         }
-        page.family("loramux_rejected_total", "counter", "Requests answered with an error, by code.");
-        for (code, n) in self.rejected.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            page.bare("loramux_rejected_total", "code", code, *n as f64);
-        }
         let counters = [
             ("loramux_steps_total", "Steps executed.", status.counters.steps),
             ("loramux_step_tokens_total", "Positions computed.", status.counters.step_tokens),
+            (
+                "loramux_wasted_positions_total",
+                "Positions computed for sequences that had ended.",
+                status.counters.wasted_positions,
+            ),
             ("loramux_shard_restarts_total", "Shards started after the first.", status.counters.shard_restarts),
             ("loramux_replayed_requests_total", "Requests that survived a shard.", status.counters.replayed),
             ("loramux_stream_stalls_total", "Streams cut for not reading.", self.stream_stalls.load(Ordering::Relaxed)),
@@ -261,6 +268,6 @@ fn list(names: &[String]) -> String {
 }
 
 /// A label value: backslash, quote and line feed are escaped.
-fn escape(value: &str) -> String {
+pub(super) fn escape(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 
 use super::*;
-use crate::adapters::{AdapterSettings, Registry};
+use crate::adapters::{AdapterRef, AdapterSettings, Registry};
 use crate::engine::{
     AdapterCheck, AdapterFailure, ContentId, EngineStatus, Failure, ForgetMode, GenerateRequest, MergeAsk, PinLevel,
     PinRefused, PreparedAdapter,
@@ -12,7 +12,14 @@ use crate::engine::{
 use crate::http::{Backend, Events};
 
 fn start(adapter: Option<&str>) -> RequestStart {
-    RequestStart { n: 1, max_tokens: 4, prompt_tokens: 7, adapter: adapter.map(str::to_owned), meter: None }
+    RequestStart {
+        n: 1,
+        max_tokens: 4,
+        prompt_tokens: 7,
+        adapter: adapter.map(str::to_owned),
+        meter: None,
+        record: None,
+    }
 }
 
 #[test]
@@ -33,7 +40,7 @@ fn a_request_that_is_dropped_counts_as_aborted() {
     let metrics = Arc::new(Metrics::default());
     drop(metrics.request(&start(None)));
     let mut good = metrics.request(&start(None));
-    good.admitted();
+    good.admitted(0);
     good.token(0);
     good.token(0);
     good.finished(Finished::Length);
@@ -93,19 +100,18 @@ fn the_page_stays_below_64_kib_whatever_the_adapters_are_called() {
         .collect();
     let status = EngineStatus { resident: contents.clone(), waiting_for_load: contents, ..EngineStatus::default() };
     let registry = Registry::new(AdapterSettings::default(), Arc::new(NoEngine));
-    for name_bytes in [4, 24, 257, 4000] {
-        let metrics = Arc::new(Metrics::default());
-        for cause in crate::http::Cause::ALL {
-            metrics.rejected(cause.row().code);
-        }
-        for i in 0..200 {
-            for ended in [Finished::Stop, Finished::Abort] {
-                let long = RequestStart { prompt_tokens: u32::MAX, ..start(Some(&format!("{i:0>name_bytes$}"))) };
-                metrics.request(&long).finished(ended);
-            }
-        }
-        let page = metrics.render(&Snapshot { model: &"m".repeat(24), status: &status, registry: &registry });
-        assert!(page.len() < 64 * 1024, "{} bytes with names of {name_bytes}", page.len());
+    let levels = [AdapterMetrics::Counters, AdapterMetrics::Full];
+    for (name_bytes, level) in [4, 24, 257, 4000].into_iter().flat_map(|bytes| levels.map(|level| (bytes, level))) {
+        let metrics = busy(name_bytes, level);
+        let model = "m".repeat(24);
+        let page = metrics.render(&Snapshot {
+            model: &model,
+            status: &status,
+            registry: &registry,
+            spans: Some((1, 2)),
+            lorax_names: true,
+        });
+        assert!(page.len() < 64 * 1024, "{} bytes with names of {name_bytes}, {level:?}", page.len());
         let requests: f64 = page
             .lines()
             .filter(|line| line.starts_with("loramux_adapter_requests_total{"))
@@ -113,4 +119,79 @@ fn the_page_stays_below_64_kib_whatever_the_adapters_are_called() {
             .sum();
         assert_eq!(requests, 400.0, "nothing is lost");
     }
+}
+
+/// Metrics after every kind of error, and two requests for each of 200 adapters.
+fn busy(name_bytes: usize, level: AdapterMetrics) -> Arc<Metrics> {
+    let metrics = Arc::new(Metrics::new(level, &[]));
+    for cause in crate::http::Cause::ALL {
+        metrics.rejected(cause.row().code);
+    }
+    for kind in ["json_object", "json_schema", "regex", "choice", "grammar"] {
+        metrics.structured(kind);
+    }
+    for choice in ["auto", "required", "named"] {
+        metrics.tools(choice);
+    }
+    for i in 0..200 {
+        for ended in [Finished::Stop, Finished::Abort] {
+            let long = RequestStart { prompt_tokens: u32::MAX, ..start(Some(&format!("{i:0>name_bytes$}"))) };
+            let mut clock = metrics.request(&long);
+            clock.admitted(0);
+            clock.token(0);
+            clock.finished(ended);
+        }
+    }
+    metrics
+}
+
+#[test]
+fn ten_thousand_adapters_cost_no_time_at_a_scrape() {
+    let registered = (0..10_000).map(|i| (format!("adapter-{i}"), AdapterRef::directory(&PathBuf::from("/nowhere"))));
+    let settings = AdapterSettings { registered: registered.collect(), ..AdapterSettings::default() };
+    let registry = Registry::new(settings, Arc::new(NoEngine));
+    let (metrics, status) = (busy(24, AdapterMetrics::Counters), EngineStatus::default());
+    let snapshot = Snapshot { model: "base", status: &status, registry: &registry, spans: None, lorax_names: false };
+    let time = |_| {
+        let begin = Instant::now();
+        assert!(metrics.render_now(&snapshot).contains("loramux_adapters{state=\"registered\"} 10000\n"));
+        begin.elapsed()
+    };
+    let best = (0..50).map(time).min().unwrap();
+    // The bound is 250 us; five times of it says nothing of a busy machine, and all of a list that is walked through.
+    println!("{best:?}");
+    assert!(best < Duration::from_micros(1250), "{best:?}");
+}
+
+#[test]
+fn names_that_are_listed_have_their_labels_from_the_start_and_off_counts_nothing() {
+    let metrics = Arc::new(Metrics::new(AdapterMetrics::Counters, &["listed".to_owned()]));
+    for i in 0..100 {
+        metrics.request(&start(Some(&format!("adapter-{i}")))).finished(Finished::Stop);
+    }
+    metrics.request(&start(Some("listed"))).finished(Finished::Stop);
+    let mut page = String::new();
+    metrics.adapters().render(&mut page);
+    assert!(page.contains("loramux_adapter_requests_total{adapter=\"listed\",outcome=\"ok\"} 1\n"), "{page}");
+    assert!(page.contains("{adapter=\"other\",outcome=\"ok\"} 37\n"), "{page}");
+    assert!(!page.contains("ttft"));
+    let off = Arc::new(Metrics::new(AdapterMetrics::Off, &["listed".to_owned()]));
+    off.request(&start(Some("x"))).finished(Finished::Stop);
+    let mut page = String::new();
+    off.adapters().render(&mut page);
+    assert_eq!(page, "");
+}
+
+#[test]
+fn times_by_adapter_lose_nothing_to_the_bound_on_their_number() {
+    let metrics = busy(24, AdapterMetrics::Full);
+    let mut page = String::new();
+    metrics.adapters().render(&mut page);
+    let counted = |name: &str| {
+        let lines = page.lines().filter_map(|line| line.strip_prefix(name));
+        let values: Vec<u64> = lines.map(|line| line.rsplit_once(' ').unwrap().1.parse().unwrap()).collect();
+        (values.len(), values.iter().sum::<u64>())
+    };
+    assert_eq!(counted("loramux_adapter_ttft_seconds_count"), (13, 400));
+    assert_eq!(counted("loramux_adapter_queue_seconds_count"), (13, 400));
 }

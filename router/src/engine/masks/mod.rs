@@ -7,6 +7,7 @@
 mod workers;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use workers::{Job, Ticket, Work, Workers};
 
 use super::run::{Engine, EngineError, Message};
 use super::types::{Allowed, GrammarFailure, GrammarState};
+use crate::metrics::EngineMeters;
 use crate::scheduler::{MaskAsk, MaskStep, RequestId, Scheduler};
 
 /// A call that takes longer fails its request. Grammars have limits of their own far below.
@@ -45,6 +47,7 @@ pub(super) struct Masks {
     out: HashMap<Ticket, Out>,
     next_ticket: u64,
     watched: Instant,
+    meters: Arc<EngineMeters>,
 }
 
 /// Where a sequence's state is.
@@ -62,13 +65,14 @@ struct Out {
 }
 
 impl Masks {
-    pub(super) fn new(inbox: Sender<Message>) -> Self {
+    pub(super) fn new(inbox: Sender<Message>, meters: Arc<EngineMeters>) -> Self {
         Self {
             workers: Workers::new(inbox),
             seqs: HashMap::new(),
             out: HashMap::new(),
             next_ticket: 0,
             watched: Instant::now(),
+            meters,
         }
     }
 
@@ -90,10 +94,14 @@ impl Masks {
     /// Takes a worker's answer in. None if its sequence has ended meanwhile.
     pub(super) fn answered(&mut self, answer: Answer) -> Option<MaskFor> {
         let Answer { ticket, state, outcome } = answer;
-        let Some(Out { request, index, generated, .. }) = self.out.remove(&ticket) else {
+        let Some(Out { request, index, generated, asked }) = self.out.remove(&ticket) else {
             self.free(ticket, state);
             return None;
         };
+        match &outcome {
+            Ok(_) => self.meters.mask(asked.elapsed()),
+            Err(_) => self.meters.grammar_given_up(),
+        }
         match state {
             Some(state) => drop(self.seqs.insert((request, index), Place::Here(state))),
             None => drop(self.seqs.remove(&(request, index))),
@@ -150,6 +158,7 @@ impl Masks {
             let Some(Out { request, index, generated, .. }) = self.out.remove(&ticket) else { continue };
             self.seqs.remove(&(request, index));
             self.workers.withdraw(ticket);
+            self.meters.grammar_given_up();
             let reason = GrammarFailure(format!("one token took longer than {} s", CALL_MAX.as_secs()));
             answers.push(MaskFor { request, index, generated, answer: Err(reason) });
         }

@@ -223,8 +223,14 @@ mod tests {
         };
         tick(0);
         assert_eq!(recorder.minute(), Minute::default());
-        let start_of =
-            crate::metrics::RequestStart { n: 1, max_tokens: 4, prompt_tokens: 7, adapter: None, meter: None };
+        let start_of = crate::metrics::RequestStart {
+            n: 1,
+            max_tokens: 4,
+            prompt_tokens: 7,
+            adapter: None,
+            meter: None,
+            record: None,
+        };
         let mut clock = metrics.request(&start_of);
         clock.token(0);
         clock.token(0);

@@ -2,6 +2,7 @@
 
 use axum::response::Response;
 use serde::Serialize;
+use tracing::Instrument;
 
 use super::error::lorax_error;
 use super::reply::{Alternative, Shape, Token, finish_reason};
@@ -56,7 +57,7 @@ impl Shape {
             generated: String::new(),
             last: None,
         };
-        tokio::spawn(producer.run(first));
+        tokio::spawn(producer.run(first).in_current_span());
         Ok(response)
     }
 }

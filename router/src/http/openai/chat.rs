@@ -1,5 +1,6 @@
 //! `POST /v1/chat/completions`, and what both generation routes do at their ends.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -28,6 +29,7 @@ use crate::http::error::{ApiError, Cause, shown};
 use crate::http::json::{Fields, type_name};
 use crate::http::known_fields;
 use crate::http::server::ConnectionAbort;
+use crate::observe::RequestRecord;
 use crate::text::grammar::GrammarSpec;
 use crate::text::{ChatPrompt, PreparedChat, TemplateChoice, Thought};
 
@@ -208,6 +210,7 @@ impl App {
         let asker = self.asker(parts)?;
         let mut asked = validate(&Fields::new(body), &bounds)?;
         asked.params.grammar = self.reply_grammar(body).await?;
+        asked.tools.iter().for_each(|tools| self.metrics.tools(tools.choice.name()));
         let variants = self.resolve(&asked.params, &asker).await?;
         check_sequences("n", variants.len() * asked.params.n as usize, &bounds.limits)?;
         self.choose_template(&mut asked.chat, &variants).await?;
@@ -295,6 +298,7 @@ impl App {
             metered: parts.extensions.get::<Metered>().cloned(),
             token: parts.extensions.get::<UpstreamToken>().and_then(|token| token.0.clone()),
             deadline_ms: deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX).max(1)),
+            record: parts.extensions.get::<Arc<RequestRecord>>().cloned(),
         })
     }
 

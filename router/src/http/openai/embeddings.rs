@@ -177,6 +177,7 @@ impl App {
             prompt_tokens: u32::try_from(prompt_tokens).unwrap_or(u32::MAX),
             meter: asker.metered.as_ref().map(|metered| Arc::clone(&metered.0)),
             adapter: (!variant.adapters.is_empty()).then(|| self.metrics_label(variant, &asker.caller)),
+            record: asker.record.clone(),
         };
         let events = self.engine.submit(GenerateRequest {
             prompt,
@@ -201,7 +202,7 @@ impl Waiting {
         let mut embedding = None;
         loop {
             match self.events.recv().await {
-                Some(GenerateEvent::Admitted { .. }) => self.clock.admitted(),
+                Some(GenerateEvent::Admitted { cached_tokens }) => self.clock.admitted(cached_tokens),
                 Some(GenerateEvent::Embedding { values }) => embedding = Some(values),
                 Some(GenerateEvent::Failed(failure)) => return Err(failure.into()),
                 Some(GenerateEvent::Finished { .. }) if embedding.is_some() => break,

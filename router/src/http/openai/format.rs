@@ -41,7 +41,21 @@ impl App {
         let Some(Format { spec, param }) = format else { return Ok(None) };
         check_size(&spec, &param, self.config.limits.grammar_bytes)?;
         let refused = |error: crate::text::grammar::GrammarError| ApiError::at(Cause::InvalidSchema, &param, error.0);
-        self.text.compile_grammar(spec).await.map(Some).map_err(refused)
+        let kind = kind_of(&spec);
+        let grammar = self.text.compile_grammar(spec).await.map_err(refused)?;
+        self.metrics.structured(kind);
+        Ok(Some(grammar))
+    }
+}
+
+/// As `/metrics` counts it.
+fn kind_of(spec: &GrammarSpec) -> &'static str {
+    match spec {
+        GrammarSpec::JsonObject => "json_object",
+        GrammarSpec::JsonSchema(_) | GrammarSpec::JsonSpaced { .. } => "json_schema",
+        GrammarSpec::Regex(_) => "regex",
+        GrammarSpec::Choice(_) => "choice",
+        GrammarSpec::Lark(_) | GrammarSpec::Gbnf(_) => "grammar",
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which adapters a request runs under.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use secrecy::SecretString;
 use serde_json::Value;
@@ -15,6 +15,7 @@ use crate::http::App;
 use crate::http::auth::upstream_token;
 use crate::http::error::{ApiError, Cause, shown};
 use crate::http::json::{Fields, type_name};
+use crate::observe::Load;
 
 const SCALE_MAX: f64 = 8.0;
 /// `adapter_id` of LoRAX for the base model itself.
@@ -261,7 +262,9 @@ impl App {
             }
         }
         let names = merged.ids.join(",");
+        let started = Instant::now();
         let found = self.registry.merge(&asker.caller, merged, &ask.about(&names, asker)).await;
+        self.record_load(started, found.as_ref(), asker);
         found_or_base(found.map(|adapter| vec![(adapter, 1.0)]), &names, ask)
     }
 
@@ -272,13 +275,28 @@ impl App {
             targets.push((self.adapter_target(name, ask, asker)?, *weight));
         }
         let loads = targets.iter().map(|(name, weight)| async {
+            let started = Instant::now();
             let found = self.registry.resolve(&asker.caller, &ask.about(name, asker)).await;
+            self.record_load(started, found.as_ref(), asker);
             found.map(|adapter| (adapter, *weight)).map_err(|failure| (name.as_str(), failure))
         });
         match futures_util::future::try_join_all(loads).await {
             Ok(found) => found_or_base(Ok(found), "", ask),
             Err((name, failure)) => found_or_base(Err(failure), name, ask),
         }
+    }
+
+    fn record_load(&self, started: Instant, found: Result<&ResolvedAdapter, &AdapterFailure>, asker: &Asker) {
+        let Some(record) = &asker.record else { return };
+        let adapter = found.ok();
+        record.loaded(Load {
+            name: adapter.and_then(|adapter| self.public_name(adapter, &asker.caller)),
+            content: adapter.map(|adapter| adapter.prepared.content.short()),
+            source: adapter.map(|adapter| adapter.source.name()),
+            started,
+            ended: Instant::now(),
+            failed: found.err().map(|failure| failure.code.clone()),
+        });
     }
 
     /// `model`: a base name, an adapter, or `base:adapter`.

@@ -51,12 +51,13 @@ impl Run {
                 return None;
             }
             let Some(event) = self.events.recv().await else {
+                self.clock.failed(Cause::InternalError.row().code);
                 return Some(Err(ApiError::new(Cause::InternalError, "the engine ended before the request did")));
             };
             match event {
                 GenerateEvent::Admitted { cached_tokens } if !self.admitted => {
                     (self.admitted, self.cached_tokens) = (true, cached_tokens);
-                    self.clock.admitted();
+                    self.clock.admitted(cached_tokens);
                     return Some(Ok(Progress::Admitted));
                 }
                 GenerateEvent::Admitted { .. } => {} // again, after a preemption
@@ -77,7 +78,11 @@ impl Run {
                     self.all_stopped &= piece.end.as_ref().is_some_and(|end| end.reason == "stop");
                     return Some(Ok(Progress::Piece { index: index as usize, piece }));
                 }
-                GenerateEvent::Failed(failure) => return Some(Err(failure.into())),
+                GenerateEvent::Failed(failure) => {
+                    let error = ApiError::from(failure);
+                    self.clock.failed(error.cause.row().code);
+                    return Some(Err(error));
+                }
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use axum::response::Response;
+use tracing::Instrument;
 
 use super::message::MessageReader;
 use super::reply::{ChoiceParts, Kind, Shape, usage};
@@ -41,7 +42,7 @@ impl Shape {
             started: HashSet::new(),
             done: Vec::new(),
         };
-        tokio::spawn(producer.run(first));
+        tokio::spawn(producer.run(first).in_current_span());
         Ok(response)
     }
 }

@@ -10,11 +10,13 @@ use super::run::Run;
 use super::sequence::{SequenceText, TextRules};
 use super::validate::{Bounds, Params, fit};
 use crate::access::Caller;
+use crate::adapters::ResolvedAdapter;
 use crate::engine::GenerateRequest;
 use crate::http::App;
 use crate::http::auth::Metered;
 use crate::http::error::{ApiError, Cause};
 use crate::metrics::{OTHER, RequestStart};
+use crate::observe::RequestRecord;
 
 /// A prompt ready to run.
 pub(crate) struct EncodedPrompt {
@@ -44,6 +46,8 @@ pub(crate) struct Asker {
     /// Its own token for an adapter's source, from a header.
     pub(crate) token: Option<SecretString>,
     pub(crate) deadline_ms: Option<u64>,
+    /// Where it is written down what the request did.
+    pub(crate) record: Option<Arc<RequestRecord>>,
 }
 
 /// Cuts a prompt down if the request asks for it, and fits it into the context.
@@ -105,9 +109,15 @@ impl App {
     /// `/metrics` needs no key: it names what is registered for all, and nothing that one caller has or named.
     pub(crate) fn metrics_label(&self, variant: &Variant, caller: &Caller) -> String {
         match &*variant.adapters {
-            [one] if caller.namespace.is_empty() && self.registry.is_shared_name(&one.name) => one.name.clone(),
+            [one] => self.public_name(one, caller).unwrap_or_else(|| OTHER.to_owned()),
             _ => OTHER.to_owned(),
         }
+    }
+
+    /// The name of an adapter that is registered for all; not one that a caller has or named.
+    pub(crate) fn public_name(&self, adapter: &ResolvedAdapter, caller: &Caller) -> Option<String> {
+        let is_public = caller.namespace.is_empty() && self.registry.is_shared_name(&adapter.name);
+        is_public.then(|| adapter.name.clone())
     }
 
     /// Hands prompts x variants to the engine, prompt-major. An error drops (and so cancels) what was handed over.
@@ -145,6 +155,7 @@ impl App {
                     prompt_tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
                     meter: asker.metered.as_ref().map(|metered| Arc::clone(&metered.0)),
                     adapter: (!variant.adapters.is_empty()).then(|| self.metrics_label(variant, &asker.caller)),
+                    record: asker.record.clone(),
                 };
                 let events = self.engine.submit(GenerateRequest {
                     prompt: Arc::clone(&tokens),

@@ -28,6 +28,18 @@ pub(crate) enum Choice {
     Named,
 }
 
+impl Choice {
+    /// As it is spelled, and counted by `/metrics`.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Auto => "auto",
+            Self::Required => "required",
+            Self::Named => "named",
+        }
+    }
+}
+
 /// The functions of a request.
 #[derive(Clone, Debug)]
 pub(crate) struct Tools {

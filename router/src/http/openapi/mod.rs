@@ -182,7 +182,8 @@ fn document_of(facts: &Facts) -> Value {
 
 /// What holds for every route.
 const ABOUT: &str = "One base model and many LoRA adapters in one batch. Unknown fields are ignored and null means absent. \
-                     Every answer carries `x-request-id`; an answer that is no success has an error with a stable `code`. \
+                     Every answer carries `x-request-id`; a `traceparent` of the caller is gone on with. An answer that is no \
+                     success has an error with a stable `code`. \
                      429 and 503 say in `retry-after` when to come back. Closing the connection cancels the request.";
 
 /// Puts numbers in the place of `x-maximum: <name>` and its kin, and keywords where they belong.

@@ -55,7 +55,24 @@ const SOURCE_HEADERS: [(&str, &str); 7] = [
     ("x-adapter-fallback", "`base` where the base model answered because the adapter was not ready."),
 ];
 
+/// Times in a reply's headers. Of a stream, those up to its admission.
+const TIME_HEADERS: [(&str, &str); 8] = [
+    ("x-validation-time", "Milliseconds until the request was handed to the engine, adapters' loads included."),
+    ("x-queue-time", "Milliseconds from there until it was admitted."),
+    ("x-inference-time", "Milliseconds from there to its last token."),
+    ("x-total-time", "Milliseconds in all."),
+    ("x-time-to-first-token", "Milliseconds."),
+    ("x-time-per-token", "Milliseconds."),
+    ("x-time-per-output-token", "Milliseconds, the first token left out."),
+    ("server-timing", "The same for browsers."),
+];
+
 impl Op<'_, '_> {
+    /// The headers that say how long what took.
+    fn timed(self) -> Self {
+        TIME_HEADERS.into_iter().fold(self, |op, (name, meaning)| op.header(200, name, meaning))
+    }
+
     /// What every route that generates has: request headers, reply headers, errors.
     pub(super) fn generates(self) -> Self {
         let timeout = number().exclusive_minimum(Some(0)).build();
@@ -84,6 +101,7 @@ pub(super) fn add(draft: &mut Draft<'_>) {
         .reply::<ResponseObject>(200, events)
         .events::<ResponseEvent>(200, events)
         .generates()
+        .timed()
         .done();
     draft
         .op(Post, "/v1/embeddings", "createEmbedding")
@@ -92,6 +110,7 @@ pub(super) fn add(draft: &mut Draft<'_>) {
         .body::<EmbeddingRequest>(json!({"model": model, "input": "Hello!"}))
         .reply::<EmbeddingList>(200, "One embedding for each input.")
         .generates()
+        .timed()
         .done();
     anthropic(draft, &model);
 }
@@ -110,6 +129,7 @@ fn anthropic(draft: &mut Draft<'_>, model: &str) {
         .reply::<Message>(200, events)
         .events::<MessageEvent>(200, events)
         .generates()
+        .timed()
         .done();
     draft
         .op(Post, "/v1/messages/count_tokens", "countMessageTokens")
@@ -135,6 +155,7 @@ pub(super) fn shared(draft: &mut Draft<'_>) {
         .reply::<Completion>(200, streams)
         .events::<CompletionChunk>(200, streams)
         .generates()
+        .timed()
         .done();
     draft
         .op(Post, "/v1/chat/completions", "createChatCompletion")
@@ -144,6 +165,7 @@ pub(super) fn shared(draft: &mut Draft<'_>) {
         .reply::<ChatCompletion>(200, streams)
         .events::<ChatCompletionChunk>(200, streams)
         .generates()
+        .timed()
         .done();
     let models = "The base model's names, aliases, and adapters that are registered and usable, also while they are not in memory.";
     draft
