@@ -18,6 +18,7 @@ fn step(sequences: u64, blocks: u32) -> ToShard {
         sample: true,
         prompt_logprobs: false,
         mask: None,
+        pool: false,
     };
     let step = Step { id: 1, chunks: (0..sequences).map(chunk).collect(), ..Step::default() };
     ToShard { body: Some(to_shard::Body::Step(step)) }

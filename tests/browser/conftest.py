@@ -22,13 +22,15 @@ LAPTOP, PHONE = (1280, 800), (360, 740)
 ADAPTERS = REPOSITORY / "models/demo/adapters"
 
 
+def missing(why: str):
+    """An error where a browser is required, else a reason to skip."""
+    pytest.fail(why) if os.environ.get("LORAMUX_REQUIRE_BROWSER") else pytest.skip(why)
+
+
 def chromium() -> str:
     named = os.environ.get("LORAMUX_CHROMIUM")
     found = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        why = "no Chromium: install it (apt-get install chromium), or name one in LORAMUX_CHROMIUM"
-        pytest.fail(why) if os.environ.get("LORAMUX_REQUIRE_BROWSER") else pytest.skip(why)
-    return found
+    return found or missing("no Chromium: install it (apt-get install chromium), or name one in LORAMUX_CHROMIUM")
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +49,8 @@ def axe() -> str:
     folder = REPOSITORY / ".cache" / f"axe-core-{AXE}"
     script = folder / "package/axe.min.js"
     if not script.is_file():
+        if not shutil.which("npm"):
+            missing("no npm, which brings axe-core")
         folder.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(["npm", "pack", "--silent", f"axe-core@{AXE}"], cwd=folder, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"npm pack axe-core: {done.stderr[-500:]}"

@@ -32,7 +32,7 @@ def test_a_stream_is_shown_as_it_comes(server, tab):
     box = page.locator("details#createChatCompletion")
     box.get_by_label("Body").fill('{"model": "demo", "messages": [{"role": "user", "content": "Hello!"}], "stream": true, "max_tokens": 8}')
     box.get_by_role("button", name="Send").click()
-    box.get_by_text("data: [DONE]").wait_for()
+    box.locator("pre", has_text="data: [DONE]").wait_for()
     assert "text/event-stream" in box.get_by_text("200 OK").inner_text()
 
 

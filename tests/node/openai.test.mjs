@@ -181,9 +181,7 @@ test('tools: the runner', async () => {
   assert.ok(['Oslo', 'Paris'].includes(asked[0].city));
 });
 
-test('embeddings', async (here) => {
-  const asked = client.embeddings.create({ model: 'demo', input: 'x' });
-  if ((await asked.catch((error) => error)).code === 'unsupported_parameter') return here.skip('this server has no embeddings');
+test('embeddings', async () => {
   const reply = await client.embeddings.create({ model: 'demo', input: ['The sea is deep.', 'Coffee is hot.'] });
   assert.equal(reply.data.length, 2);
   const plain = await client.embeddings.create({ model: 'demo', input: 'The sea is deep.', encoding_format: 'float' });

@@ -143,7 +143,7 @@ class Answer:
         if description is None or self.method == "HEAD" or len(body) > BODY_BYTES_MAX:
             return
         content = description.get("content", {})
-        if not body:
+        if not body or not content:
             return
         if self.type not in content:
             self.fail(f"the type {self.type!r} is not documented; {sorted(content)} are")
@@ -171,11 +171,7 @@ class Answer:
         if content is None:
             self.fail("it is not documented as a stream")
         complaint = document().complaint(content["schema"]["properties"]["data"]["contentSchema"], value)
-        if complaint is None:
-            return
-        # The last event of a stream that failed is an error as other answers have it.
-        error = self.operation["responses"]["500"]["content"]["application/json"]["schema"]
-        if "error" not in value or document().complaint(error, value):
+        if complaint:
             self.fail(f"{complaint}: {json.dumps(value)[:500]}")
 
 

@@ -245,6 +245,18 @@ def test_a_prompt_of_several_steps_gives_the_tokens_of_the_cpu(device, cpu, mode
     assert device.metric("loramux_steps_total") - steps >= 3 + TOKENS - 1
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embeddings_are_those_of_the_cpu(device, cpu, pooling):
+    """Prompts of one step and of several, under base and adapter."""
+    def embed(server: Server, model: str) -> list[list[float]]:
+        body = {"model": model, "input": ["Hi", PROMPT, PROMPT * 8], "pooling": pooling}
+        return [datum["embedding"] for datum in server.http.post("/v1/embeddings", json=body).raise_for_status().json()["data"]]
+
+    for model in ("demo", ADAPTERS[0]):
+        for ours, theirs in zip(embed(device, model), embed(cpu, model), strict=True):
+            assert sum(a * b for a, b in zip(ours, theirs, strict=True)) > 0.999, model
+
+
 def test_a_cached_prompt_gives_the_same_tokens(device):
     for model in ("demo", "haiku"):
         body = greedy(model, prompt=long_prompt(70, first=400))

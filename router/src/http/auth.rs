@@ -45,6 +45,8 @@ const PLAYGROUND: &[&str] = &["/v1/models", "/v1/completions", "/v1/chat/complet
 const ADMIN: &str = "/admin/v1";
 /// What the operator set, shown like the admin API.
 const SERVER_INFO: &str = "/server_info";
+/// What most routes want.
+const API_KEY: &str = "a valid API key";
 /// Bytes of a caller's own token for an adapter's source.
 const TOKEN_BYTES_MAX: usize = 4096;
 /// A header with such a token.
@@ -186,11 +188,11 @@ impl Visit<'_> {
     }
 
     /// The key, or why there is none.
-    fn any_key(&self) -> Result<&Key, ApiError> {
-        self.key().ok_or_else(|| self.no_key())
+    fn any_key(&self, which: &str) -> Result<&Key, ApiError> {
+        self.key().ok_or_else(|| self.no_key(which))
     }
 
-    fn no_key(&self) -> ApiError {
+    fn no_key(&self, which: &str) -> ApiError {
         // A request without any key is no guess.
         let limited = self.peer.filter(|_| self.bearer.is_some()).map(|peer| self.app.wrong_keys.count(peer));
         match limited {
@@ -198,7 +200,21 @@ impl Visit<'_> {
                 let message = "too many requests with a wrong API key came from this address";
                 ApiError::new(Cause::RateLimited, message).after(Some(wait))
             }
-            _ => ApiError::new(Cause::InvalidApiKey, "a valid API key is required: `Authorization: Bearer <key>`"),
+            _ => ApiError::new(Cause::InvalidApiKey, format!("{which} is required: {}", self.how_to_send())),
+        }
+    }
+
+    /// How a key is sent here, and what was wrong with the way it was.
+    fn how_to_send(&self) -> &'static str {
+        let has = |name: &str| self.bearer.is_none() && self.headers.contains_key(name);
+        if anthropic::is_here(self.path) {
+            "`x-api-key: <key>` or `Authorization: Bearer <key>`"
+        } else if has("authorization") {
+            "`Authorization: Bearer <key>`; the header that was sent does not begin with `Bearer `"
+        } else if has("x-api-key") || has("api-key") {
+            "`Authorization: Bearer <key>`; `x-api-key` counts on /v1/messages only"
+        } else {
+            "`Authorization: Bearer <key>`"
         }
     }
 
@@ -208,14 +224,14 @@ impl Visit<'_> {
         if is_metrics_key || self.key().is_some_and(|key| key.caller.is_admin) {
             return Ok((Caller::default(), None));
         }
-        Err(self.no_key())
+        Err(self.no_key("a metrics key (--metrics-key) or an admin key"))
     }
 
     fn keyed(&self) -> Result<Admitted, ApiError> {
         if !self.ring.has_keys || (LOOPBACK.contains(&self.path) && self.is_trusted_peer() && self.key().is_none()) {
             return Ok((Caller::default(), None));
         }
-        let key = self.any_key()?;
+        let key = self.any_key(API_KEY)?;
         if key.caller.is_admin {
             return Err(forbidden("an admin key opens the admin API only; send an API key here"));
         }
@@ -223,7 +239,7 @@ impl Visit<'_> {
     }
 
     fn admin(&self) -> Result<Admitted, ApiError> {
-        let key = self.any_key()?;
+        let key = self.any_key("a valid admin key (--admin-key)")?;
         if !key.caller.is_admin {
             return Err(forbidden("this route needs an admin key (--admin-key)"));
         }
@@ -256,7 +272,7 @@ impl Visit<'_> {
             Some(key) if key.caller.is_admin || !self.ring.has_admin => Ok(admitted(key)),
             _ if trusted => Ok((Caller::default(), None)),
             Some(_) => Err(forbidden("with an admin key on this server, loading adapters needs it (--admin-key)")),
-            None if self.ring.has_admin || self.ring.has_keys => self.any_key().map(admitted),
+            None if self.ring.has_admin || self.ring.has_keys => self.any_key(API_KEY).map(admitted),
             None if self.is_web_page() => Err(forbidden("web pages may not load adapters without a key")),
             None => Ok((Caller::default(), None)),
         }?;

@@ -89,7 +89,7 @@ impl Default for RouterConfig {
             cors_origins: Vec::new(),
             metrics_keys: Vec::new(),
             default_adapter: None,
-            settings: serde_json::Value::Null,
+            settings: serde_json::Value::Object(serde_json::Map::new()),
             trust_request_chat_template: false,
             use_adapter_templates: false,
             strict_fields: false,

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::error::{ApiError, Cause, cut};
 use super::openai::reply::visible_ascii;
-use super::{App, anthropic, responses, turn};
+use super::{App, anthropic, hints, responses, turn};
 
 /// The header that names them.
 pub(crate) const IGNORED_FIELDS: &str = "x-ignored-fields";
@@ -124,6 +124,9 @@ impl App {
     pub(crate) fn ignored_fields(&self, kind: Body, body: &Map<String, Value>) -> Result<Ignored, ApiError> {
         let names = kind.unknown(body);
         let Some(first) = names.first() else { return Ok(Ignored::default()) };
+        if let Some((name, hint)) = names.iter().find_map(|name| Some((name, hints::of_field(kind, name)?))) {
+            return Err(ApiError::unsupported(name, hint));
+        }
         if self.config.strict_fields {
             let message = format!("`{}` is no field of this route (--strict-fields)", cut(first));
             return Err(ApiError::at(Cause::UnsupportedParameter, &cut(first), message));

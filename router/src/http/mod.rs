@@ -13,6 +13,7 @@ mod console;
 mod cors;
 mod envelope;
 mod error;
+mod hints;
 mod json;
 mod keys;
 mod known_fields;

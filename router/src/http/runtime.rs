@@ -188,7 +188,7 @@ fn load_refused(name: &str, failure: &AdapterFailure, absent: impl Fn() -> ApiEr
 
 fn refused(error: ApiError) -> ApiError {
     if error.cause.row().retryable {
-        let message = error.message.strip_prefix("service unavailable: ").unwrap_or(&error.message);
+        let message = error.message.replacen("service unavailable: ", "", 1);
         let (message, status) = (format!("service unavailable: {message}"), error.status());
         return ApiError { message, ..error }.spelled(status, UNAVAILABLE);
     }

@@ -78,7 +78,8 @@ pub(crate) async fn no_route(uri: axum::http::Uri) -> ApiError {
 
 /// 404 `route_not_found`.
 pub(crate) fn unknown_route(path: &str) -> ApiError {
-    ApiError::new(Cause::RouteNotFound, format!("no route `{}`", super::error::cut(path)))
+    let hint = super::hints::of_path(path);
+    ApiError::new(Cause::RouteNotFound, format!("no route `{}`{hint}", super::error::cut(path)))
 }
 
 /// Known paths, other methods.

@@ -1,7 +1,8 @@
 //! Texts that must not be generated (`bad_words`): everything else may come.
 //!
-//! A word of one token is never allowed; of a longer one the last token is not allowed behind the others. So a word that the
-//! model spells with other tokens still comes through, as it does with vLLM, whose rule this is.
+//! A word of one token is never allowed; of a longer one the last token is not allowed behind the others. Each word counts as
+//! the tokenizer writes it at the beginning of a text and behind a space. One that the model spells with other tokens still
+//! comes through, as it does with vLLM, whose rule this is.
 
 use std::sync::Arc;
 
@@ -29,13 +30,11 @@ impl TextModel {
             for word in &words {
                 let alone = inner.encode(word.trim_start(), false)?;
                 let inside = inner.encode(&format!(" {}", word.trim_start()), false)?;
-                // Behind a space it is another word only if the space is part of its first token.
-                if inside.len() == alone.len() && inside.first() != alone.first() {
-                    spelled.push(inside);
-                }
-                spelled.push(alone);
+                spelled.extend([alone, inside]);
             }
             spelled.retain(|word| !word.is_empty());
+            spelled.sort_unstable();
+            spelled.dedup();
             Ok(Arc::new(BadWords::new(spelled, &allowed, vocab, other)) as Arc<dyn Grammar>)
         })
         .await

@@ -13,13 +13,15 @@ const VALUE_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Instructions of one rendering ..
 const FUEL: u64 = 200_000;
 /// .. and fewer where each may copy a long text: instructions times bytes.
-const FUEL_BYTES: u64 = 1 << 29;
+const FUEL_BYTES: u64 = 1 << 27;
+/// Enough for a few messages, however long one is.
+const FUEL_MIN: u64 = 3000;
 
 /// Instructions for `chat`: enough for a few hundred around one long text.
 pub(super) fn fuel(chat: &ChatPrompt) -> u64 {
     let texts = chat.messages.iter().chain(chat.kwargs.values());
     let longest = texts.map(longest_text).max().unwrap_or(0);
-    (FUEL_BYTES / (longest as u64).max(1)).min(FUEL)
+    (FUEL_BYTES / (longest as u64).max(1)).clamp(FUEL_MIN, FUEL)
 }
 
 fn longest_text(value: &serde_json::Value) -> usize {
@@ -145,7 +147,7 @@ mod tests {
     fn what_templates_do_with_texts_is_the_same() {
         for (source, want) in [
             ("{{ messages[0].content.replace('b', 'x') }}{{ 'abc' | replace('b', '') }}", "axcac"),
-            ("{{ ['a', 1, true] | join('-') }}{{ ', '.join(['a', 'b']) }}{{ ['a'] | join }}", "a-1-truea, ba"),
+            ("{{ ['a', 1, true] | join('-') }}{{ ', '.join(['a', 'b']) }}{{ ['a'] | join }}", "a-1-Truea, ba"),
             ("{{ messages | join(',', attribute='role') }}", "user"),
         ] {
             assert_eq!(render(source, "abc").as_deref(), Ok(want), "{source}");

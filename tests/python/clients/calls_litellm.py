@@ -6,7 +6,7 @@ from typing import Literal
 
 import litellm
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 SEA = [{"role": "user", "content": "Tell me about the sea."}]
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "The weather of a city.", "parameters": {
@@ -14,6 +14,7 @@ WEATHER = {"type": "function", "function": {"name": "get_weather", "description"
 
 
 class Weather(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # otherwise there is no end to what a model may add
     city: Literal["Oslo", "Paris"]
     degrees: int = Field(ge=-50, le=50)
 
@@ -106,7 +107,6 @@ def test_tools(at, provider, choice):
     assert litellm.completion(model=f"{provider}/demo", messages=turn, **{**at, "tools": [WEATHER]}).choices
 
 
-@pytest.mark.usefixtures("embeddings")
 def test_embeddings(at):
     where = {name: at[name] for name in ("api_base", "api_key")}
     for provider in ("openai", "hosted_vllm"):

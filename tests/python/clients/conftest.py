@@ -1,9 +1,7 @@
 """Where the server is. These tests run in the clients' own environments; `test_public_clients.py` starts what they talk to."""
 
-import json
 import os
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 
@@ -43,14 +41,3 @@ def server() -> Address:
 def locked() -> Address:
     """A server of slow steps that wants a key; the key may ask one thing at a time."""
     return Address(os.environ["LORAMUX_LOCKED_URL"], os.environ["LORAMUX_LOCKED_KEY"])
-
-
-@pytest.fixture(scope="session")
-def embeddings(server):
-    """Skips where the server says that it has none."""
-    body = json.dumps({"model": "demo", "input": "x"}).encode()
-    try:
-        urllib.request.urlopen(urllib.request.Request(f"{server.v1}/embeddings", body, {"content-type": "application/json"}))
-    except urllib.error.HTTPError as refused:
-        if json.load(refused)["error"]["code"] == "unsupported_parameter":
-            pytest.skip("this server has no embeddings")

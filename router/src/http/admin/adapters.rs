@@ -149,7 +149,7 @@ pub(super) async fn one(
 /// Nothing of this `kind` (adapter, alias) is registered under the name.
 pub(super) fn unknown(kind: &str, namespace: &str, name: &str) -> ApiError {
     let place = match namespace {
-        "" => "shared by all keys (namespaces have their own: `namespace`)".to_owned(),
+        "" => "among those shared by all keys (those of a namespace: `namespace`)".to_owned(),
         namespace => format!("in namespace `{namespace}`"),
     };
     ApiError::at(Cause::ModelNotFound, "name", format!("no {kind} `{}` is registered {place}", shown(name)))

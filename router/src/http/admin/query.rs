@@ -20,7 +20,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Asked<T> {
                 cause = inner;
             }
             let why = cause.to_string();
-            let name = why.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next());
+            let name = why.split_once("unknown field `").and_then(|(_, rest)| rest.split('`').next());
             let message = format!("the query: {}", why.chars().take(400).collect::<String>());
             match name {
                 Some(name) => ApiError::at(Cause::UnsupportedParameter, &cut(name), message),

@@ -23,6 +23,7 @@ enum Event<'a> {
 
 #[derive(Debug, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[expect(clippy::enum_variant_names, reason = "the names of the wire")]
 enum Delta<'a> {
     ThinkingDelta { thinking: &'a str },
     TextDelta { text: &'a str },

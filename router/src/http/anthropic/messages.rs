@@ -168,8 +168,8 @@ fn joined(messages: Vec<Placed>) -> Vec<Placed> {
     let mut out: Vec<Placed> = Vec::with_capacity(messages.len());
     for (place, mut message) in messages {
         if let Some((_, last)) = out.last_mut()
-            && last["role"] == message["role"]
-            && message["role"] != "tool"
+            && last.get("role") == message.get("role")
+            && message.get("role").is_none_or(|role| role != "tool")
             && last.get("tool_calls").is_none()
             && message.get("reasoning_content").is_none()
             && let (Some(Value::Array(parts)), Some(Value::Array(more))) =

@@ -199,8 +199,9 @@ impl App {
     /// 400 for contradictions, 404 for unknown names, 422 and 503 from loading.
     pub(crate) async fn resolve(&self, params: &Params, asker: &Asker) -> Result<Vec<Variant>, ApiError> {
         let ask = &params.adapter;
+        let is_nothing = NAMES_OF_NOTHING.contains(&params.model.as_str());
         let model = match self.target(&params.model, ask, asker) {
-            Err(_) if NAMES_OF_NOTHING.contains(&params.model.as_str()) => Target::Base,
+            Err(_) if is_nothing => Target::Base,
             found => found?,
         };
         let named = match (&model, &ask.adapter_id) {
@@ -228,7 +229,12 @@ impl App {
             (None, Some(parts)) => parts.clone(),
             (None, None) => Vec::new(),
         };
-        Ok(vec![self.variant(&parts, ask, asker).await?])
+        match self.variant(&parts, ask, asker).await {
+            Err(error) if error.cause == Cause::ModelNotFound && is_nothing && ask.adapter_id.is_none() => {
+                Ok(vec![self.variant(&[], ask, asker).await?])
+            }
+            found => Ok(vec![found?]),
+        }
     }
 
     /// The adapter that several become, as one variant.

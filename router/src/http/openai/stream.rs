@@ -127,7 +127,10 @@ impl Producer {
         pending.text.push_str(&piece.text);
         pending.entries.extend(piece.entry);
         pending.end = piece.end;
-        if pending.text.is_empty() && pending.end.is_none() {
+        let (interval, tokens) =
+            (self.context.options.interval, run.sequences.get(index).map_or(0, |sequence| sequence.tokens));
+        let is_early = interval > 1 && tokens > 1 && !tokens.is_multiple_of(interval);
+        if pending.end.is_none() && (pending.text.is_empty() || is_early) {
             return Ok(());
         }
         let mut parts = std::mem::take(pending);

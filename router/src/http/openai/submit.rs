@@ -137,15 +137,7 @@ impl App {
         end_tokens.sort_unstable();
         end_tokens.dedup();
         check_something_may_come(&params.sampling, &end_tokens)?;
-        let rules = Arc::new(TextRules {
-            stop: params.stop.clone(),
-            end_tokens: end_tokens.clone(),
-            stop_tokens: params.stop_tokens.clone(),
-            include_stop: params.include_stop,
-            skip_special: params.skip_special,
-            shown_special: Arc::clone(&params.shown_special),
-            min_tokens: params.sampling.min_tokens,
-        });
+        let rules = Arc::new(text_rules(params, &end_tokens));
         let mut runs = Vec::with_capacity(prompts.len() * variants.len());
         for prompt in prompts {
             let tokens: Arc<[u32]> = prompt.tokens.into();
@@ -197,6 +189,19 @@ impl App {
             }
         }
         Ok(runs)
+    }
+}
+
+/// Where the text of a sequence ends, and what of it is shown.
+fn text_rules(params: &Params, end_tokens: &[u32]) -> TextRules {
+    TextRules {
+        stop: params.stop.clone(),
+        end_tokens: end_tokens.to_vec(),
+        stop_tokens: params.stop_tokens.clone(),
+        include_stop: params.include_stop,
+        skip_special: params.skip_special,
+        shown_special: Arc::clone(&params.shown_special),
+        min_tokens: params.sampling.min_tokens,
     }
 }
 

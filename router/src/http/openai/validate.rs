@@ -20,6 +20,8 @@ const BAD_WORDS_MAX: usize = 256;
 const BAD_WORD_BYTES_MAX: usize = 256;
 /// Entries of `logit_bias`.
 pub(crate) const LOGIT_BIAS_MAX: usize = 1024;
+/// Tokens of one chunk of a stream.
+pub(crate) const STREAM_INTERVAL_MAX: i64 = 1024;
 /// Most alternatives with a logprob.
 pub(crate) const LOGPROBS_MAX: i64 = 20;
 /// Below this, temperature means greedy.
@@ -46,6 +48,8 @@ pub(crate) struct Bounds {
 pub(crate) struct StreamOptions {
     pub(crate) include_usage: bool,
     pub(crate) continuous_usage: bool,
+    /// Tokens of a chunk, at least; 0 and 1 mean as they come.
+    pub(crate) interval: u32,
 }
 
 /// What a route calls the two fields that share the context.
@@ -105,7 +109,8 @@ pub(crate) struct Params {
 /// # Errors
 /// 400 that names the field.
 pub(crate) fn params(fields: &Fields<'_>, bounds: &Bounds) -> Result<Params, ApiError> {
-    let stream = stream(fields)?;
+    let interval = small(fields, "stream_interval", 1, STREAM_INTERVAL_MAX)?.unwrap_or(1);
+    let stream = stream(fields)?.map(|options| StreamOptions { interval, ..options });
     let prompt_logprobs = small(fields, "prompt_logprobs", 0, LOGPROBS_MAX)?;
     if prompt_logprobs.is_some() && stream.is_some() {
         return Err(ApiError::invalid("prompt_logprobs", "absent when `stream` is true", "both"));
@@ -192,7 +197,8 @@ fn stream(fields: &Fields<'_>) -> Result<Option<StreamOptions>, ApiError> {
     let options = fields.object("stream_options")?;
     let read = |options: &Fields<'_>| -> Result<StreamOptions, ApiError> {
         let continuous_usage = options.boolean("continuous_usage_stats")?.unwrap_or(false);
-        Ok(StreamOptions { include_usage: options.boolean("include_usage")?.unwrap_or(false), continuous_usage })
+        let include_usage = options.boolean("include_usage")?.unwrap_or(false);
+        Ok(StreamOptions { include_usage, continuous_usage, ..StreamOptions::default() })
     };
     match (wanted, options) {
         (false, Some(_)) => Err(ApiError::invalid("stream_options", "absent unless `stream` is true", "an object")),

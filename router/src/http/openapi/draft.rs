@@ -208,10 +208,16 @@ impl Op<'_, '_> {
     }
 
     /// Server-sent events that are one of several.
-    pub(super) fn events_any(self, status: u16, description: &str, schemas: impl FnOnce(&mut Names<'_, '_>)) -> Self {
+    pub(super) fn events_any(
+        mut self,
+        status: u16,
+        description: &str,
+        schemas: impl FnOnce(&mut Names<'_, '_>),
+    ) -> Self {
+        let error = self.error_schema();
         let mut names = Names { draft: &mut *self.draft, any: AnyOfBuilder::new() };
         schemas(&mut names);
-        let any = names.any.build();
+        let any = names.any.item(error).build();
         self.with(status, description, "text/event-stream", event_content(json!(any)))
     }
 
@@ -226,10 +232,9 @@ impl Op<'_, '_> {
         self.with(status, description, media_type, Content::new(Some(schema)))
     }
 
-    /// Server-sent events; the data of each is a `T`.
+    /// Server-sent events; the data of each is a `T`, or the error that ends the stream. Comes after [`Self::shape`].
     pub(super) fn events<T: ToSchema>(self, status: u16, description: &str) -> Self {
-        let schema = self.draft.reference::<T>();
-        self.with(status, description, "text/event-stream", event_content(json!(schema)))
+        self.events_any(status, description, |any| any.one::<T>())
     }
 
     /// A reply without a body.
@@ -288,15 +293,9 @@ impl Op<'_, '_> {
         self.draft.paths.push((self.path.to_owned(), self.method, self.builder.build()));
     }
 
-    /// A response for each status that the causes have here.
-    fn errors(&mut self) -> BTreeMap<u16, Response> {
-        let mut codes: BTreeMap<u16, BTreeSet<&str>> = BTreeMap::new();
-        for cause in &self.causes {
-            for status in statuses(self.shape, *cause) {
-                codes.entry(status).or_default().insert(cause.row().code);
-            }
-        }
-        let schema: RefOr<Schema> = match self.shape {
+    /// What an error looks like here.
+    fn error_schema(&mut self) -> RefOr<Schema> {
+        match self.shape {
             Shape::Envelope | Shape::Vllm => self.draft.reference::<ErrorReply>().into(),
             Shape::Lorax => self.draft.reference::<LoraxError>().into(),
             Shape::Anthropic => self.draft.reference::<AnthropicError>().into(),
@@ -308,7 +307,18 @@ impl Op<'_, '_> {
                 let any = [self.draft.reference::<LoraxError>(), self.draft.reference::<ErrorReply>()];
                 any.into_iter().fold(AnyOfBuilder::new(), |any, one| any.item(one)).into()
             }
-        };
+        }
+    }
+
+    /// A response for each status that the causes have here.
+    fn errors(&mut self) -> BTreeMap<u16, Response> {
+        let mut codes: BTreeMap<u16, BTreeSet<&str>> = BTreeMap::new();
+        for cause in &self.causes {
+            for status in statuses(self.shape, *cause) {
+                codes.entry(status).or_default().insert(cause.row().code);
+            }
+        }
+        let schema = self.error_schema();
         codes.into_iter().map(|(status, codes)| (status, error_response(status, &codes, schema.clone()))).collect()
     }
 }

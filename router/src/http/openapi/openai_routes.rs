@@ -116,9 +116,9 @@ pub(super) fn add(draft: &mut Draft<'_>) {
 }
 
 fn anthropic(draft: &mut Draft<'_>, model: &str) {
-    let prompt = json!({"model": model, "messages": [{"role": "user", "content": "Hello!"}]});
-    let mut message = prompt.clone();
-    message["max_tokens"] = 32.into();
+    let messages = json!([{"role": "user", "content": "Hello!"}]);
+    let prompt = json!({"model": model, "messages": messages});
+    let message = json!({"model": model, "messages": messages, "max_tokens": 32});
     let events = "The whole, or with `stream` server-sent events, each with its name and a `type`.";
     draft
         .op(Post, "/v1/messages", "createMessage")

@@ -224,7 +224,7 @@ pub(super) fn health(draft: &mut Draft<'_>) {
             "Browsers (`accept` names `text/html`) get the console, all others what `/health` says.",
         )
         .access(Access::Open)
-        .text(200, "text/html", "Ready, or the console.")
+        .empty(200, "Ready, without a body; or the console as `text/html`.")
         .empty(304, "The browser has the console already.")
         .refuses(not_ready)
         .done();
@@ -241,6 +241,7 @@ pub(super) fn health(draft: &mut Draft<'_>) {
         .says("Metrics", "Prometheus text, version 0.0.4.")
         .access(Access::Metrics)
         .text(200, "text/plain", "The metrics.")
+        .refuses(&[Cause::InvalidApiKey, Cause::RateLimited])
         .done();
     let access = if draft.facts.is_admin_listener { Access::Admin } else { Access::Keyed };
     draft

@@ -21,6 +21,7 @@ struct Event<'a> {
 
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
+#[expect(clippy::large_enum_variant, reason = "made, written and dropped in one place")]
 enum Body<'a> {
     Response {
         response: ResponseObject<'a>,

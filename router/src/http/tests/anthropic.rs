@@ -217,11 +217,32 @@ async fn a_last_message_of_the_assistant_is_continued() {
     assert_eq!(text, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nI am");
 }
 
+/// Field, value, and the code and place of the refusal.
+type Case = (&'static str, Value, &'static str, &'static str);
+
+async fn are_refused(cases: Vec<Case>) {
+    for (field, value, code, param) in cases {
+        let script = Script::new();
+        let (status, reply) = call(&app(&script), PATH, with(field, value.clone())).await;
+        let error = &reply["error"];
+        assert_eq!(
+            (status.as_u16(), error["code"].as_str(), error["param"].as_str()),
+            (400, Some(code), Some(param)),
+            "{value}: {reply}"
+        );
+        assert_eq!(error["type"], "invalid_request_error");
+        assert!(
+            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
+            "{reply}"
+        );
+        assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
+    }
+}
+
 #[tokio::test]
-async fn a_bad_field_is_a_400_that_names_it() {
-    let tool = json!({"name": "f", "input_schema": {"type": "object"}});
+async fn bad_messages_are_a_400_that_names_the_place() {
     let user = |content: Value| json!([{"role": "user", "content": content}]);
-    let cases = [
+    are_refused(vec![
         ("model", Value::Null, "missing_field", "model"),
         ("max_tokens", Value::Null, "missing_field", "max_tokens"),
         ("max_tokens", json!(0), "invalid_value", "max_tokens"),
@@ -245,6 +266,14 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ),
         ("system", json!(1), "invalid_value", "system"),
         ("system", json!([{"type": "image"}]), "invalid_value", "system[0].type"),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_bad_setting_is_a_400_that_names_it() {
+    let tool = json!({"name": "f", "input_schema": {"type": "object"}});
+    are_refused(vec![
         ("temperature", json!(1.01), "invalid_value", "temperature"),
         ("temperature", json!(-0.01), "invalid_value", "temperature"),
         ("top_p", json!(1.01), "invalid_value", "top_p"),
@@ -275,23 +304,8 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("output_config", json!({"format": {"type": "json_schema"}}), "missing_field", "output_config.format.schema"),
         ("n", json!(2), "invalid_value", "n"),
         ("adapters", json!(["a"]), "unsupported_parameter", "adapters"),
-    ];
-    for (field, value, code, param) in cases {
-        let script = Script::new();
-        let (status, reply) = call(&app(&script), PATH, with(field, value.clone())).await;
-        let error = &reply["error"];
-        assert_eq!(
-            (status.as_u16(), error["code"].as_str(), error["param"].as_str()),
-            (400, Some(code), Some(param)),
-            "{value}: {reply}"
-        );
-        assert_eq!(error["type"], "invalid_request_error");
-        assert!(
-            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
-            "{reply}"
-        );
-        assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
-    }
+    ])
+    .await;
 }
 
 #[tokio::test]

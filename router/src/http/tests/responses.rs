@@ -216,10 +216,32 @@ async fn a_client_that_leaves_or_stalls_cancels_and_a_drain_ends() {
     assert!(!kinds(&named_events(&text_of(response).await)).contains(&"response.completed"));
 }
 
+/// Field, value, and the code and place of the refusal.
+type Case = (&'static str, Value, &'static str, &'static str);
+
+async fn are_refused(cases: Vec<Case>) {
+    for (field, value, code, param) in cases {
+        let script = Script::new();
+        let mut body = json!({"input": "hi"});
+        body[field] = value.clone();
+        let (status, reply) = call(&app(&script), PATH, body).await;
+        let error = &reply["error"];
+        assert_eq!(
+            (status.as_u16(), error["code"].as_str(), error["param"].as_str()),
+            (400, Some(code), Some(param)),
+            "{value}: {reply}"
+        );
+        assert!(
+            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
+            "{reply}"
+        );
+        assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
+    }
+}
+
 #[tokio::test]
-async fn a_bad_field_is_a_400_that_names_it() {
-    let tool = json!({"type": "function", "name": "f", "parameters": {"type": "object"}});
-    let cases = [
+async fn bad_input_is_a_400_that_names_the_place() {
+    are_refused(vec![
         ("input", Value::Null, "missing_field", "input"),
         ("input", json!(1), "invalid_value", "input"),
         ("input", json!([]), "invalid_value", "input"),
@@ -249,6 +271,13 @@ async fn a_bad_field_is_a_400_that_names_it() {
             "input[0].call_id",
         ),
         ("input", json!([{"type": "function_call_output", "call_id": "c"}]), "missing_field", "input[0].output"),
+    ])
+    .await;
+}
+
+#[tokio::test]
+async fn a_bad_setting_is_a_400_that_names_it() {
+    are_refused(vec![
         ("instructions", json!(["x"]), "invalid_value", "instructions"),
         ("previous_response_id", json!("resp_1"), "unsupported_parameter", "previous_response_id"),
         ("conversation", json!("conv_1"), "unsupported_parameter", "conversation"),
@@ -267,6 +296,16 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("top_logprobs", json!(21), "invalid_value", "top_logprobs"),
         ("metadata", json!({"a": 1}), "invalid_value", "metadata"),
         ("metadata", json!({"a": "x".repeat(513)}), "invalid_value", "metadata"),
+    ])
+    .await;
+    let (status, _) = call(&app(&Script::new()), PATH, json!({"input": "hi", "model": "nobody"})).await;
+    assert_eq!(status, 404);
+}
+
+#[tokio::test]
+async fn bad_reasoning_text_or_tools_are_a_400_that_names_the_place() {
+    let tool = json!({"type": "function", "name": "f", "parameters": {"type": "object"}});
+    are_refused(vec![
         ("reasoning", json!("high"), "invalid_value", "reasoning"),
         ("reasoning", json!({"effort": 3}), "invalid_value", "reasoning.effort"),
         ("text", json!({"format": {"type": "xml"}}), "invalid_value", "text.format.type"),
@@ -282,26 +321,8 @@ async fn a_bad_field_is_a_400_that_names_it() {
         ("n", json!(2), "invalid_value", "n"),
         ("adapters", json!(["a"]), "unsupported_parameter", "adapters"),
         ("top_k", json!(-2), "invalid_value", "top_k"),
-    ];
-    for (field, value, code, param) in cases {
-        let script = Script::new();
-        let mut body = json!({"input": "hi"});
-        body[field] = value.clone();
-        let (status, reply) = call(&app(&script), PATH, body).await;
-        let error = &reply["error"];
-        assert_eq!(
-            (status.as_u16(), error["code"].as_str(), error["param"].as_str()),
-            (400, Some(code), Some(param)),
-            "{value}: {reply}"
-        );
-        assert!(
-            code == "context_length_exceeded" || error["message"].as_str().unwrap().contains(&format!("`{param}`")),
-            "{reply}"
-        );
-        assert!(script.inner.seen.lock().unwrap().is_empty(), "nothing invalid reaches the engine");
-    }
-    let (status, _) = call(&app(&Script::new()), PATH, json!({"input": "hi", "model": "nobody"})).await;
-    assert_eq!(status, 404);
+    ])
+    .await;
 }
 
 #[tokio::test]

@@ -224,3 +224,20 @@ async fn a_drain_that_runs_out_ends_streams_with_an_error() {
     assert_eq!((status.as_u16(), reply["error"]["code"].as_str()), (503, Some("draining")));
     script.until_none_is_open().await;
 }
+
+#[tokio::test]
+async fn an_interval_makes_chunks_of_so_many_tokens() {
+    let app = app(&Script::new().reply("0123456789"));
+    let texts = async |interval: Value| -> Vec<String> {
+        let body = json!({"prompt": "x", "max_tokens": 10, "stream": true, "stream_interval": interval});
+        let events = events_of(&app, "/v1/completions", body).await;
+        let text = |event: &Value| event["choices"][0]["text"].as_str().map(str::to_owned);
+        events.iter().filter_map(text).filter(|text| !text.is_empty()).collect()
+    };
+    assert_eq!(texts(json!(4)).await, ["0", "123", "4567", "89"]);
+    assert_eq!(texts(Value::Null).await.len(), 10);
+    for bad in [json!(0), json!(1025), json!("x")] {
+        let (status, _) = call(&app, "/v1/completions", json!({"prompt": "x", "stream_interval": bad})).await;
+        assert_eq!(status, 400);
+    }
+}

@@ -46,7 +46,7 @@ impl GrammarState for FormulaState {
         }
         let mut words = [0u32; VOCAB.div_ceil(32) as usize];
         let sparse = 1 + kind / 100 % 12;
-        let may = |token: &u64| mix(self.mark, *token) % sparse == 0 || *token == kind / 1200 % VOCAB;
+        let may = |token: &u64| mix(self.mark, *token).is_multiple_of(sparse) || *token == kind / 1200 % VOCAB;
         (0..VOCAB).filter(may).for_each(|token| words[token as usize / 32] |= 1 << (token % 32));
         Ok(Allowed::Tokens(Arc::from(words)))
     }
@@ -62,12 +62,14 @@ pub(super) fn words_of(mask: &[u8]) -> Vec<u32> {
     mask.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect()
 }
 
+/// Turns until it comes, whose, and what.
+type Answer = (u32, (RequestId, u32, usize), Result<Allowed, GrammarFailure>);
+
 /// States, and answers on their way.
 #[derive(Default)]
 pub(super) struct Grammars {
     states: BTreeMap<(RequestId, u32), Box<dyn GrammarState>>,
-    /// Turns until it comes, whose, and what.
-    answers: Vec<(u32, (RequestId, u32, usize), Result<Allowed, GrammarFailure>)>,
+    answers: Vec<Answer>,
 }
 
 impl World {

@@ -18,7 +18,6 @@ mod tests;
 mod vocabulary;
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde_json::Value as Json;
 use tokio::sync::oneshot;
@@ -97,18 +96,20 @@ impl TextModel {
             return known; // somebody else compiled it while this one waited
         }
         let inner = Arc::clone(&self.inner);
+        let (ready, prepared) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
         let work = move || {
             let _permit = permit; // with the thread, not with the caller: one that leaves does not free the thread
-            let started = Instant::now();
-            let compiled = inner.grammars.compile(&inner.table, &inner.end_tokens, &spec);
-            let in_time = started.elapsed() <= limits::COMPILE_TIME_MAX;
-            let result = compiled.and_then(|compiled| if in_time { Ok(compiled) } else { Err(limits::too_slow()) });
+            let factory = inner.grammars.factory(&inner.table, &inner.end_tokens);
+            ready.send(()).ok();
+            let result = factory.and_then(|factory| compile::compile(factory, &spec)).map(Arc::new);
+            // Kept even if nobody waits any more: a rule that was late, on a busy machine, is there the next time.
             inner.grammars.keep(key, result.clone());
             answer.send(result).ok();
         };
         let thread = std::thread::Builder::new().name("grammar".into()).stack_size(limits::STACK_BYTES);
         thread.spawn(work).map_err(|_| TextError::Panicked)?;
+        prepared.await.ok(); // the vocabulary's own preparation is not the rule's time
         match tokio::time::timeout(limits::COMPILE_TIME_MAX, answered).await {
             Ok(Ok(result)) => result.map(|compiled| compiled as Arc<dyn Grammar>),
             Ok(Err(_)) => Err(TextError::Panicked.into()),

@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use llguidance::ParserFactory;
 use tokio::sync::Semaphore;
 
-use super::compile::compile;
 use super::state::Compiled;
-use super::{GrammarError, GrammarSpec, limits, vocabulary};
+use super::{GrammarError, limits, vocabulary};
 use crate::engine::Grammar;
 use crate::text::detokenizer::TokenTable;
 
@@ -43,10 +42,9 @@ impl GrammarStore {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).keep(key, outcome);
     }
 
-    pub(super) fn compile(&self, table: &TokenTable, end_tokens: &[u32], spec: &GrammarSpec) -> Outcome {
-        let factory = self.factory.get_or_init(|| vocabulary::factory(table, end_tokens));
-        let factory = factory.as_ref().map_err(Clone::clone)?;
-        compile(factory, spec).map(Arc::new)
+    /// What rules are compiled with, made at the first call.
+    pub(super) fn factory(&self, table: &TokenTable, end_tokens: &[u32]) -> Result<&ParserFactory, GrammarError> {
+        self.factory.get_or_init(|| vocabulary::factory(table, end_tokens)).as_ref().map_err(Clone::clone)
     }
 }
 

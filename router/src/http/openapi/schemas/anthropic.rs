@@ -207,6 +207,7 @@ pub(in crate::http::openapi) enum MessageEvent {
 /// By its `type`.
 #[derive(Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[expect(clippy::enum_variant_names, reason = "the names of the wire")]
 pub(in crate::http::openapi) enum BlockDelta {
     ThinkingDelta { thinking: String },
     TextDelta { text: String },

@@ -144,6 +144,9 @@ pub(in crate::http::openapi) struct SamplingFields {
     stream: Option<bool>,
     /// Only with `stream`.
     stream_options: Option<StreamOptions>,
+    /// Tokens of one chunk of a stream.
+    #[schema(minimum = 1, maximum = 1024, default = 1)]
+    stream_interval: Option<u32>,
     /// Logprobs of the prompt's tokens, with this many alternatives. Not with `stream`.
     #[schema(minimum = 0, maximum = 20)]
     prompt_logprobs: Option<u32>,

@@ -1,5 +1,5 @@
 //! The shapes of bodies, for the document only. Requests are read field by field (`http/json.rs`) and replies have types
-//! of their own, so nothing but tests holds these to the code: `openapi/tests.rs` sends what they allow and what they
+//! of their own, so nothing but tests holds these to the code: `http/tests/openapi.rs` sends what they allow and what they
 //! forbid, and the black-box tests validate every reply against them.
 //!
 //! In a request null means absent, so every optional member is nullable. In a reply an optional member is absent.
