@@ -10,8 +10,8 @@ use super::render::escape;
 pub(crate) const OTHER: &str = "other";
 /// Adapters that get a label of their own; the rest share `other`.
 pub(super) const LABELS_MAX: usize = 64;
-/// Bytes of these labels together: each stands on several lines, and a composition's label names all its parts.
-const LABEL_BYTES_MAX: usize = 1536;
+/// Bytes of the labels together that nobody listed: each stands on several lines of a page that is to stay small.
+const LABEL_BYTES_MAX: usize = 768;
 /// Of these adapters, the ones that have times of their own: a histogram is many lines.
 const TIMED_MAX: usize = 12;
 /// Seconds.
@@ -66,6 +66,7 @@ impl AdapterCounters {
         let mut counters = Self { level, ..Self::default() };
         for name in names.iter().filter(|_| level != AdapterMetrics::Off) {
             counters.index(name);
+            counters.label_bytes = 0; // who lists names wants them all
         }
         counters
     }

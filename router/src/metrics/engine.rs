@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use super::histogram::Histogram;
 
-/// Seconds of a step or a mask.
-const SECONDS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+/// Seconds of a step.
+const SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.5];
+/// Seconds of a mask.
+const MASK_SECONDS: &[f64] = &[0.0001, 0.0005, 0.002, 0.01, 0.1, 1.0];
 /// Positions of a step.
-const POSITIONS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
+const POSITIONS: &[f64] = &[1.0, 4.0, 16.0, 64.0, 256.0, 512.0, 1024.0, 2048.0, 8192.0];
 
 /// What a step computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +63,7 @@ impl Default for EngineMeters {
         Self {
             step_seconds: std::array::from_fn(|_| Histogram::new(SECONDS)),
             step_tokens: Histogram::new(POSITIONS),
-            masks: Histogram::new(SECONDS),
+            masks: Histogram::new(MASK_SECONDS),
             grammars_given_up: AtomicU64::new(0),
         }
     }
@@ -127,7 +129,7 @@ mod tests {
             "loramux_step_seconds_bucket{kind=\"mixed\",le=\"0.0025\"} 0",
             "loramux_step_seconds_bucket{kind=\"mixed\",le=\"0.005\"} 1",
             "loramux_step_seconds_count{kind=\"decode\"} 0",
-            "loramux_step_tokens_bucket{le=\"8\"} 0",
+            "loramux_step_tokens_bucket{le=\"4\"} 0",
             "loramux_step_tokens_bucket{le=\"16\"} 1",
             "loramux_step_tokens_sum 10",
             "loramux_grammar_mask_seconds_count 1",

@@ -14,7 +14,7 @@ const RENDER_EVERY: Duration = Duration::from_millis(50);
 /// Names in each list of `vllm:lora_requests_info`.
 const LORA_NAMES_MAX: usize = 256;
 /// Bytes of each list.
-const LORA_BYTES_MAX: usize = 3072;
+const LORA_BYTES_MAX: usize = 2048;
 
 /// What the text is made of besides the counters.
 pub struct Snapshot<'a> {
@@ -208,7 +208,6 @@ impl Metrics {
         }
         let counters = [
             ("loramux_steps_total", "Steps executed.", status.counters.steps),
-            ("loramux_step_tokens_total", "Positions computed.", status.counters.step_tokens),
             (
                 "loramux_wasted_positions_total",
                 "Positions computed for sequences that had ended.",

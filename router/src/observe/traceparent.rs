@@ -23,8 +23,8 @@ impl TraceIds {
         }
         let ratio = ratio?;
         let trace = uuid::Uuid::new_v4().as_u128();
-        // All servers that see this trace choose alike.
-        let draw = (trace as u64 >> 11) as f64 / (1u64 << 53) as f64;
+        // The upper bits of this half of a UUID say its kind; the lower ones are random.
+        let draw = (trace as u64 & ((1 << 53) - 1)) as f64 / (1u64 << 53) as f64;
         Some(Self { trace, span: new_span_id(), parent: None, sampled: draw < ratio })
     }
 
