@@ -123,6 +123,7 @@ pub(super) fn changes(delta: MessageDelta, open: &mut Option<Kind>) -> Vec<Chang
         MessageDelta::Content(text) => (Kind::Text, Block::Text { text: String::new() }, Change::Text(text)),
         MessageDelta::CallStart { id, name, .. } => {
             *open = Some(Kind::ToolUse);
+            let id = tool_use_id(id);
             return vec![Change::Open(Block::ToolUse { id, name, input: object("{}") })];
         }
         // Calls come one after another: this is the one that is open.
@@ -175,4 +176,9 @@ fn give_input(block: Option<&mut Block>, arguments: &mut String) {
     if let Some(Block::ToolUse { input, .. }) = block {
         *input = object(&std::mem::take(arguments));
     }
+}
+
+/// The id of a call as Anthropic spells it.
+fn tool_use_id(id: String) -> String {
+    id.strip_prefix("call_").map(|rest| format!("toolu_{rest}")).unwrap_or(id)
 }

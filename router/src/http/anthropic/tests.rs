@@ -167,13 +167,13 @@ fn every_kind_of_block_starts_grows_and_stops_in_order() {
         json!({"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "he"}}),
         json!({"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "llo"}}),
         json!({"type": "content_block_stop", "index": 1}),
-        json!({"type": "content_block_start", "index": 2, "content_block": {"type": "tool_use", "id": "call_0", "name": "f", "input": {}}}),
+        json!({"type": "content_block_start", "index": 2, "content_block": {"type": "tool_use", "id": "toolu_0", "name": "f", "input": {}}}),
         json!({"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": "{\"b\""}}),
         json!({"type": "content_block_delta", "index": 2, "delta": {"type": "input_json_delta", "partial_json": ":1.0,\"a\":2}"}}),
         json!({"type": "content_block_stop", "index": 2}),
-        json!({"type": "content_block_start", "index": 3, "content_block": {"type": "tool_use", "id": "call_1", "name": "f", "input": {}}}),
+        json!({"type": "content_block_start", "index": 3, "content_block": {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}}}),
         json!({"type": "content_block_stop", "index": 3}),
-        json!({"type": "content_block_start", "index": 4, "content_block": {"type": "tool_use", "id": "call_2", "name": "f", "input": {}}}),
+        json!({"type": "content_block_start", "index": 4, "content_block": {"type": "tool_use", "id": "toolu_2", "name": "f", "input": {}}}),
         json!({"type": "content_block_delta", "index": 4, "delta": {"type": "input_json_delta", "partial_json": "{\"cut"}}),
         json!({"type": "content_block_stop", "index": 4}),
         json!({"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": null},
@@ -194,9 +194,9 @@ fn a_whole_message_holds_the_same_blocks() {
     let expected = json!([
         {"type": "thinking", "thinking": "hm", "signature": ""},
         {"type": "text", "text": "hello"},
-        {"type": "tool_use", "id": "call_0", "name": "f", "input": {"b": 1.0, "a": 2}},
-        {"type": "tool_use", "id": "call_1", "name": "f", "input": {}},
-        {"type": "tool_use", "id": "call_2", "name": "f", "input": {}},
+        {"type": "tool_use", "id": "toolu_0", "name": "f", "input": {"b": 1.0, "a": 2}},
+        {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}},
+        {"type": "tool_use", "id": "toolu_2", "name": "f", "input": {}},
     ]);
     assert_eq!(message["content"], expected);
     assert_eq!(message["stop_reason"], "max_tokens");
