@@ -118,6 +118,7 @@ pub(crate) async fn authenticate(
         peer: request.extensions().get::<Peer>().map(|peer| peer.0),
         bearer: bearer(request.headers()).or_else(|| anthropic_key(&request)),
         headers: request.headers(),
+        target: request.uri().authority().map(|name| name.as_str()),
     };
     let (caller, meter) = visit.caller(Class::of(&path, request.method()), side)?;
     let token = visit.upstream_token()?;
@@ -160,6 +161,8 @@ struct Visit<'a> {
     peer: Option<IpAddr>,
     bearer: Option<&'a [u8]>,
     headers: &'a HeaderMap,
+    /// The name in the request's target: HTTP/2 has it in place of the `Host` header.
+    target: Option<&'a str>,
 }
 
 type Admitted = (Caller, Option<Arc<Meter>>);
@@ -309,11 +312,8 @@ impl Visit<'_> {
     /// A page whose name was made to mean this machine reads what its own origin answers, and says nothing of itself but the
     /// name. Refuses on top of the other rules; admits nobody.
     fn names_this_machine(&self) -> bool {
-        let Some(host) = self.headers.get(header::HOST).and_then(|host| host.to_str().ok()) else { return true };
-        let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()));
-        let name = name.map_or(host, |(name, _)| name);
-        let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-        name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+        let header = self.headers.get(header::HOST).map(|host| host.to_str().unwrap_or(""));
+        [self.target, header].into_iter().flatten().all(is_this_machine)
     }
 
     /// The header's, or on an open server a bearer that looks like the hub's.
@@ -328,6 +328,14 @@ impl Visit<'_> {
             _ => Ok(None),
         }
     }
+}
+
+/// True for `localhost` and addresses, with or without a port.
+fn is_this_machine(host: &str) -> bool {
+    let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()));
+    let name = name.map_or(host, |(name, _)| name);
+    let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
 }
 
 /// Checks a caller's own token, wherever it was sent. Empty means none.

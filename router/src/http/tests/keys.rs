@@ -117,6 +117,27 @@ async fn the_operators_listener_asks_for_a_key_only_where_there_is_one_and_serve
 }
 
 #[tokio::test]
+async fn the_operators_listener_answers_to_this_machines_names_only_wherever_they_are_written() {
+    let app = server(false, false, false);
+    for (target, host, want) in [
+        ("http://127.0.0.1:8001", None, 200),
+        ("http://[::1]:8001", Some("localhost"), 200),
+        ("", Some("localhost:8001"), 200),
+        ("", Some("evil.example"), 403),
+        // HTTP/2 has the name in its target, and so may HTTP/1.1.
+        ("http://evil.example", None, 403),
+        ("http://evil.example", Some("localhost"), 403),
+        ("http://localhost", Some("evil.example"), 403),
+        ("http://localhost@evil.example", None, 403),
+    ] {
+        let mut request = ask("GET", "/admin/v1/status", "");
+        *request.uri_mut() = format!("{target}/admin/v1/status").parse().unwrap();
+        request.headers_mut().extend(host.map(|host| (axum::http::header::HOST, host.parse().unwrap())));
+        assert_eq!(outcome(app.admin_router(), request).await.0, want, "{target} {host:?}");
+    }
+}
+
+#[tokio::test]
 async fn adapters_are_loaded_over_the_main_port_only_where_that_is_on() {
     for path in RUNTIME_ROUTES {
         for (keys, admins, runtime) in [
