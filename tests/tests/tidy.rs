@@ -45,7 +45,7 @@ const OWN: [(&str, &[&str]); 6] = [
 ];
 
 /// Outside crates that live in one place: crate (or `prefix-*`), the crates of ours that may use it. Dev-dependencies are free.
-const OUTSIDE: [(&str, &[&str]); 18] = [
+const OUTSIDE: [(&str, &[&str]); 23] = [
     ("axum", &["router"]),
     ("hyper", &["router"]),
     ("hyper-util", &["router"]),
@@ -57,6 +57,11 @@ const OUTSIDE: [(&str, &[&str]); 18] = [
     ("llguidance", &["router"]),
     ("hf-hub", &["router"]),
     ("object_store", &["router"]),
+    ("opentelemetry", &["router"]),
+    ("opentelemetry-*", &["router"]),
+    ("opentelemetry_sdk", &["router"]),
+    ("tower-http", &["router"]),
+    ("utoipa", &["router"]),
     ("candle-core", &["models", "kernels"]),
     ("candle-*", &[]),
     ("cudarc", &["kernels", "server"]),

@@ -171,8 +171,9 @@ impl Visit<'_> {
     fn caller(&self, class: Class, side: Side) -> Result<Admitted, ApiError> {
         match (class, side) {
             (Class::Open, _) => Ok((Caller::default(), None)),
-            (Class::Metrics, Side::Main) if self.app.metrics_keys.has_keys => self.metrics(),
-            (Class::Metrics, _) => Ok((Caller::default(), None)),
+            (Class::Metrics, _) if self.app.metrics_keys.has_keys => self.metrics(),
+            (Class::Metrics, Side::Main) => Ok((Caller::default(), None)),
+            (Class::Metrics, Side::Admin) => self.no_other_page().map(|()| (Caller::default(), None)),
             (Class::Keyed, Side::Admin) if PLAYGROUND.contains(&self.path) => {
                 self.no_other_page()?;
                 self.keyed()
