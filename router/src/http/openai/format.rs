@@ -36,12 +36,11 @@ impl App {
     /// Compiles what [`format`] or [`native_format`] found.
     ///
     /// # Errors
-    /// 400 `invalid_schema` at its field.
+    /// 400 `invalid_schema` at its field; 429 `queue_full` where rules of others take all the room there is for this.
     pub(crate) async fn compile_format(&self, format: Option<Format>) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
         let Some(Format { spec, param }) = format else { return Ok(None) };
         check_size(&spec, &param, self.config.limits.grammar_bytes)?;
-        let refused = |error: crate::text::grammar::GrammarError| ApiError::at(Cause::InvalidSchema, &param, error.0);
-        self.text.compile_grammar(spec).await.map(Some).map_err(refused)
+        self.text.compile_grammar(spec).await.map(Some).map_err(|error| ApiError::grammar(&param, &error))
     }
 }
 
