@@ -22,7 +22,7 @@ mod vocabulary;
 use std::sync::Arc;
 
 use serde_json::Value as Json;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
 use super::{Inner, TextError, TextModel};
@@ -134,7 +134,7 @@ async fn compile_apart(
     permit: OwnedSemaphorePermit,
 ) -> store::Outcome {
     let late = Arc::clone(&inner.grammars.late);
-    let (answer, mut answered) = oneshot::channel();
+    let (answer, answered) = oneshot::channel();
     let work = move || {
         let factory = inner.grammars.factory(&inner.table, &inner.end_tokens);
         let result = factory.and_then(|factory| compile::compile(factory, &spec)).map(Arc::new);
@@ -144,15 +144,23 @@ async fn compile_apart(
     };
     let thread = std::thread::Builder::new().name("grammar".into()).stack_size(limits::STACK_BYTES);
     thread.spawn(work).map_err(|_| TextError::Panicked)?;
-    match timeout(limits::COMPILE_TIME_MAX, &mut answered).await {
-        Ok(result) => result.map_err(|_| TextError::Panicked)?,
-        Err(_) => {
-            let held = late.try_acquire_owned().unwrap_or(permit);
-            tokio::spawn(async move {
-                answered.await.ok();
-                drop(held);
-            });
-            Err(limits::too_slow())
-        }
+    in_time(answered, permit, late).await
+}
+
+/// What comes out of `answered`, if it does so in time. Else whoever is late holds one of `late`, or the `permit` still, until
+/// it ends.
+async fn in_time(
+    mut answered: oneshot::Receiver<store::Outcome>,
+    permit: OwnedSemaphorePermit,
+    late: Arc<Semaphore>,
+) -> store::Outcome {
+    if let Ok(result) = timeout(limits::COMPILE_TIME_MAX, &mut answered).await {
+        return result.map_err(|_| TextError::Panicked)?;
     }
+    let held = late.try_acquire_owned().unwrap_or(permit);
+    tokio::spawn(async move {
+        answered.await.ok();
+        drop(held);
+    });
+    Err(limits::too_slow())
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Value as Json, json};
+use tokio::sync::{Semaphore, oneshot};
 
 use super::{CompileError, GrammarSpec, JsonSpace};
 use crate::engine::{Allowed, Grammar};
@@ -198,6 +199,27 @@ async fn a_rule_waits_for_a_thread_for_a_second_and_no_longer() {
     drop(taken);
     text.compile_grammar(rule(2)).await.unwrap();
     assert_eq!(workers.available_permits(), all);
+}
+
+#[tokio::test]
+async fn a_thread_that_is_late_gives_its_place_to_others_as_long_as_few_are_late() {
+    let (workers, late) = (Arc::new(Semaphore::new(2)), Arc::new(Semaphore::new(1)));
+    let mut threads = Vec::new();
+    let mut waits = Vec::new();
+    for _ in 0..2 {
+        let (answer, answered) = oneshot::channel();
+        threads.push(answer);
+        let permit = Arc::clone(&workers).acquire_owned().await.unwrap();
+        waits.push(super::in_time(answered, permit, Arc::clone(&late)));
+    }
+    for wait in waits {
+        assert!(wait.await.unwrap_err().0.contains("one second"));
+    }
+    assert_eq!((workers.available_permits(), late.available_permits()), (1, 0));
+    drop(threads);
+    while (workers.available_permits(), late.available_permits()) != (2, 1) {
+        tokio::task::yield_now().await;
+    }
 }
 
 #[test]
