@@ -36,7 +36,7 @@ pub(super) fn check(members: &Map<String, Json>, path: &str) -> Result<(), Gramm
     }
     for (names, switches) in [(NUMBERS, false), (NUMBERS_OR_SWITCHES, true)] {
         for name in names {
-            if members.get(name).is_some_and(|value| !value.is_number() && !(switches && value.is_boolean())) {
+            if members.get(name).is_some_and(|value| !(value.is_number() || switches && value.is_boolean())) {
                 return must(name, &"a number");
             }
         }
