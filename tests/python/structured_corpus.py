@@ -205,7 +205,24 @@ def nested(keyword, depth, leaf):
     return value
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Each is small; all at once they are a product.
+SPREAD = [f".*{letter}.{{{i + 5}}}.*" for i, letter in enumerate(LETTERS)]
+
+
 def hostile_schemas():
+    yield "one_of_options_inside_options", {"oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 40}}}
+    deep = {"type": "string"}
+    for _ in range(4):
+        deep = {"anyOf": [deep] * 8}
+    yield "one_of_options_apart", {"oneOf": [deep, {"type": "null"}]}
+    yield "one_of_enums", {"oneOf": [{"enum": list(range(i * 400, i * 400 + 400))} for i in range(10)]}
+    yield "patterns_meet", {"type": "string", "allOf": [{"pattern": pattern} for pattern in SPREAD]}
+    yield "patterns_meet_8", {"type": "string", "allOf": [{"pattern": pattern} for pattern in SPREAD[:8]]}
+    yield "patterns_meet_by_refs", {"$ref": "#/$defs/d0", "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "pattern": p} for i, p in enumerate(SPREAD)}
+                                    | {"d26": {"type": "string"}}}
+    yield "patterns_meet_in_property", {"allOf": [{"type": "object", "required": ["x"], "properties": {"x": {"type": "string", "pattern": p}}} for p in SPREAD]}
+    yield "patterns_meet_in_options", {"type": "string", "allOf": [{"anyOf": [{"pattern": f"a{i}_{j}.*"} for j in range(40)]} for i in range(4)]}
     yield "ref_to_itself", {"$ref": "#"}
     yield "ref_loop", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
     yield "ref_loop_all_of", {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {"type": "object"}]}}}
@@ -284,6 +301,10 @@ def hostile_regexes():
 
 
 def hostile_grammars():
+    yield "and_many", "start: T\nT: " + " & ".join(f"/{p}/" for p in SPREAD)
+    yield "and_8", "start: T\nT: " + " & ".join(f"/{p}/" for p in SPREAD[:8])
+    yield "and_by_names", "start: T0\n" + "".join(f"T{i}: /{p}/ & T{i + 1}\n" for i, p in enumerate(SPREAD)) + "T26: /.*/"
+    yield "or_of_nots", "start: T\nT: ~(" + " | ".join(f"~/{p}/" for p in SPREAD) + ")"
     yield "left_recursion", "start: start \"a\" | \"a\""
     yield "ambiguous", "start: e\ne: e e | \"a\" | \"\""
     yield "ambiguous_deep", "start: s s s s s s\ns: s s s | s s | \"a\" | \"\""

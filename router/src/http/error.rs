@@ -8,6 +8,7 @@ use axum::response::IntoResponse;
 use serde::Serialize;
 
 use crate::engine::{AdapterFailure, Failure};
+use crate::text::grammar::CompileError;
 use crate::text::{TemplateError, TextError};
 
 /// Why a request is refused. Each has one row in [`Cause::row`].
@@ -397,6 +398,16 @@ impl ApiError {
             return Self::model_not_found(name);
         }
         Self::at(cause, "model", format!("adapter `{}`: {}", shown(name), failure.message)).after(failure.retry_after)
+    }
+}
+
+impl ApiError {
+    /// Why the rule in `param` was not compiled: 400, or 429 where the server had no room for the work.
+    pub fn grammar(param: &str, error: &CompileError) -> Self {
+        match error {
+            CompileError::Refused(error) => Self::at(Cause::InvalidSchema, param, error.to_string()),
+            CompileError::Busy => Self::new(Cause::QueueFull, error.to_string()),
+        }
     }
 }
 

@@ -30,7 +30,7 @@ use crate::http::json::{Fields, type_name};
 use crate::http::known_fields;
 use crate::http::server::ConnectionAbort;
 use crate::observe::RequestRecord;
-use crate::text::grammar::GrammarSpec;
+use crate::text::grammar::{CompileError, GrammarSpec};
 use crate::text::{ChatPrompt, PreparedChat, TemplateChoice, Thought};
 
 /// Bytes of `chat_template_kwargs`.
@@ -224,9 +224,10 @@ impl App {
         if let Some(tools) = asked.tools.filter(Tools::is_forced) {
             let (functions, calls_max) = tools.callable();
             let grammar = GrammarSpec::Lark(self.text.tool_grammar(&chat, functions, calls_max));
-            let compiled = self.text.compile_grammar(grammar).await;
-            asked.params.grammar =
-                Some(compiled.map_err(|error| ApiError::at(Cause::InvalidSchema, "tools", error.to_string()))?);
+            asked.params.grammar = Some(match self.text.compile_grammar(grammar).await {
+                Ok(compiled) => compiled,
+                Err(error) => return Err(self.tool_error(&tools, &error).await),
+            });
         }
         let prompt = fit_prompt(chat.tokens, asked.params.max_tokens, None, &asked.params, &bounds)?;
         let mut shape = Shape::new(self, Kind::Chat, &asked.params);
@@ -239,6 +240,25 @@ impl App {
         self.forbid_words(&mut asked.params, &bounds).await?;
         let runs = self.submit(vec![prompt], &variants, &asked.params, wanted, asker)?;
         Ok(ChatStart { shape, runs, params: asked.params, variants })
+    }
+
+    /// Why no call of `tools` can be forced. The first tool whose own schema is refused is named: the grammar is the server's
+    /// text, and says nothing to the caller.
+    async fn tool_error(&self, tools: &Tools, error: &CompileError) -> ApiError {
+        /// A tool that is not found by then is not named.
+        const SEARCH_TIME_MAX: Duration = Duration::from_secs(2);
+        let culprit = async {
+            for function in tools.callable().0 {
+                let schema = GrammarSpec::JsonSchema(function.closed_parameters());
+                if let Err(error @ CompileError::Refused(_)) = self.text.compile_grammar(schema).await {
+                    return Some(ApiError::grammar(&tools.param_of(&function.name), &error));
+                }
+            }
+            None
+        };
+        let search = matches!(error, CompileError::Refused(_));
+        let found = if search { tokio::time::timeout(SEARCH_TIME_MAX, culprit).await.ok().flatten() } else { None };
+        found.unwrap_or_else(|| ApiError::grammar("tools", error))
     }
 
     /// One adapter's own template for a chat under it alone. The request's own wins, and where there are several adapters

@@ -33,16 +33,15 @@ impl App {
         self.compile_format(format(&Fields::new(body))?).await
     }
 
-    /// Compiles what [`format`] or [`native_format`] found.
+    /// Compiles what [`format()`] or [`native_format`] found.
     ///
     /// # Errors
-    /// 400 `invalid_schema` at its field.
+    /// 400 `invalid_schema` at its field; 429 `queue_full` where rules of others take all the room there is for this.
     pub(crate) async fn compile_format(&self, format: Option<Format>) -> Result<Option<Arc<dyn Grammar>>, ApiError> {
         let Some(Format { spec, param }) = format else { return Ok(None) };
         check_size(&spec, &param, self.config.limits.grammar_bytes)?;
-        let refused = |error: crate::text::grammar::GrammarError| ApiError::at(Cause::InvalidSchema, &param, error.0);
         let kind = kind_of(&spec);
-        let grammar = self.text.compile_grammar(spec).await.map_err(refused)?;
+        let grammar = self.text.compile_grammar(spec).await.map_err(|error| ApiError::grammar(&param, &error))?;
         self.metrics.structured(kind);
         Ok(Some(grammar))
     }
@@ -88,7 +87,7 @@ pub(crate) fn format(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
 /// The rule of a request to one of LoRAX's routes, with TGI's spelling; `fields` are the parameters.
 ///
 /// # Errors
-/// As [`format`].
+/// As [`format()`].
 pub(crate) fn native_format(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
     let schema = match fields.get("schema") {
         None => None,

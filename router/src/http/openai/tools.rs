@@ -95,6 +95,13 @@ impl Tools {
         (&self.functions, if once { 1 } else { usize::MAX })
     }
 
+    /// Where the request has the schema of a function.
+    pub(crate) fn param_of(&self, name: &str) -> String {
+        let is_it = |tool: &Value| tool.pointer("/function/name").and_then(Value::as_str) == Some(name);
+        let at = self.shown.iter().position(is_it);
+        at.map_or("tools".to_owned(), |i| format!("tools[{i}].function.parameters"))
+    }
+
     /// How the reply is to be read.
     pub(crate) fn rules(&self, format: ToolFormat) -> ToolRules {
         let names: Arc<[String]> = self.functions.iter().map(|function| function.name.clone()).collect();

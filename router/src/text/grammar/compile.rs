@@ -7,7 +7,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::json;
 
 use super::state::Compiled;
-use super::{GrammarError, GrammarSpec, JsonSpace, gbnf, limits, regex, schema};
+use super::{GrammarError, GrammarSpec, JsonSpace, gbnf, keywords, limits, regex, schema};
 
 /// Compiles `spec` and computes what may come first.
 ///
@@ -72,13 +72,65 @@ fn refused(spec: &GrammarSpec, error: &impl Display) -> GrammarError {
     if text.contains("NoExtensionBias") || text.contains("Unsatisfiable schema") && text.len() < 24 {
         return nothing_matches();
     }
+    if let Some(reason) = regex_reason(spec, &text) {
+        return GrammarError(reason);
+    }
+    let text = once(text);
     let kind = match spec {
         GrammarSpec::JsonObject | GrammarSpec::JsonSchema(_) | GrammarSpec::JsonSpaced { .. } => "schema",
         GrammarSpec::Regex(_) => "regular expression",
         GrammarSpec::Choice(_) => "list of choices",
         GrammarSpec::Lark(_) | GrammarSpec::Gbnf(_) => "grammar",
     };
-    GrammarError(format!("this {kind} cannot be used: {text}"))
+    // Of a text that the server wrote, a place in it says nothing.
+    let own = matches!(spec, GrammarSpec::Lark(_));
+    let text = if own { text.as_str() } else { without_place(&text) };
+    let hint = match spec {
+        GrammarSpec::Lark(written) if written.contains(":=") || !written.contains("start") => {
+            " (read as Lark; the lines of a GBNF grammar begin with `name ::=`)"
+        }
+        _ => "",
+    };
+    GrammarError(format!("this {kind} cannot be used: {text}{hint}"))
+}
+
+/// What is wrong with a regular expression and where it is, if that is what the library complains about.
+fn regex_reason(spec: &GrammarSpec, text: &str) -> Option<String> {
+    const START: &str = "regex parse error:; ";
+    const END: &str = "; error: ";
+    let (front, rest) = text.split_once(START)?;
+    let (pattern, reason) = rest.rsplit_once(END)?;
+    Some(match spec {
+        GrammarSpec::JsonSchema(schema) | GrammarSpec::JsonSpaced { schema, .. } => {
+            match keywords::path_of_pattern(schema, pattern, "") {
+                Some(path) => format!("`{path}`: {reason}"),
+                None => format!("the pattern {pattern}: {reason}"),
+            }
+        }
+        GrammarSpec::Lark(_) => {
+            format!("this grammar cannot be used: {}{reason}", front.replace("(in regex)", "").replace(" :", ":"))
+        }
+        _ => format!("this regular expression cannot be used: {reason}"),
+    })
+}
+
+/// The library wraps an error in another one that begins the same.
+fn once(text: String) -> String {
+    const OPENING: &str = "Unsatisfiable schema: ";
+    match text.strip_prefix(OPENING) {
+        Some(rest) => format!("{OPENING}{}", rest.replace(OPENING, "")),
+        None => text,
+    }
+}
+
+/// Without `at 4(14): `.
+fn without_place(text: &str) -> &str {
+    let is_place = |place: &str| place.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'(' | b')'));
+    let rest = text.strip_prefix("at ").unwrap_or(text);
+    match rest.split_once(": ") {
+        Some((place, rest)) if is_place(place) => rest,
+        _ => text,
+    }
 }
 
 fn nothing_matches() -> GrammarError {

@@ -6,6 +6,8 @@ use serde_json::{Map, Value as Json};
 const DEPTH_MAX: usize = 8;
 /// More pairs than this are not looked at.
 const SCHEMAS_MAX: usize = 64;
+/// Pairs that are looked at for one whole rule, with those inside them: options inside options multiply.
+pub(super) const PAIRS_MAX: u32 = 20_000;
 
 const NULL: u8 = 1;
 const BOOLEAN: u8 = 2;
@@ -15,56 +17,72 @@ const ARRAY: u8 = 16;
 const OBJECT: u8 = 32;
 const ANY: u8 = 63;
 
-/// True if each value matches at most one of `schemas`. False if it may match two, or nobody can tell.
-pub(super) fn all_disjoint(schemas: &[Json], root: &Json) -> bool {
+/// True if each value matches at most one of `schemas`. False if it may match two, or nobody can tell, or `pairs_left` (see
+/// [`PAIRS_MAX`]) came to 0.
+pub(super) fn all_disjoint(schemas: &[Json], root: &Json, pairs_left: &mut u32) -> bool {
+    let mut search = Search { root, pairs_left };
     schemas.len() <= SCHEMAS_MAX
-        && schemas.iter().enumerate().all(|(i, a)| schemas.iter().skip(i + 1).all(|b| disjoint(a, b, root, DEPTH_MAX)))
+        && schemas.iter().enumerate().all(|(i, a)| schemas.iter().skip(i + 1).all(|b| search.disjoint(a, b, DEPTH_MAX)))
 }
 
-fn disjoint(a: &Json, b: &Json, root: &Json, depth: usize) -> bool {
-    match (resolved(a, root), resolved(b, root)) {
-        (Some(a), Some(b)) => both_disjoint(a, b, root, depth),
-        _ => false,
-    }
+struct Search<'a> {
+    root: &'a Json,
+    pairs_left: &'a mut u32,
 }
 
-fn both_disjoint(a: &Map<String, Json>, b: &Map<String, Json>, root: &Json, depth: usize) -> bool {
-    let Some(depth) = depth.checked_sub(1) else { return false };
-    for (one, other) in [(a, b), (b, a)] {
-        for name in ["anyOf", "oneOf"] {
-            if let Some(Json::Array(options)) = one.get(name)
-                && options
-                    .iter()
-                    .filter_map(|option| resolved(option, root))
-                    .filter(|option| both_disjoint(option, other, root, depth))
-                    .count()
-                    == options.len()
-            {
-                return true;
-            }
+impl Search<'_> {
+    fn disjoint(&mut self, a: &Json, b: &Json, depth: usize) -> bool {
+        match (resolved(a, self.root), resolved(b, self.root)) {
+            (Some(a), Some(b)) => self.both_disjoint(a, b, depth),
+            _ => false,
         }
     }
-    let shared = kinds(a) & kinds(b);
-    if shared == 0 {
-        return true;
-    }
-    if let (Some(a), Some(b)) = (literals(a), literals(b)) {
-        return !a.iter().any(|x| b.iter().any(|y| same(x, y)));
-    }
-    shared == OBJECT && objects_disjoint(a, b, root, depth)
-}
 
-/// Some property tells the two apart: one requires it, and the other has it with other values or not at all.
-fn objects_disjoint(a: &Map<String, Json>, b: &Map<String, Json>, root: &Json, depth: usize) -> bool {
-    let differ = |one: &Map<String, Json>, other: &Map<String, Json>| {
-        let required = one.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str);
-        required.into_iter().any(|name| match (property(one, name), property(other, name)) {
-            (_, None) => closed(other),
-            (Some(x), Some(y)) => disjoint(x, y, root, depth),
-            (None, Some(_)) => false,
-        })
-    };
-    differ(a, b) || differ(b, a)
+    fn both_disjoint(&mut self, a: &Map<String, Json>, b: &Map<String, Json>, depth: usize) -> bool {
+        let (Some(depth), Some(left)) = (depth.checked_sub(1), self.pairs_left.checked_sub(1)) else { return false };
+        *self.pairs_left = left;
+        for (one, other) in [(a, b), (b, a)] {
+            for name in ["anyOf", "oneOf"] {
+                if let Some(Json::Array(options)) = one.get(name)
+                    && options.iter().all(|option| {
+                        resolved(option, self.root).is_some_and(|option| self.both_disjoint(option, other, depth))
+                    })
+                {
+                    return true;
+                }
+            }
+        }
+        let shared = kinds(a) & kinds(b);
+        if shared == 0 {
+            return true;
+        }
+        if let (Some(a), Some(b)) = (literals(a), literals(b)) {
+            return self.literals_disjoint(a, b);
+        }
+        shared == OBJECT && self.objects_disjoint(a, b, depth)
+    }
+
+    fn literals_disjoint(&mut self, a: &[Json], b: &[Json]) -> bool {
+        let pairs = u32::try_from(a.len().saturating_mul(b.len()) / 16).unwrap_or(u32::MAX); // a comparison is quick
+        match self.pairs_left.checked_sub(pairs) {
+            Some(left) => *self.pairs_left = left,
+            None => return false,
+        }
+        !a.iter().any(|x| b.iter().any(|y| same(x, y)))
+    }
+
+    /// Some property tells the two apart: one requires it, and the other has it with other values or not at all.
+    fn objects_disjoint(&mut self, a: &Map<String, Json>, b: &Map<String, Json>, depth: usize) -> bool {
+        let mut differ = |one: &Map<String, Json>, other: &Map<String, Json>| {
+            let required = one.get("required").and_then(Json::as_array).into_iter().flatten().filter_map(Json::as_str);
+            required.into_iter().any(|name| match (property(one, name), property(other, name)) {
+                (_, None) => closed(other),
+                (Some(x), Some(y)) => self.disjoint(x, y, depth),
+                (None, Some(_)) => false,
+            })
+        };
+        differ(a, b) || differ(b, a)
+    }
 }
 
 fn property<'a>(schema: &'a Map<String, Json>, name: &str) -> Option<&'a Json> {
@@ -170,10 +188,32 @@ mod tests {
             vec![json!({"anyOf": [{"type": "string"}, {"const": 5}]}), json!({"enum": [5]})],
         ];
         for schemas in apart {
-            assert!(all_disjoint(&schemas, &root), "{schemas:?}");
+            assert!(all_disjoint(&schemas, &root, &mut PAIRS_MAX.clone()), "{schemas:?}");
         }
         for schemas in not_apart {
-            assert!(!all_disjoint(&schemas, &root), "{schemas:?}");
+            assert!(!all_disjoint(&schemas, &root, &mut PAIRS_MAX.clone()), "{schemas:?}");
         }
+    }
+
+    #[test]
+    fn options_inside_options_are_looked_at_up_to_a_limit() {
+        let option = json!({"$ref": "#/$defs/a"});
+        let options = |option: &Json, count: usize| json!({"anyOf": vec![option.clone(); count]});
+        let root = json!({"$defs": {"a": options(&option, 40)}});
+        let schemas = [option, json!({"type": "null"})];
+        let mut pairs_left = PAIRS_MAX;
+        assert!(!all_disjoint(&schemas, &root, &mut pairs_left));
+        assert!(pairs_left > PAIRS_MAX - 100, "one option that is not apart settles it");
+        // Each option is apart, 12^5 times.
+        let mut deep = json!({"type": "string"});
+        for _ in 0..5 {
+            deep = options(&deep, 12);
+        }
+        let schemas = [deep, json!({"type": "null"})];
+        assert!(!all_disjoint(&schemas, &root, &mut pairs_left));
+        assert_eq!(pairs_left, 0);
+        assert!(!all_disjoint(&[json!({"const": 1}), json!({"const": 2})], &root, &mut pairs_left), "nothing is left");
+        let numbers = |from: u32| json!({"enum": (from..from + 3000).collect::<Vec<_>>()});
+        assert!(!all_disjoint(&[numbers(0), numbers(5000)], &root, &mut PAIRS_MAX.clone()));
     }
 }

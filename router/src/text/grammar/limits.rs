@@ -7,8 +7,10 @@ use llguidance::api::ParserLimits;
 
 use super::GrammarError;
 
-/// From the start of the work to an answer.
+/// From the start of the work to an answer; and for a thread to be free before that.
 pub(super) const COMPILE_TIME_MAX: Duration = Duration::from_secs(1);
+/// Threads that went on beyond [`COMPILE_TIME_MAX`] and whose place others have.
+pub(super) const LATE_THREADS_MAX: usize = 4;
 /// The library recurses over schemas and references; what it does not touch of this costs nothing.
 pub(super) const STACK_BYTES: usize = 256 << 20;
 /// Objects of a schema that are schemas themselves.
@@ -17,6 +19,8 @@ pub(super) const SCHEMA_NODES_MAX: usize = 16_384;
 pub(super) const PROPERTIES_MAX: usize = 1500;
 /// `patternProperties` of one object: each pair is compared.
 pub(super) const PATTERN_PROPERTIES_MAX: usize = 48;
+/// Patterns that one string may have to match at once; and `&` and `~` of a Lark grammar.
+pub(super) const PATTERNS_MEET_MAX: usize = 8;
 /// Tokens that a rule is tried with before it is accepted.
 pub(super) const TRIED_TOKENS: usize = 4;
 /// `$ref`s of a schema. The library follows chains of them by recursion, about 20 KiB of stack each.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::{GrammarError, JsonSpace, disjoint, limits, numbers, regex};
+use super::{GrammarError, JsonSpace, disjoint, keywords, limits, meets, numbers, regex};
 
 /// Schemas in a member: one, a list of them, or a map of them.
 const ONE: [&str; 3] = ["additionalProperties", "items", "additionalItems"];
@@ -73,9 +73,10 @@ pub(super) fn prepare(schema: &Json, space: &JsonSpace) -> Result<Json, GrammarE
         Json::Object(_) => schema.clone(),
         _ => return Err(GrammarError("a schema must be an object".into())),
     };
-    let mut walk = Walk { root: schema, schemas: 0, refs: 0, multiples: Vec::new() };
+    let mut walk = Walk { root: schema, schemas: 0, refs: 0, pairs_left: disjoint::PAIRS_MAX, multiples: Vec::new() };
     walk.visit(&mut copy, "")?;
     numbers::check_multiples(&walk.multiples)?;
+    meets::check(&copy)?;
     if let Json::Object(members) = &mut copy {
         members.insert("x-guidance".into(), settings(space)?);
     }
@@ -90,8 +91,10 @@ pub(super) fn prepare_in_lark(text: &str) -> Result<String, GrammarError> {
     const MARK: &str = "%json";
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
-    while let Some(at) = find_mark(rest, MARK) {
+    let mut operators = 0;
+    while let Some(at) = find(rest, |text| text.starts_with(MARK.as_bytes())) {
         let (front, back) = rest.split_at(at + MARK.len());
+        operators += set_operators(front);
         out.push_str(front);
         let mut values = serde_json::Deserializer::from_str(back).into_iter::<Json>();
         let schema = values.next().and_then(Result::ok);
@@ -102,11 +105,32 @@ pub(super) fn prepare_in_lark(text: &str) -> Result<String, GrammarError> {
         rest = back.get(used..).unwrap_or("");
     }
     out.push_str(rest);
+    if operators + set_operators(rest) > limits::PATTERNS_MEET_MAX {
+        let limit = limits::PATTERNS_MEET_MAX;
+        return Err(GrammarError(format!(
+            "the grammar has more than {limit} `&` and `~` (and, not); write them as one regular expression"
+        )));
+    }
     Ok(out)
 }
 
-/// The next `mark` that is neither in a string nor in a regular expression nor in a comment.
-fn find_mark(text: &str, mark: &str) -> Option<usize> {
+/// How many `&` and `~` a Lark text has. (`~` in front of a number repeats.)
+fn set_operators(mut text: &str) -> usize {
+    let is_operator = |text: &[u8]| match text {
+        [b'&', ..] => true,
+        [b'~', rest @ ..] => !rest.trim_ascii_start().first().is_some_and(|c| matches!(c, b'0'..=b'9' | b'-' | b'+')),
+        _ => false,
+    };
+    let mut count = 0;
+    while let Some(at) = find(text, is_operator) {
+        count += 1;
+        text = text.get(at + 1..).unwrap_or("");
+    }
+    count
+}
+
+/// The next place, neither in a string nor in a regular expression nor in a comment, where the text is what is looked for.
+fn find(text: &str, is_it: impl Fn(&[u8]) -> bool) -> Option<usize> {
     let bytes = text.as_bytes();
     let mut at = 0;
     while at < bytes.len() {
@@ -118,7 +142,7 @@ fn find_mark(text: &str, mark: &str) -> Option<usize> {
             b'/' => at += quoted(rest, b'/'),
             // A special token by its name, which may have any of these.
             b'<' => at += rest.iter().position(|byte| matches!(byte, b'>' | b'\n')).map_or(1, |end| end + 1),
-            b'%' if rest.starts_with(mark.as_bytes()) => return Some(at),
+            _ if is_it(rest) => return Some(at),
             _ => at += 1,
         }
     }
@@ -160,6 +184,8 @@ struct Walk<'a> {
     root: &'a Json,
     schemas: usize,
     refs: usize,
+    /// What may still be spent on telling the schemas of `oneOf`s apart.
+    pairs_left: u32,
     multiples: Vec<f64>,
 }
 
@@ -176,6 +202,7 @@ impl Walk<'_> {
             _ => return Err(GrammarError(format!("`{}` must be a schema (an object or a boolean)", shown(path)))),
         };
         clean(members);
+        keywords::check(members, path)?;
         refuse(members, path)?;
         self.count_ref(members, path)?;
         check_format(members, path)?;
@@ -215,9 +242,9 @@ impl Walk<'_> {
 
     /// `oneOf` whose schemas exclude each other is `anyOf`, which the library has. It finds that out by itself, but not
     /// through references.
-    fn settle_one_of(&self, members: &mut Map<String, Json>) {
+    fn settle_one_of(&mut self, members: &mut Map<String, Json>) {
         let Some(Json::Array(schemas)) = members.get("oneOf") else { return };
-        if !disjoint::all_disjoint(schemas, self.root) {
+        if !disjoint::all_disjoint(schemas, self.root, &mut self.pairs_left) {
             return;
         }
         let Some(schemas) = members.shift_remove("oneOf") else { return };

@@ -19,6 +19,8 @@ pub(crate) struct GrammarStore {
     kept: Mutex<Kept>,
     /// Half of the cores at most: the others go on with everybody else's work.
     pub(super) workers: Arc<Semaphore>,
+    /// For threads that are late and gave their permit of `workers` back.
+    pub(super) late: Arc<Semaphore>,
 }
 
 impl Default for GrammarStore {
@@ -28,6 +30,7 @@ impl Default for GrammarStore {
             factory: OnceLock::new(),
             kept: Mutex::new(Kept::default()),
             workers: Arc::new(Semaphore::new((cores / 2).max(1))),
+            late: Arc::new(Semaphore::new(limits::LATE_THREADS_MAX)),
         }
     }
 }
@@ -40,6 +43,11 @@ impl GrammarStore {
 
     pub(super) fn keep(&self, key: String, outcome: Outcome) {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner).keep(key, outcome);
+    }
+
+    /// True if [`Self::factory`] returns at once.
+    pub(super) fn is_ready(&self) -> bool {
+        self.factory.get().is_some()
     }
 
     /// What rules are compiled with, made at the first call.

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use serde_json::{Value as Json, json};
+use tokio::sync::{Semaphore, oneshot};
 
-use super::{GrammarSpec, JsonSpace};
+use super::{CompileError, GrammarSpec, JsonSpace};
 use crate::engine::{Allowed, Grammar};
 use crate::text::TextModel;
 use crate::text::testing::{IM_END, byte_level, bytes_of};
@@ -15,7 +16,7 @@ fn compile(spec: GrammarSpec) -> Result<Arc<dyn Grammar>, String> {
 
 fn compile_on(text: &TextModel, spec: GrammarSpec) -> Result<Arc<dyn Grammar>, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    runtime.block_on(text.compile_grammar(spec)).map_err(|error| error.0)
+    runtime.block_on(text.compile_grammar(spec)).map_err(|error| error.to_string())
 }
 
 fn has(set: &[u32], token: u32) -> bool {
@@ -183,4 +184,90 @@ fn a_rule_is_compiled_once_and_a_refusal_remembered() {
     assert_eq!(fate(&other, r#"{"b": null, "a": null}"#), Fate::Complete);
     let bad = || compile_on(&text, GrammarSpec::Regex("[".into())).map(|_| ()).unwrap_err();
     assert_eq!(bad(), bad());
+}
+
+#[tokio::test]
+async fn a_rule_waits_for_a_thread_for_a_second_and_no_longer() {
+    let text = byte_level();
+    let rule = |count: u32| GrammarSpec::Regex(format!("a{{{count}}}"));
+    text.compile_grammar(rule(1)).await.unwrap();
+    let workers = &text.inner.grammars.workers;
+    let all = workers.available_permits();
+    let taken = workers.acquire_many(all as u32).await.unwrap();
+    assert_eq!(text.compile_grammar(rule(2)).await.map(|_| ()).unwrap_err(), CompileError::Busy);
+    text.compile_grammar(rule(1)).await.unwrap(); // known: needs no thread
+    drop(taken);
+    text.compile_grammar(rule(2)).await.unwrap();
+    assert_eq!(workers.available_permits(), all);
+}
+
+#[tokio::test]
+async fn a_thread_that_is_late_gives_its_place_to_others_as_long_as_few_are_late() {
+    let (workers, late) = (Arc::new(Semaphore::new(2)), Arc::new(Semaphore::new(1)));
+    let mut threads = Vec::new();
+    let mut waits = Vec::new();
+    for _ in 0..2 {
+        let (answer, answered) = oneshot::channel();
+        threads.push(answer);
+        let permit = Arc::clone(&workers).acquire_owned().await.unwrap();
+        waits.push(super::in_time(answered, permit, Arc::clone(&late)));
+    }
+    for wait in waits {
+        assert!(wait.await.unwrap_err().0.contains("one second"));
+    }
+    assert_eq!((workers.available_permits(), late.available_permits()), (1, 0));
+    drop(threads);
+    while (workers.available_permits(), late.available_permits()) != (2, 1) {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn what_would_take_gigabytes_or_for_ever_is_refused_by_its_limit() {
+    let patterns: Vec<Json> = (b'a'..=b'z').map(|c| json!({"pattern": format!(".*{}.{{5}}.*", c as char)})).collect();
+    let error = |spec| compile(spec).map(|_| ()).unwrap_err();
+    assert!(error(schema(json!({"type": "string", "allOf": patterns}))).contains("more than 8 patterns"));
+    let options = vec![json!({"$ref": "#/$defs/a"}); 40];
+    let rule = json!({"oneOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"anyOf": options}}});
+    assert!(!error(schema(rule)).contains("one second"));
+    for (operator, first) in [(" & ", "/a/"), (" | ~", "~/a/")] {
+        let terms = |count: usize| vec!["/[a-z]+/"; count].join(operator);
+        let rule = |count| GrammarSpec::Lark(format!("start: T\nT: {first}{operator}{}", terms(count)));
+        assert!(error(rule(20)).contains("more than 8 `&` and `~`"), "{operator}");
+    }
+    check(
+        GrammarSpec::Lark("start: T ~ 2..3 /&~&~&~&~&~&~/?\nT: /[a-z]/ & ~/x/".into()),
+        &["ab", "abc&~&~&~&~&~&~"],
+        &["ax"],
+    );
+}
+
+#[test]
+fn a_refusal_says_where_and_why() {
+    let within = |member: Json| schema(json!({"type": "object", "properties": {"a": member}, "required": ["a"]}));
+    let regex = |text: &str| GrammarSpec::Regex(text.into());
+    for (spec, message) in [
+        (
+            within(json!({"type": "int"})),
+            "`/properties/a/type`: `int` is no type; the types are string, number, integer, boolean, object, array, null",
+        ),
+        (
+            within(json!({"type": "string", "minLength": "5"})),
+            "`/properties/a/minLength` must be a whole number, 0 or more",
+        ),
+        (
+            within(json!({"pattern": "(?!x)a"})),
+            "`/properties/a/pattern`: look-around, including look-ahead and look-behind, is not supported",
+        ),
+        (regex("[a"), "this regular expression cannot be used: unclosed character class"),
+    ] {
+        assert_eq!(compile(spec).map(|_| ()).unwrap_err(), message);
+    }
+    let unsatisfiable = within(json!({"type": "integer", "exclusiveMinimum": 4, "maximum": 1}));
+    let error = compile(unsatisfiable).map(|_| ()).unwrap_err();
+    assert_eq!(error.matches("nsatisfiable schema").count(), 1, "{error}");
+    for (text, read_as_lark) in [("root := \"a\"", true), ("start: \"a", false)] {
+        let error = compile(GrammarSpec::grammar(text)).map(|_| ()).unwrap_err();
+        assert_eq!(error.contains("(read as Lark"), read_as_lark, "{error}");
+    }
 }

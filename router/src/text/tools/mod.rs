@@ -25,6 +25,13 @@ pub(crate) struct Function {
     pub(crate) parameters: Json,
 }
 
+impl Function {
+    /// The schema as a forced call is held to it.
+    pub(crate) fn closed_parameters(&self) -> Json {
+        forced::closed(&self.parameters)
+    }
+}
+
 /// How a model writes its calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ToolFormat {
