@@ -177,6 +177,29 @@ def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
     server.wait_idle()
 
 
+def test_a_colour_follows_from_the_name_alone(server, tab):
+    def colours(page) -> dict:
+        page.evaluate("location.hash = 'adapters'")
+        page.locator("#view-adapters tbody tr", has_text="sql").wait_for()
+        read = "(rows) => rows.map((row) => [row.querySelector('.name').textContent, getComputedStyle(row.querySelector('.swatch')).backgroundColor])"
+        return dict(page.locator("#view-adapters tbody tr").evaluate_all(read))
+
+    directly = colours(tab(server.console).open("adapters"))
+    page = tab(server.console).open("playground")
+    model = page.get_by_role("combobox", name="Left model")
+    for i in range(30):
+        model.fill(f"other-{i}")
+    assert colours(page) == directly
+    assert len(set(directly.values())) >= 5 and "rgba(0, 0, 0, 0)" not in directly.values(), directly
+
+
+def test_the_playground_begins_with_the_base_model_beside_an_adapter(server, tab):
+    page = tab(server.base).open("playground")
+    left, right = (page.get_by_role("combobox", name=f"{side} model") for side in ("Left", "Right"))
+    wait_for_text(page, bool, left.input_value)
+    assert (left.input_value(), right.input_value()) == ("demo", "emoji")
+
+
 def test_an_error_of_the_playground_is_what_the_api_says(server, tab):
     page = tab(server.console).open("playground")
     page.get_by_role("combobox", name="Left model").fill("nobody")
@@ -225,13 +248,14 @@ def test_keys_open_what_they_should_and_stay_in_the_tab(data_dir, tab):
         assert page.locator(".board").is_hidden()
         gate.get_by_label("Admin key").fill("wrong")
         gate.get_by_role("button", name="Show live numbers").click()
-        gate.get_by_text("(invalid_api_key)").wait_for()
+        gate.get_by_text("This admin key was refused.").wait_for()
         gate.get_by_label("Admin key").fill("root")
         gate.get_by_role("button", name="Show live numbers").click()
         page.locator("#status", has_text="Live").wait_for()
         page.evaluate("location.hash = 'playground'")
-        page.get_by_text("The models could not be listed").wait_for()
-        page.get_by_role("button", name="Keys").click()
+        notice = page.locator("#view-playground > .notice")
+        notice.get_by_text("This server needs an API key").wait_for()
+        notice.get_by_role("button", name="Keys").click()
         page.get_by_role("dialog").get_by_label("API key").fill("user")
         page.get_by_role("button", name="Use these keys").click()
         wait_for_text(page, bool, page.locator(".model").first.input_value)
@@ -248,7 +272,10 @@ def test_keys_open_what_they_should_and_stay_in_the_tab(data_dir, tab):
 
 
 def test_a_port_without_an_admin_key_says_where_the_numbers_are(server, tab):
-    page = tab(server.base).open()
+    page = tab(server.base).page
+    page.goto(server.base)
+    page.locator("#view-playground:not([hidden])").wait_for()  # what works here comes first
+    page.get_by_role("link", name="Overview").click()
     gate = page.locator("#view-overview .gate")
     gate.get_by_text("This port shows no live numbers").wait_for()
     gate.get_by_role("link", name="playground", exact=True).click()

@@ -46,6 +46,7 @@ const ADAPTERS: [&str; 5] = ["adapter", "lora", "lora_name", "lora_path", "adapt
 pub(super) fn of_field(body: Body, name: &str) -> Option<&'static str> {
     let hint = match (body, name) {
         (Body::Native, _) => return of_parameter(name.strip_prefix("parameters.").unwrap_or(name)),
+        (Body::Chat, name) if is_other_parameters(name) => "here it is `parameters`",
         (_, name) if ADAPTERS.contains(&name) => "name the adapter in `model` or `adapter_id`",
         (Body::Embeddings, "prompt" | "inputs" | "text") => "here it is `input`",
         (Body::Embeddings, _) => return None,
@@ -62,6 +63,12 @@ pub(super) fn of_field(body: Body, name: &str) -> Option<&'static str> {
         _ => return None,
     };
     Some(hint)
+}
+
+/// True for a function's `parameters` under the name that another API or a slip gives them: a call would have no arguments.
+fn is_other_parameters(name: &str) -> bool {
+    let member = name.strip_prefix("tools[").and_then(|name| name.split_once("].function."));
+    matches!(member, Some((_, "args" | "arguments" | "input_schema" | "inputSchema" | "params" | "schema")))
 }
 
 fn of_parameter(name: &str) -> Option<&'static str> {
@@ -97,6 +104,8 @@ mod tests {
         assert!(of_field(Body::Chat, "regex").is_some() && of_field(Body::Completion, "lora").is_some());
         assert!(of_field(Body::Native, "parameters.adapter").is_some_and(|hint| hint.contains("adapter_id")));
         assert!(of_field(Body::Response, "max_tokens").is_some_and(|hint| hint.contains("max_output_tokens")));
+        assert!(of_field(Body::Chat, "tools[3].function.params").is_some_and(|hint| hint.contains("`parameters`")));
+        assert_eq!(of_field(Body::Chat, "tools[3].params"), None);
         assert_eq!(of_field(Body::Chat, "tempreature"), None);
         assert_eq!(of_field(Body::Embeddings, "regex"), None);
     }

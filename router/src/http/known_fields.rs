@@ -58,6 +58,26 @@ const PARAMETERS: &[&str] = &[
     "top_k", "top_n_tokens", "top_p", "truncate", "typical_p", "user", "watermark",
 ];
 
+/// Members of `stream_options`.
+const STREAM_OPTIONS: &[&str] = &["continuous_usage_stats", "include_obfuscation", "include_usage"];
+/// Members of `response_format`; those of TGI and LoRAX among them.
+const RESPONSE_FORMAT: &[&str] = &["json_schema", "schema", "type", "value"];
+const JSON_SCHEMA: &[&str] = &["description", "name", "schema", "strict"];
+/// Members of vLLM's `structured_outputs`.
+#[rustfmt::skip]
+const STRUCTURED_OUTPUTS: &[&str] = &[
+    "choice", "disable_additional_properties", "disable_any_whitespace", "disable_fallback", "grammar", "json", "json_object",
+    "regex", "structural_tag", "whitespace_pattern",
+];
+const TOOL: &[&str] = &["function", "type"];
+const FUNCTION: &[&str] = &["description", "name", "parameters", "strict"];
+/// Members of a chat's message: those that are read, and those that clients send back as they came in a reply.
+#[rustfmt::skip]
+const MESSAGE: &[&str] = &[
+    "annotations", "audio", "content", "function_call", "name", "reasoning", "reasoning_content", "refusal", "role",
+    "tool_call_id", "tool_calls",
+];
+
 /// Which fields a body may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
@@ -88,19 +108,52 @@ impl Body {
         }
     }
 
-    /// Names in `body` that nobody reads. Those without a value ask for nothing.
+    /// Names in `body` that nobody reads, with their place. Those without a value ask for nothing.
     fn unknown(self, body: &Map<String, Value>) -> Vec<String> {
         let own = body.iter().filter(|(name, value)| !value.is_null() && !self.knows(name));
         let mut names: Vec<String> = own.map(|(name, _)| name.clone()).collect();
-        if self == Self::Native
-            && let Some(Value::Object(parameters)) = body.get("parameters")
-        {
-            let more =
-                parameters.iter().filter(|(name, value)| !value.is_null() && !PARAMETERS.contains(&name.as_str()));
-            names.extend(more.map(|(name, _)| format!("parameters.{name}")));
+        match self {
+            Self::Completion | Self::Chat => {
+                unknown_members(body.get("stream_options"), "stream_options", STREAM_OPTIONS, &mut names);
+                unknown_members(body.get("structured_outputs"), "structured_outputs", STRUCTURED_OUTPUTS, &mut names);
+                unknown_in_format(body.get("response_format"), "response_format", &mut names);
+            }
+            Self::Native => {
+                let parameters = body.get("parameters");
+                unknown_members(parameters, "parameters", PARAMETERS, &mut names);
+                let format = parameters.and_then(|parameters| parameters.get("response_format"));
+                unknown_in_format(format, "parameters.response_format", &mut names);
+            }
+            Self::Embeddings | Self::Response | Self::Message => {}
+        }
+        if self == Self::Chat {
+            for (i, tool) in entries(body.get("tools")) {
+                unknown_members(Some(tool), &format!("tools[{i}]"), TOOL, &mut names);
+                unknown_members(tool.get("function"), &format!("tools[{i}].function"), FUNCTION, &mut names);
+            }
+            for (i, message) in entries(body.get("messages")) {
+                unknown_members(Some(message), &format!("messages[{i}]"), MESSAGE, &mut names);
+            }
         }
         names
     }
+}
+
+fn entries(list: Option<&Value>) -> impl Iterator<Item = (usize, &Value)> {
+    list.and_then(Value::as_array).into_iter().flatten().enumerate()
+}
+
+/// Appends the members of the object at `path` that are not `known`. What is no object is refused where it is read.
+fn unknown_members(object: Option<&Value>, path: &str, known: &[&str], names: &mut Vec<String>) {
+    let members = object.and_then(Value::as_object).into_iter().flatten();
+    let unknown = members.filter(|(name, value)| !value.is_null() && !known.contains(&name.as_str()));
+    names.extend(unknown.map(|(name, _)| format!("{path}.{name}")));
+}
+
+fn unknown_in_format(format: Option<&Value>, path: &str, names: &mut Vec<String>) {
+    unknown_members(format, path, RESPONSE_FORMAT, names);
+    let schema = format.and_then(|format| format.get("json_schema"));
+    unknown_members(schema, &format!("{path}.json_schema"), JSON_SCHEMA, names);
 }
 
 /// Names that were ignored, for the reply.

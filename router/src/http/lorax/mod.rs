@@ -87,7 +87,11 @@ pub(super) async fn invocations(State(app): State<App>, request: Request<Body>) 
 
 /// `POST /embed`, `/classify` and `/classify_batch`: LoRAX has them for encoders.
 pub(super) async fn no_encoder() -> ApiError {
-    ApiError::at(Cause::UnsupportedParameter, "inputs", "this model generates text; it is no encoder")
+    ApiError::at(
+        Cause::UnsupportedParameter,
+        "inputs",
+        "this model generates text and is no encoder; its embeddings are at `/v1/embeddings`",
+    )
 }
 
 impl App {

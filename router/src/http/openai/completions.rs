@@ -61,8 +61,8 @@ impl App {
         let bounds = self.bounds()?;
         let asker = self.asker(parts)?;
         let mut asked = validate(&Fields::new(body), &bounds)?;
-        asked.params.grammar = self.reply_grammar(body).await?;
         let ignored = self.ignored_fields(known_fields::Body::Completion, body)?;
+        asked.params.grammar = self.reply_grammar(body).await?;
         let variants = self.resolve(&asked.params, &asker).await?;
         let sequences = asked.prompts.len() * variants.len() * asked.best_of as usize;
         check_sequences("prompt", sequences, &bounds.limits)?;

@@ -18,7 +18,7 @@ use super::prompt::{Prompt, prompts};
 use super::reply::name_the_source;
 use super::resolve::Variant;
 use super::submit::{Asker, fit_prompt};
-use super::validate::{Bounds, ContextFields, Params, check_sequences, params, small};
+use super::validate::{Bounds, ContextFields, Params, check_sequences, params};
 use crate::engine::{GenerateEvent, GenerateRequest, Pooling};
 use crate::http::body::json_object;
 use crate::http::error::{ApiError, Cause};
@@ -100,13 +100,20 @@ fn validate(fields: &Fields<'_>, bounds: &Bounds, pooling: Pooling) -> Result<Em
             Some(other) => return Err(ApiError::invalid("pooling", "one of mean, last", other)),
         },
         normalize: fields.boolean("normalize")?.unwrap_or(true),
-        dimensions: small(fields, "dimensions", 1, DIMENSIONS_MAX)?,
+        dimensions: dimensions(fields)?,
         base64: match fields.string("encoding_format")? {
             None | Some("float") => false,
             Some("base64") => true,
             Some(other) => return Err(ApiError::invalid("encoding_format", "one of float, base64", other)),
         },
     })
+}
+
+/// `dimensions`. The model's own width is known with the result; then it is held to that.
+fn dimensions(fields: &Fields<'_>) -> Result<Option<u32>, ApiError> {
+    let rule = "at least 1 and at most the width of the model's embeddings";
+    let value = fields.integer("dimensions", rule, |value| (1..=DIMENSIONS_MAX).contains(&value))?;
+    Ok(value.and_then(|value| u32::try_from(value).ok()))
 }
 
 impl App {

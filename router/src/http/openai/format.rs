@@ -186,7 +186,12 @@ fn structured_outputs(fields: &Fields<'_>) -> Result<Option<Format>, ApiError> {
     let count = rules.len();
     match rules.pop() {
         Some(rule) if count == 1 => Ok(Some(spaced(rule, space))),
-        _ => Err(ApiError::invalid(NAME, RULE, &format!("{count} of them"))),
+        None => {
+            let first = fields.get(NAME).and_then(Value::as_object).and_then(|members| members.keys().next());
+            let got = first.map_or_else(|| "none of them".to_owned(), |name| format!("only `{name}`"));
+            Err(ApiError::invalid(NAME, RULE, &got))
+        }
+        Some(_) => Err(ApiError::invalid(NAME, RULE, &format!("{count} of them"))),
     }
 }
 

@@ -181,10 +181,11 @@ fn document_of(facts: &Facts) -> Value {
 }
 
 /// What holds for every route.
-const ABOUT: &str = "One base model and many LoRA adapters in one batch. Unknown fields are ignored and null means absent. \
-                     Every answer carries `x-request-id`; a `traceparent` of the caller is gone on with. An answer that is no \
-                     success has an error with a stable `code`. \
-                     429 and 503 say in `retry-after` when to come back. Closing the connection cancels the request.";
+const ABOUT: &str = "One base model and many LoRA adapters in one batch. Null means absent. A field that nobody reads is ignored \
+                     and named in the reply's `x-ignored-fields`, or refused with a 400 where the server runs with \
+                     `--strict-fields`. Every answer carries `x-request-id`; a `traceparent` of the caller is gone on with. \
+                     An answer that is no success has an error with a stable `code`. 429 and 503 say in `retry-after` when to \
+                     come back. Closing the connection cancels the request.";
 
 /// Puts numbers in the place of `x-maximum: <name>` and its kin, and keywords where they belong.
 fn set_bounds(value: &mut Value, bounds: &BTreeMap<&'static str, u64>) {

@@ -96,7 +96,7 @@ pub(super) fn add(draft: &mut Draft<'_>) {
     draft
         .op(Post, "/v1/responses", "createResponse")
         .tag(TAG)
-        .says("Respond", "OpenAI's Responses, without anything kept between requests.")
+        .says("Response", "OpenAI's Responses, without anything kept between requests.")
         .body::<ResponseRequest>(json!({"model": model, "input": "Hello!", "max_output_tokens": 32}))
         .reply::<ResponseObject>(200, events)
         .events::<ResponseEvent>(200, events)
@@ -106,7 +106,7 @@ pub(super) fn add(draft: &mut Draft<'_>) {
     draft
         .op(Post, "/v1/embeddings", "createEmbedding")
         .tag(TAG)
-        .says("Embed", "The decoder's final hidden states of each input, pooled. Adapters act on them.")
+        .says("Embeddings", "The decoder's final hidden states of each input, pooled. Adapters act on them.")
         .body::<EmbeddingRequest>(json!({"model": model, "input": "Hello!"}))
         .reply::<EmbeddingList>(200, "One embedding for each input.")
         .generates()
@@ -123,7 +123,7 @@ fn anthropic(draft: &mut Draft<'_>, model: &str) {
     draft
         .op(Post, "/v1/messages", "createMessage")
         .tag(ANTHROPIC)
-        .says("Go on with a chat", "The key may come in `x-api-key`.")
+        .says("Message", "The key may come in `x-api-key`.")
         .shape(Shape::Anthropic)
         .body::<MessagesRequest>(message)
         .reply::<Message>(200, events)
@@ -134,7 +134,7 @@ fn anthropic(draft: &mut Draft<'_>, model: &str) {
     draft
         .op(Post, "/v1/messages/count_tokens", "countMessageTokens")
         .tag(ANTHROPIC)
-        .says("Tokens that a message would have as a prompt", "")
+        .says("Count a prompt's tokens", "")
         .shape(Shape::Anthropic)
         .body::<MessagesPrompt>(prompt)
         .reply::<MessageTokenCount>(200, "The tokens.")
@@ -150,7 +150,7 @@ pub(super) fn shared(draft: &mut Draft<'_>) {
     draft
         .op(Post, "/v1/completions", "createCompletion")
         .tag(TAG)
-        .says("Complete prompts", "One choice for each prompt, adapter and `n`, in this order.")
+        .says("Completion", "One choice for each prompt, adapter and `n`, in this order.")
         .body::<CompletionRequest>(completion_example(&model))
         .reply::<Completion>(200, streams)
         .events::<CompletionChunk>(200, streams)
@@ -160,7 +160,7 @@ pub(super) fn shared(draft: &mut Draft<'_>) {
     draft
         .op(Post, "/v1/chat/completions", "createChatCompletion")
         .tag(TAG)
-        .says("Go on with a chat", "The model's chat template makes the prompt.")
+        .says("Chat completion", "The model's chat template makes the prompt.")
         .body::<ChatCompletionRequest>(chat_example(&model))
         .reply::<ChatCompletion>(200, streams)
         .events::<ChatCompletionChunk>(200, streams)

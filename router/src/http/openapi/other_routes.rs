@@ -107,7 +107,7 @@ fn lorax(draft: &mut Draft<'_>) {
     draft
         .op(Post, "/invocations", "invocations")
         .tag(LORAX)
-        .says("Whatever the body says", "`inputs` means `POST /`, `messages` a chat, `prompt` completions.")
+        .says("Generate, by what the body holds", "`inputs` means `POST /`, `messages` a chat, `prompt` completions.")
         .shape(Shape::LoraxOrEnvelope)
         .body_any::<CompatGenerateRequest, ChatCompletionRequest, CompletionRequest>(completion_example(&model))
         .reply_any(200, "As the route that the body means.", |any| {
@@ -133,10 +133,10 @@ fn lorax(draft: &mut Draft<'_>) {
 
 fn encoders(draft: &mut Draft<'_>) {
     for (path, id) in [("/embed", "embed"), ("/classify", "classify"), ("/classify_batch", "classifyBatch")] {
-        let op = draft
-            .op(Post, path, id)
-            .tag(LORAX)
-            .says("LoRAX's encoders", "Always refused: the served model generates text.");
+        let op = draft.op(Post, path, id).tag(LORAX).says(
+            "Not served: encoders",
+            "Always refused: the served model generates text. It embeds at `/v1/embeddings`.",
+        );
         op.shape(Shape::Lorax).refuses(&[Cause::UnsupportedParameter]).done();
     }
 }

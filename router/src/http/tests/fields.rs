@@ -37,6 +37,69 @@ async fn fields_that_nobody_reads_are_named_in_the_reply() {
     assert!(header.len() < 400 && header.starts_with("%C3%A4%2C0,"), "{header}");
 }
 
+/// Requests with a slip inside an object, and its place.
+fn nested_slips() -> Vec<(&'static str, Value, &'static str)> {
+    let chat = |name: &str, value: Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1});
+        body[name] = value;
+        body
+    };
+    let route = "/v1/chat/completions";
+    let function = json!({"name": "f", "strict": null, "paramaters": {"type": "object"}});
+    let format =
+        json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}, "strickt": true}});
+    let said = json!([{"role": "user", "content": "hi", "nam": "x", "annotations": []}]);
+    vec![
+        (route, chat("tools", json!([{"type": "function", "function": function}])), "tools[0].function.paramaters"),
+        (route, chat("response_format", json!({"type": "text", "schma": {}})), "response_format.schma"),
+        (route, chat("response_format", format), "response_format.json_schema.strickt"),
+        (route, chat("messages", said), "messages[0].nam"),
+        (
+            route,
+            json!({"messages": [{"role": "user", "content": "hi"}], "stream": true, "max_tokens": 1,
+            "stream_options": {"include_usge": true}}),
+            "stream_options.include_usge",
+        ),
+        (
+            "/v1/completions",
+            json!({"prompt": "x", "structured_outputs": {"choice": ["a"], "white": 1}}),
+            "structured_outputs.white",
+        ),
+        (
+            "/generate",
+            json!({"inputs": "x", "parameters": {"response_format": {"type": "json_object", "schma": {}}}}),
+            "parameters.response_format.schma",
+        ),
+    ]
+}
+
+#[tokio::test]
+async fn slips_inside_objects_are_named_with_their_place_or_refused() {
+    let lenient = app(&Script::new());
+    let script = Script::new();
+    let strict = app_with(&script, RouterConfig { strict_fields: true, ..RouterConfig::default() });
+    for (path, body, place) in nested_slips() {
+        let response = send(&lenient, post(path, body.to_string())).await;
+        assert_eq!(response.status(), StatusCode::OK, "{place}");
+        assert_eq!(response.headers()["x-ignored-fields"], place);
+        let (status, reply) = call(&strict, path, body).await;
+        assert!(status.is_client_error() && reply.to_string().contains(place), "{place}: {reply}");
+    }
+    assert!(script.inner.seen.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn parameters_of_a_function_under_another_name_are_refused_in_any_case() {
+    let tool = json!({"type": "function", "function": {"name": "f", "input_schema": {"type": "object"}}});
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "tools": [tool]});
+    let (status, reply) = call(&app(&Script::new()), "/v1/chat/completions", body).await;
+    assert_eq!((status, &reply["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("tools[0].function.input_schema")));
+    assert!(reply["error"]["message"].as_str().unwrap().contains("`parameters`"), "{reply}");
+    let body = json!({"prompt": "x", "structured_outputs": {"chioce": ["a"]}});
+    let (_, reply) = call(&app(&Script::new()), "/v1/completions", body).await;
+    assert!(reply["error"]["message"].as_str().unwrap().contains("`chioce`"), "{reply}");
+}
+
 #[tokio::test]
 async fn a_strict_server_refuses_them() {
     let config = RouterConfig { strict_fields: true, ..RouterConfig::default() };

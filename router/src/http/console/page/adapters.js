@@ -154,8 +154,10 @@ function row(act) {
     dot.className = `swatch ${colorOf(label)}`;
     setText(name, label);
     name.title = label;
-    setText(ref, view.ref);
-    ref.title = view.revision ? `${view.ref} at ${view.revision}` : view.ref;
+    // An error beside content that is still to come is that content's.
+    const shownRef = view.error && view.next?.ref ? view.next.ref : view.ref;
+    setText(ref, shownRef);
+    ref.title = view.revision && shownRef === view.ref ? `${view.ref} at ${view.revision}` : shownRef;
     setText(error, view.error ? `${view.error.message} (${view.error.code})` : "");
     badge.dataset.kind = KINDS[view.state] ?? "busy";
     setText(badge, view.state);

@@ -95,8 +95,8 @@ export function gate() {
     event.preventDefault();
     setKeys({ admin: input.value.trim() });
   });
-  const where = h("p", {}, "The operator's own listener shows everything, on the server's machine by default at ",
-    h("a", { href: "http://127.0.0.1:8001/", text: "http://127.0.0.1:8001" }), ". To open it here too, start the server with ",
+  const where = h("p", {}, "The operator's own listener shows everything: its address is in the line that the server prints at its start (",
+    h("code", { text: "--admin-listen" }), "). To open it here too, start the server with ",
     h("code", { text: "--admin-key" }), ". The ", h("a", { href: "#playground", text: "playground" }), " works on this port.");
   const root = h("section", { class: "gate", hidden: true, "aria-label": "Access" }, title, why, form, said, where);
   return {
@@ -107,7 +107,7 @@ export function gate() {
       form.hidden = phase === "absent";
       where.hidden = phase !== "absent";
       said.hidden = phase === "absent" || !key("admin");
-      if (!said.hidden) setText(said, refusal.text);
+      if (!said.hidden) setText(said, refusal.status === 401 ? "This admin key was refused." : refusal.text);
       setText(title, phase === "absent" ? "This port shows no live numbers" : "Live numbers need the admin key");
       setText(why, phase === "absent" ? "What runs here, and for whom, is the operator's business: this port answers it only where an admin key is set."
         : "Names, memory and traffic of all tenants are the operator's business. The key stays in this tab.");

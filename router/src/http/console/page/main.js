@@ -27,10 +27,12 @@ let next = 0;
 let failures = 0;
 let timer = 0;
 let asking = null;
+// What is opened where the address names no view.
+let first = "overview";
 
 function shown() {
   const wanted = location.hash.slice(1);
-  return VIEWS.includes(wanted) ? wanted : "overview";
+  return VIEWS.includes(wanted) ? wanted : first;
 }
 
 function show() {
@@ -87,8 +89,15 @@ function refused(error) {
   if (!(error instanceof Refused)) throw error;
   state.refusal = error;
   if (error.status === 401 || error.status === 403) state.phase = "locked";
-  else if (error.status === 404) state.phase = "absent";
+  else if (error.status === 404) absent();
   else state.phase = "offline";
+}
+
+/** No live numbers on this port: what works here is shown first. */
+function absent() {
+  state.phase = "absent";
+  first = "playground";
+  if (!location.hash) show();
 }
 
 async function poll() {

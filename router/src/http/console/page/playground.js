@@ -1,7 +1,8 @@
 // Two models, one prompt, side by side.
 
-import { Refused, call, stream } from "./api.js";
+import { Refused, call, key, stream } from "./api.js";
 import { colorOf } from "./colors.js";
+import { askKeys } from "./dialogs.js";
 import { choice, field, h, reconcile, setText } from "./dom.js";
 import { count, number, time } from "./format.js";
 
@@ -64,15 +65,15 @@ export function playgroundView(root) {
       models = list.data.map((model) => model.id);
       base = list.data.find((model) => !model.parent)?.id ?? models[0] ?? "";
       const adapters = list.data.filter((model) => model.parent).map((model) => model.id);
-      lanes[0].suggest(adapters[0] ?? base);
-      lanes[1].suggest(adapters[1] ?? base);
+      lanes[0].suggest(base);
+      lanes[1].suggest(adapters[0] ?? base);
       notice.hidden = true;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       hasAsked = false;
       notice.hidden = false;
-      const hint = error.status === 401 || error.status === 403 ? " Enter an API key under Keys." : "";
-      setText(notice, `The models could not be listed: ${error.text}.${hint}`);
+      if (error.status === 401) notice.replaceChildren(...wantsKey());
+      else notice.replaceChildren(`The models could not be listed: ${error.text}.`);
     }
   }
 
@@ -103,6 +104,11 @@ export function playgroundView(root) {
     shown: learn,
     render() {},
   };
+}
+
+function wantsKey() {
+  const said = key("api") ? "This API key was refused: enter another under " : "This server needs an API key: enter it under ";
+  return [said, h("button", { type: "button", class: "link", text: "Keys", on: { click: () => askKeys() } }), "."];
 }
 
 /** One model's side. */

@@ -66,16 +66,39 @@ function objectsIn(schema, seen) {
   return [...new Set(inside.flatMap((one) => objectsIn(one, seen)))];
 }
 
-function properties(schema) {
+/** Every field as name, schema, whether it is required, and the part of the schema it comes from. */
+function properties(schema, part = "") {
   const target = resolve(schema);
-  const parts = target.allOf ? target.allOf.map(properties) : [];
-  const own = Object.entries(target.properties ?? {}).map(([name, value]) => [name, value, (target.required ?? []).includes(name)]);
+  const parts = (target.allOf ?? []).map((one) => properties(one, refName(one) ?? part));
+  const own = Object.entries(target.properties ?? {}).map(([name, value]) => [name, value, (target.required ?? []).includes(name), part]);
   return [...parts.flat(), ...own];
 }
 
+/** What most requests have, in the order in which they are written. */
+const FIRST = [
+  "model", "messages", "prompt", "input", "inputs", "system", "instructions", "max_tokens", "max_completion_tokens", "max_output_tokens",
+  "temperature", "top_p", "stream", "stop", "tools", "tool_choice", "response_format", "parameters",
+];
+const PARTS = { AdapterFields: "Adapters", DrawingFields: "Drawing tokens", FormatFields: "Form of the reply", SamplingFields: "More" };
+/** Shorter lists need no folding. */
+const UNFOLDED_MAX = 20;
+
 function fields(schema, seen = new Set()) {
+  const place = ([name, , must]) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length + Number(!must));
+  const rows = properties(schema).sort((a, b) => place(a) - place(b));
+  if (rows.length <= UNFOLDED_MAX) return fieldList(rows, seen);
+  const shown = rows.filter((row) => row[2] || FIRST.includes(row[0]));
+  const whole = el("div", {}, fieldList(shown, seen));
+  const rest = Map.groupBy(rows.filter((row) => !shown.includes(row)), (row) => PARTS[row[3]] ?? "More of this route");
+  for (const [title, some] of [...rest].sort(([a], [b]) => Number(a === "More") - Number(b === "More"))) {
+    const names = el("span", { class: "what" }, some.map((row) => row[0]).join(", "));
+    whole.append(el("details", { class: "nested" }, el("summary", {}, title, names), el("div", { class: "inside" }, fieldList(some, seen))));
+  }
+  return whole;
+}
+
+function fieldList(rows, seen) {
   const list = el("dl", { class: "fields" });
-  const rows = properties(schema).sort((a, b) => Number(b[2]) - Number(a[2]));
   for (const [name, value, must] of rows) {
     const limits = bounds(value);
     const about = value.description ?? (value.oneOf ?? []).map((one) => one.description).find(Boolean);
@@ -153,6 +176,7 @@ function tryIt(method, path, operation) {
   if (json) {
     area = el("textarea", { id: `${id}-body`, spellcheck: "false" });
     area.value = JSON.stringify(json.example ?? {}, null, 2);
+    area.rows = Math.min(area.value.split("\n").length + 1, 24);
     form.append(el("label", { for: area.id }, "Body"), area);
   }
   const send = el("button", { type: "submit" }, "Send");
@@ -202,9 +226,10 @@ function operationBox(method, path, operation) {
     for (const parameter of operation.parameters ?? []) {
       inside.append(el("p", {}, el("code", {}, parameter.name), ` in ${parameter.in}: `, prose(parameter.description), ` ${bounds(parameter.schema)}`));
     }
+    inside.append(el("h3", {}, "Try it"), tryIt(verb, path, operation));
     const json = operation.requestBody?.content?.["application/json"];
-    if (json) inside.append(el("h3", {}, "Body"), body(json.schema));
-    inside.append(el("h3", {}, "Answers"), replies(operation), el("h3", {}, "Try it"), tryIt(verb, path, operation));
+    if (json) inside.append(el("h3", {}, "Fields of the body"), body(json.schema));
+    inside.append(el("h3", {}, "Answers"), replies(operation));
     box.append(inside);
   });
   return box;

@@ -10,9 +10,10 @@ use super::generation::{AdapterFields, DrawingFields, PromptPosition, SamplingFi
 /// A request for the next message of a chat.
 #[derive(Serialize, ToSchema)]
 pub(in crate::http::openapi) struct ChatCompletionRequest {
+    /// The chat so far, the oldest message first.
     #[schema(min_items = 1, max_items = 4096)]
     messages: Vec<ChatMessage>,
-    /// Tokens to generate at most; by default what the context has left.
+    /// Tokens to generate at most, at least 1; by default what the context has left.
     #[schema(minimum = 1)]
     max_completion_tokens: Option<u32>,
     /// The older name of `max_completion_tokens`, which wins.

@@ -191,7 +191,7 @@ pub(in crate::http::openapi) struct DrawingFields {
     /// Subtracted from the logit of every token that was generated.
     #[schema(minimum = -2, maximum = 2, default = 0)]
     presence_penalty: Option<f64>,
-    /// The same, times how often.
+    /// Subtracted from the logit of a generated token, times how often it was generated.
     #[schema(minimum = -2, maximum = 2, default = 0)]
     frequency_penalty: Option<f64>,
     /// Divides the logits of tokens of prompt and completion.
