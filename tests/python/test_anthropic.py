@@ -96,7 +96,8 @@ def test_a_client_that_leaves_ends_the_request(start_server, slow_flags):
     server = start_server(*slow_flags)
     sent = body(stream=True, ignore_eos=True, max_tokens=200)
     with server.http.stream("POST", "/v1/messages", json=sent) as answer:
-        next(answer.iter_bytes())
+        pieces = answer.iter_bytes()  # kept: an iterator that is dropped closes the connection
+        next(pieces)
         wait_until(lambda: server.metric("vllm:num_requests_running") == 1, "the request runs")
     server.wait_idle()
 

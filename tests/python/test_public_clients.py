@@ -21,7 +21,7 @@ from tee import Tee
 from third_party import INSTALL_TIMEOUT_S, missing, node, program
 
 CLIENTS = Path(__file__).parent / "clients"
-TIMEOUT_S = 240
+TIMEOUT_S = 600  # the first run of each installs what it needs
 # The first of them installs what it needs.
 pytestmark = pytest.mark.timeout(INSTALL_TIMEOUT_S + TIMEOUT_S)
 KEY = "key-of-the-clients"

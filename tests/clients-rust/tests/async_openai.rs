@@ -8,7 +8,7 @@ use async_openai::types::chat::{
     CreateChatCompletionRequestArgs, FinishReason, Prompt,
 };
 use async_openai::types::completions::CreateCompletionRequestArgs;
-use async_openai::types::embeddings::CreateEmbeddingRequestArgs;
+use async_openai::types::embeddings::{CreateEmbeddingRequest, CreateEmbeddingRequestArgs, EncodingFormat};
 use async_openai::types::responses::{CreateResponseArgs, ResponseStreamEvent};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -157,7 +157,8 @@ async fn embeddings() {
     let request =
         CreateEmbeddingRequestArgs::default().model("demo").input([QUESTION, "Describe coffee."]).build().unwrap();
     let reply = client.embeddings().create(request.clone()).await.unwrap();
-    let packed = client.embeddings().create_base64(request).await.unwrap();
+    let packed = CreateEmbeddingRequest { encoding_format: Some(EncodingFormat::Base64), ..request };
+    let packed = client.embeddings().create_base64(packed).await.unwrap();
     assert_eq!(reply.data.len(), 2);
     let unpacked: Vec<f32> = packed.data[0].embedding.clone().into();
     assert!(reply.data[0].embedding.iter().zip(&unpacked).all(|(a, b)| (a - b).abs() < 1e-5));

@@ -108,7 +108,7 @@ fn adapters(draft: &mut Draft<'_>) {
         .reply::<Adapter>(200, "It can serve.")
         .reply::<Adapter>(202, "It is still loading.")
         .refuses(LOADING)
-        .refuses(&[Cause::PreconditionFailed])
+        .refuses(&[Cause::PreconditionFailed, Cause::SourceForbidden])
         .done();
     draft
         .op(Delete, "/admin/v1/adapters/{name}", "deleteAdapter")
