@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from loramux_server import Server
+from loramux_server import Server, children
 from structured_corpus import HOSTILE, SCHEMAS
 from wire import chat, check_error, complete, post, post_stream
 
@@ -231,15 +231,9 @@ def test_a_refusal_says_where_and_why(demo):
 
 
 def resident_mib(server) -> int:
-    """Of all the server's processes."""
-    pids, total = [server.process.pid], 0
-    while pids:
-        pid = pids.pop()
-        status = Path(f"/proc/{pid}/status").read_text()
-        total += int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            pids += [int(child) for child in (thread / "children").read_text().split()]
-    return total
+    """Of the server and the shard it started."""
+    statuses = [Path(f"/proc/{pid}/status").read_text() for pid in [server.pid, *children(server.pid)]]
+    return sum(int(found[1]) for status in statuses if (found := re.search(r"VmRSS:\s+(\d+)", status))) // 1024
 
 
 def ask_hostile(http, kind: str, rule) -> tuple[int, float]:

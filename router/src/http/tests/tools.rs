@@ -285,5 +285,9 @@ async fn what_is_wrong_with_tools_is_named() {
     let unusable = json!({"type": "object", "properties": {"a": {"not": {}}}});
     let body = ask(json!({"tools": f(json!({"name": "a", "parameters": unusable})), "tool_choice": "required"}));
     let (status, reply) = call(&app(&says("hello")), "/v1/chat/completions", body).await;
-    assert_eq!((status.as_u16(), reply["error"]["param"].as_str()), (400, Some("tools")), "{reply}");
+    assert_eq!(
+        (status.as_u16(), reply["error"]["param"].as_str()),
+        (400, Some("tools[0].function.parameters")),
+        "{reply}"
+    );
 }
