@@ -30,6 +30,15 @@ def test_an_unknown_field_is_named(demo, start_server):
     strict = start_server("--strict-fields")
     answer = strict.http.post("/v1/completions", json={**PROMPT, "max_tokens": 1, "tempreature": 1})
     assert answer.status_code == 400 and check_error(answer.json())["param"] == "tempreature"
+    slip = {"structured_outputs": {"choice": ["a", "b"], "chioces": 1}, "max_tokens": 4}
+    answer = demo.http.post("/v1/completions", json={**PROMPT, **slip})
+    assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "structured_outputs.chioces"
+    answer = strict.http.post("/v1/completions", json={**PROMPT, **slip})
+    assert answer.status_code == 400 and check_error(answer.json())["param"] == "structured_outputs.chioces"
+    tool = {"type": "function", "function": {"name": "f", "input_schema": {"type": "object"}}}
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool]}
+    answer = demo.http.post("/v1/chat/completions", json=chat)
+    assert answer.status_code == 400 and check_error(answer.json())["param"] == "tools[0].function.input_schema"
     complete(strict.http, **PROMPT, user="u", model="demo")
 
 
