@@ -291,7 +291,7 @@ pub(crate) struct NetworkArgs {
     /// Key that `/metrics` asks for; an admin key opens it too. Without one it is open. Repeat for more
     #[arg(long, env = "LORAMUX_METRICS_KEY", value_name = "KEY", value_delimiter = ',', hide_env_values = true, value_parser = parse_secret)]
     pub(crate) metrics_key: Vec<SecretString>,
-    /// Origins whose web pages may read answers, such as https://app.example.com, or `*`; repeat for more
+    /// Origins whose web pages may read answers, such as `https://app.example.com`, or `*`; repeat for more
     #[arg(
         long,
         alias = "allowed-origins",

@@ -20,9 +20,9 @@ pub(crate) enum ToolCallParser {
     /// {"name", "parameters"}: Llama 3.1 and later
     #[value(name = "llama3_json", alias = "llama3-json", alias = "llama4_json")]
     Llama3Json,
-    /// [TOOL_CALLS] [{"name", "arguments"}]
+    /// A list of {"name", "arguments"} behind a token TOOL_CALLS
     Mistral,
-    /// [TOOL_CALLS]name[ARGS]{..}
+    /// Tokens TOOL_CALLS and ARGS with the name between them
     #[value(name = "mistral_args", alias = "mistral-args")]
     MistralArgs,
 }

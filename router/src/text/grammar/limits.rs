@@ -32,7 +32,7 @@ pub(super) const COMPILED_BYTES: usize = 128 << 10;
 /// See [`COMPILED_BYTES`].
 pub(super) const COMPILED_BYTES_PER_BYTE: usize = 64;
 /// Compiled rules (and refusals) that are kept.
-pub(super) const KEPT_MAX: usize = 512;
+pub(super) const KEPT_MAX: usize = 128;
 /// Bytes of the library's message that an error repeats.
 pub(super) const MESSAGE_BYTES_MAX: usize = 400;
 

@@ -6,8 +6,8 @@ use super::GrammarError;
 
 /// Whole numbers up to here are exact in f64.
 const EXACT: u64 = 1 << f64::MANTISSA_DIGITS;
-/// The library multiplies pairs of `multipleOf`s in u32.
-const MULTIPLE_MAX: f64 = 65_535.0;
+/// A `multipleOf` is an automaton with a state for each remainder, some 400 bytes each.
+const MULTIPLE_MAX: f64 = 1000.0;
 
 /// Narrows bounds to the next number inside that is exact, refuses constants that are not, and collects `multipleOf`.
 ///
@@ -50,7 +50,7 @@ pub(super) fn check_multiples(multiples: &[f64]) -> Result<(), GrammarError> {
     let finest = multiples.iter().copied().fold(1.0, |least: f64, m| least.min(unit(m)));
     if multiples.iter().any(|multiple| multiple / finest > MULTIPLE_MAX) {
         let message =
-            "`multipleOf`: different values in one schema must be at most 65535 times the smallest decimal place";
+            "`multipleOf`: different values in one schema must be at most 1000 times the smallest decimal place";
         return Err(GrammarError(message.into()));
     }
     Ok(())
