@@ -99,7 +99,18 @@ run_deny() {
   command -v cargo-deny >/dev/null || cargo install -q --locked cargo-deny@0.20.2
   cargo deny --log-level error check bans licenses sources
 }
-run_unit() { cargo test --locked --release --workspace; }
+# Some tests hold a time bound, and a machine that does something else for a moment breaks it: what failed is tried once
+# more, and both outcomes are printed.
+again() { printf '\n== once more: %s (%s s)\n' "$1" "$SECONDS"; }
+
+pytest_twice() {
+  local run=(.venv/bin/python -m pytest -q -o "cache_dir=$PWD/target/pytest/$1" "$2")
+  "${run[@]}" || { again "$1" && "${run[@]}" --last-failed --last-failed-no-failures none; }
+}
+
+run_unit() {
+  cargo test --locked --release --workspace --no-fail-fast || { again unit && cargo test --locked --release --workspace; }
+}
 run_kernels() {
   need_nvrtc
   cargo test --locked --release -p loramux-kernels --test nvrtc --test cuda_calls -- --nocapture
@@ -127,7 +138,7 @@ run_blackbox() {
   run_build
   # Clients of other projects, in `.venv-clients*` and `tests/node`; set it to nothing to skip their tests where they cannot be installed.
   export LORAMUX_REQUIRE_CLIENTS=${LORAMUX_REQUIRE_CLIENTS-1}
-  .venv/bin/python -m pytest -q -p no:cacheprovider tests/python
+  pytest_twice blackbox tests/python
 }
 
 has_browser() { command -v "${LORAMUX_CHROMIUM:-chromium}" || command -v chromium-browser || command -v google-chrome; } >/dev/null
@@ -151,7 +162,7 @@ run_console() {
     cp tests/browser/requirements.txt .venv/browser.installed
   fi
   run_build
-  .venv/bin/python -m pytest -q -p no:cacheprovider tests/browser
+  pytest_twice console tests/browser
 }
 
 for step in "${STEPS[@]}"; do
