@@ -66,7 +66,7 @@ pub(super) async fn list(State(app): State<App>, Asked(query): Asked<ListQuery>)
             let message = "`contains`, `sort` and `offset` cannot be combined with `after` and `prefix`";
             return Err(ApiError::at(Cause::InvalidValue, "sort", message));
         }
-        let (by, descending) = order(query.sort.as_deref().unwrap_or_default())?;
+        let (by, descending) = query.sort.as_deref().map_or(Ok((RankBy::Name, false)), order)?;
         let offset = query.offset.as_deref().unwrap_or("0");
         let offset = offset.parse().map_err(|_| ApiError::invalid("offset", "an integer of at least 0", offset))?;
         let contains = query.contains.unwrap_or_default();
@@ -92,9 +92,6 @@ pub(super) async fn list(State(app): State<App>, Asked(query): Asked<ListQuery>)
 /// Reads `sort`: a name of [`RankBy`], behind a `-` for the largest first.
 fn order(text: &str) -> Result<(RankBy, bool), ApiError> {
     let (name, descending) = text.strip_prefix('-').map_or((text, false), |name| (name, true));
-    if name.is_empty() && !descending {
-        return Ok((RankBy::Name, false));
-    }
     let by = RankBy::parse(name).ok_or_else(|| {
         let rule = RankBy::ALL.map(|(name, _)| name).join(", ");
         ApiError::invalid("sort", &format!("one of {rule}, with `-` in front for the largest first"), text)

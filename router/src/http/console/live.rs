@@ -180,7 +180,7 @@ struct Totals {
 
 /// The handler.
 pub(crate) async fn live(State(app): State<App>, Query(query): Query<LiveQuery>) -> Result<Json<Live>, ApiError> {
-    let since = match query.since.as_deref().filter(|since| !since.is_empty()) {
+    let since = match query.since.as_deref() {
         None => 0,
         Some(text) => text.parse::<u64>().map_err(|_| ApiError::invalid("since", "an integer of at least 0", text))?,
     };
