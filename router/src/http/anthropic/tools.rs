@@ -38,12 +38,13 @@ fn tool(value: &Value, path: String) -> Result<Value, ApiError> {
 /// 400 that names the field.
 pub(super) fn tool_choice(fields: &Fields<'_>, translated: &mut Translated) -> Result<(), ApiError> {
     let Some(choice) = fields.object("tool_choice")? else { return Ok(()) };
+    let name = choice.string("name")?;
     let chat = match choice.string("type")? {
         Some("auto") => "auto".into(),
         Some("any") => "required".into(),
         Some("none") => "none".into(),
         Some("tool") => {
-            let name = choice.string("name")?.ok_or_else(|| ApiError::missing("tool_choice.name"))?;
+            let name = name.ok_or_else(|| ApiError::missing("tool_choice.name"))?;
             json!({"type": "function", "function": {"name": name}})
         }
         Some(other) => return Err(ApiError::invalid("tool_choice.type", "one of auto, any, tool, none", other)),
