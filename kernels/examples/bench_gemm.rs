@@ -16,11 +16,8 @@ struct Options {
 }
 
 fn options() -> Result<Options, Failure> {
-    let mut options = Options {
-        shapes: vec![(1536, 576), (576, 1536), (4096, 4096)],
-        rows: vec![1, 4, 16, 64, 256],
-        seconds: 0.3,
-    };
+    let mut options =
+        Options { shapes: vec![(1536, 576), (576, 1536), (4096, 4096)], rows: vec![1, 4, 16, 64, 256], seconds: 0.3 };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} takes a value"))?;

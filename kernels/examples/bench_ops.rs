@@ -77,7 +77,8 @@ fn bench_linear(model: Model) -> Result<(), Failure> {
         let data = values(d_out * d_in);
         let part = WeightPart { data: HostData::F32(&data), d_out, d_in };
         let copies = (COLD_BYTES / (2 * d_out * d_in)).clamp(1, 32);
-        let weights: Vec<_> = (0..copies).map(|_| PackedWeight::pack(Dtype::Bf16, &[part])).collect::<Result<_, _>>()?;
+        let weights: Vec<_> =
+            (0..copies).map(|_| PackedWeight::pack(Dtype::Bf16, &[part])).collect::<Result<_, _>>()?;
         for m in if name == "head" { &[1, 8][..] } else { &[1, 4, 16, 256] } {
             let (x, mut y) = (rows(*m, d_in), Rows::zeros(*m, d_out));
             let seconds = time(|n| Ok(linear(&mut y, &x, &weights[n % copies], None)?))?;
@@ -137,7 +138,7 @@ fn bench_lora(model: Model) -> Result<(), Failure> {
             scale: 0.1,
         };
         let parts: Vec<LoraPart> = site.slices.iter().zip(&site.cols).map(part).collect();
-        let image = AdapterImage::pack(ArenaDtype::F16, page_bytes, 1, &parts)?;
+        let image = AdapterImage::pack(Dtype::Bf16, page_bytes, 1, &parts)?;
         let pages = image.pages_needed();
         let mut arena = Arena::new(page_bytes, adapters * pages)?;
         let mut table = AdapterTable::new(adapters);

@@ -17,7 +17,10 @@ pub struct Arena {
 
 impl std::fmt::Debug for Arena {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.debug_struct("Arena").field("page_bytes", &self.page_bytes).field("pages", &self.pages).finish_non_exhaustive()
+        f.debug_struct("Arena")
+            .field("page_bytes", &self.page_bytes)
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
     }
 }
 

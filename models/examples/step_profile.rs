@@ -82,12 +82,13 @@ fn shard(options: &Options) -> Result<Shard, Failure> {
 }
 
 fn publish(shard: &mut Shard, folder: &Path, most: usize, mut next_page: u32) -> Result<(), Failure> {
-    let mut paths: Vec<PathBuf> = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_, Failure>>()?;
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_, Failure>>()?;
     paths.retain(|path| path.join("adapter_config.json").exists());
     paths.sort();
     for (slot, path) in paths.iter().take(most).enumerate() {
         let read = adapter::read(path, shard.decoder.spec(), &AdapterLimits::default())?;
-        let image = read.pack(shard.layout.dtype, PAGE_BYTES)?;
+        let image = read.pack(shard.decoder.dtype(), PAGE_BYTES)?;
         let pages: Vec<u32> = (next_page..).take(image.pages_needed()).collect();
         next_page += pages.len() as u32;
         shard.table.publish(&mut shard.arena, slot as u32, 1, &image, &pages)?;
@@ -113,7 +114,8 @@ fn batch(shard: &Shard, options: &Options, start: usize, len: usize) -> Result<B
         batch.block_table.extend((sequence * per_sequence..(sequence + 1) * per_sequence).map(|block| block as u32));
         batch.chunks.push(AttnChunk { first_row, len, start, blocks: first..batch.block_table.len() });
     }
-    let each: Vec<[SlotScale; 1]> = (0..options.rows).filter_map(|i| Some([*shard.adapters.get(i % shard.adapters.len().max(1))?])).collect();
+    let each: Vec<[SlotScale; 1]> =
+        (0..options.rows).filter_map(|i| Some([*shard.adapters.get(i % shard.adapters.len().max(1))?])).collect();
     let segments = each.iter().enumerate().map(|(i, adapters)| Segment { rows: i * len..(i + 1) * len, adapters });
     batch.work.build(&shard.table, segments)?;
     Ok(batch)
@@ -153,8 +155,21 @@ fn median(samples: &[Sample], of: impl Fn(&Sample) -> Duration) -> f64 {
 fn report(options: &Options, shard: &Shard, samples: &[Sample], rows: usize) {
     let spec = shard.decoder.spec();
     let (q, kv) = (spec.q_width(), spec.kv_width());
-    let inner = [(spec.hidden, q + 2 * kv), (q, spec.hidden), (spec.hidden, 2 * spec.intermediate), (spec.intermediate, spec.hidden)];
-    println!("{} on {}, {} threads: {rows} rows, context {}, {} adapters ({:.1} MB in f16)", options.model.display(), isa_name(), threads(), options.context, shard.adapters.len(), shard.adapter_bytes as f64 / 1e6);
+    let inner = [
+        (spec.hidden, q + 2 * kv),
+        (q, spec.hidden),
+        (spec.hidden, 2 * spec.intermediate),
+        (spec.intermediate, spec.hidden),
+    ];
+    println!(
+        "{} on {}, {} threads: {rows} rows, context {}, {} adapters ({:.1} MB of files)",
+        options.model.display(),
+        isa_name(),
+        threads(),
+        options.context,
+        shard.adapters.len(),
+        shard.adapter_bytes as f64 / 1e6
+    );
     println!("{:<12} {:>9} {:>9} {:>9} {:>9}", "op", "ms", "weights", "GB/s", "GFLOP/s");
     let line = |name: &str, ms: f64, bytes: f64, flops: f64| {
         println!("{name:<12} {ms:>9.3} {:>6.1} MB {:>9.1} {:>9.1}", bytes / 1e6, bytes / ms / 1e6, flops / ms / 1e6);
@@ -167,7 +182,12 @@ fn report(options: &Options, shard: &Shard, samples: &[Sample], rows: usize) {
     line("head", median(samples, |s| s.head), 2.0 * head, 2.0 * head * options.rows as f64);
     let context = options.context as f64 * options.rows as f64;
     let kv_bytes = 4.0 * context * (kv * spec.layers) as f64;
-    line("attention", median(samples, |s| s.ops.attention), kv_bytes, 4.0 * rows as f64 * options.context as f64 * (q * spec.layers) as f64);
+    line(
+        "attention",
+        median(samples, |s| s.ops.attention),
+        kv_bytes,
+        4.0 * rows as f64 * options.context as f64 * (q * spec.layers) as f64,
+    );
     let small: [(&str, fn(&Sample) -> Duration); 5] = [
         ("norms", |s| s.ops.norms),
         ("rope_store", |s| s.ops.rope_store),

@@ -209,7 +209,8 @@ impl<'a> Tile<'a> {
         if kv_head >= layout.kv_heads {
             return;
         }
-        let (rows, stride) = if v { (layout.block_tokens, layout.v_stride()) } else { (layout.head_dim, layout.k_stride()) };
+        let (rows, stride) =
+            if v { (layout.block_tokens, layout.v_stride()) } else { (layout.head_dim, layout.k_stride()) };
         let bytes = rows * stride * layout.dtype.bytes();
         for &block in self.blocks {
             let first = attention.head_offset(block, kv_head, v) * layout.dtype.bytes();

@@ -2,8 +2,8 @@
 
 use crate::dtype::{Dtype, HostData};
 use crate::error::{OpError, same};
-use crate::parallel;
 use crate::pages::Lines;
+use crate::parallel;
 use crate::simd::{LANES, Line};
 use half::bf16;
 

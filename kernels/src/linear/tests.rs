@@ -124,7 +124,10 @@ fn parts_of_every_type_are_packed_side_by_side() {
     ];
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let w = PackedWeight::pack(dtype, &parts).unwrap();
-        assert_eq!((w.d_out(), w.d_in(), w.bytes()), (100, d_in, 112 * if dtype == Dtype::F32 { d_in * 4 } else { d_in.next_multiple_of(32) * 2 }));
+        assert_eq!(
+            (w.d_out(), w.d_in(), w.bytes()),
+            (100, d_in, 112 * if dtype == Dtype::F32 { d_in * 4 } else { d_in.next_multiple_of(32) * 2 })
+        );
         for (o, k) in (0..100).flat_map(|o| (0..d_in).map(move |k| (o, k))) {
             let stored = match o {
                 0..40 => bf16s[o * d_in + k].to_f32(),

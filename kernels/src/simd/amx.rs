@@ -125,7 +125,8 @@ impl Tiles for Emulated {
         }
     }
     fn dot<const C: usize, const A: usize, const B: usize>(&mut self) {
-        let half = |word: u32, high: bool| bf16::from_bits(if high { (word >> 16) as u16 } else { word as u16 }).to_f32();
+        let half =
+            |word: u32, high: bool| bf16::from_bits(if high { (word >> 16) as u16 } else { word as u16 }).to_f32();
         for m in 0..self.rows[C] as usize {
             for n in 0..LANES {
                 let mut sums = [0.0f32; 2];

@@ -97,7 +97,11 @@ fn every_instruction_set_narrows_alike() {
         for (i, value) in values.into_iter().enumerate() {
             let (half, upper) = (half::f16::from_bits(got[i]), half::bf16::from_bits(got[LANES + i]));
             let (want_half, want_upper) = (crate::dtype::to_f16(value), half::bf16::from_f32(value));
-            let same = if value.is_nan() { half.is_nan() && upper.is_nan() } else { half.to_bits() == want_half.to_bits() && upper.to_bits() == want_upper.to_bits() };
+            let same = if value.is_nan() {
+                half.is_nan() && upper.is_nan()
+            } else {
+                half.to_bits() == want_half.to_bits() && upper.to_bits() == want_upper.to_bits()
+            };
             assert!(same, "{isa:?} {value}: {half} {upper}");
         }
     }

@@ -15,11 +15,11 @@ use crate::rope;
 use crate::spec::DecoderSpec;
 use crate::weights::{CpuStore, Model, Weights};
 use cpu::{CpuOps, HeadOps, Sites};
-use timed::Timed;
 use loramux_kernels::{
     AdapterTable, Arena, ArenaDtype, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, WorkList,
     gather_rows,
 };
+use timed::Timed;
 
 /// Sizes of the decoder's workspaces, which are allocated once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use loramux_kernels::{Rows, for_each_chunk};
 use loramux_kernels::sampler::{History, SampleParams, SampleScratch, logprob_of, sample, top_logprobs};
+use loramux_kernels::{Rows, for_each_chunk};
 use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, Sampling, SeqFault, StepResult, TokenLogprob};
 
 use super::batch::{LogitRow, SeqState, Want};
