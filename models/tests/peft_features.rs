@@ -3,7 +3,7 @@
 
 mod support;
 
-use loramux_kernels::{ArenaDtype, Dtype, SlotScale};
+use loramux_kernels::{Dtype, SlotScale};
 use loramux_models::adapter::{self, AdapterLimits, PeftAdapter};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -219,7 +219,7 @@ fn without_the_bases_weights_or_with_others_the_adapter_is_refused() {
     base(dir.path(), "llama", Stored::F32);
     let runner = Runner::tiny(dir.path(), Dtype::F32);
     for name in ["dora", "save-head", "ends-saved"] {
-        let error = read(&runner, name).pack(ArenaDtype::F32, 64 << 10).expect_err("it needs the base");
+        let error = read(&runner, name).pack(Dtype::F32, 64 << 10).expect_err("it needs the base");
         assert_eq!(error.code(), "adapter_load_failed", "{name}: {error}");
     }
     let files = runner.base.clone().expect("loaded from files");
@@ -229,7 +229,7 @@ fn without_the_bases_weights_or_with_others_the_adapter_is_refused() {
     let other = Runner::tiny(dir.path(), Dtype::F32);
     let refused = |name: &str, runner: &Runner| {
         let base = runner.base.as_ref().expect("loaded from files");
-        read(runner, name).pack_onto(ArenaDtype::F32, 64 << 10, base).expect_err("refused")
+        read(runner, name).pack_onto(Dtype::F32, 64 << 10, base).expect_err("refused")
     };
     let error = refused("ends-saved", &other);
     assert_eq!(error.code(), "adapter_unsupported");
@@ -240,7 +240,7 @@ fn without_the_bases_weights_or_with_others_the_adapter_is_refused() {
         &tiny_weights(&config, SEED),
         Stored::F32,
     );
-    let error = read(&runner, "dora").pack_onto(ArenaDtype::F32, 64 << 10, &files).expect_err("changed files");
+    let error = read(&runner, "dora").pack_onto(Dtype::F32, 64 << 10, &files).expect_err("changed files");
     assert!(error.code() == "adapter_load_failed" && error.to_string().contains("changed"), "{error}");
 }
 

@@ -38,7 +38,8 @@ pub(crate) struct Product<'a> {
     pub(super) rows: usize,
     pub(super) w: &'a PackedWeight,
     pub(super) bias: Option<&'a [f32]>,
-    /// Panels of a unit.
+    /// Panels of a tile, and of a unit.
+    tile_panels: usize,
     group: usize,
     groups: usize,
     /// Blocks of rows of a group.
@@ -47,6 +48,9 @@ pub(crate) struct Product<'a> {
 
 /// Rows below which a group is not cut.
 const ROWS_OF_BLOCK_MIN: usize = 32;
+/// From so many rows on, a unit has the panels of so many tiles.
+const ROWS_OF_WIDE_UNITS: usize = 96;
+const TILES_OF_WIDE_UNITS: usize = 4;
 /// Units a thread should get at least, where rows can be cut.
 const UNITS_PER_THREAD: usize = 3;
 
@@ -63,7 +67,9 @@ impl<'a> Product<'a> {
         let threads = parallel::threads();
         let sizes = tile::group_sizes(isa, rows, matches!(x, Input::Pairs(_)));
         let rounds = |size: usize| w.panels().div_ceil(size).div_ceil(threads) * size;
-        let group = sizes.iter().copied().min_by_key(|&size| rounds(size)).unwrap_or(1);
+        let tile_panels = sizes.iter().copied().min_by_key(|&size| rounds(size)).unwrap_or(1);
+        // Inputs of many rows are worth reading for several tiles' panels at once.
+        let group = tile_panels * if rows >= ROWS_OF_WIDE_UNITS { TILES_OF_WIDE_UNITS } else { 1 };
         let groups = w.panels().div_ceil(group);
         let row_blocks = (threads * UNITS_PER_THREAD).div_ceil(groups).min(rows / ROWS_OF_BLOCK_MIN).max(1);
         assert!(y.len() == rows * w.d_out() && bias.is_none_or(|bias| bias.len() == w.d_out()));
@@ -71,7 +77,12 @@ impl<'a> Product<'a> {
             Input::F32(x) => assert!(x.len() >= rows * w.d_in()),
             Input::Pairs(x) => assert!(x.len() >= rows * pair_stride(w.d_in()) && w.dtype() == Dtype::Bf16),
         }
-        Self { isa, y: SharedMut::new(y), x, rows, w, bias, group, groups, row_blocks }
+        Self { isa, y: SharedMut::new(y), x, rows, w, bias, tile_panels, group, groups, row_blocks }
+    }
+
+    /// Panels that tiles take together.
+    pub(super) const fn group_panels(&self) -> usize {
+        self.tile_panels
     }
 
     pub(crate) const fn units(&self) -> usize {

@@ -8,9 +8,10 @@ use crate::dtype::Dtype;
 use crate::simd::{Isa, Kernel, LANES, Line, Simd};
 use std::ops::Range;
 
-/// Inputs taken at a time when there are several tiles of rows: what a group needs of them stays in the caches. Between two
-/// runs the sums wait in `y`; storing an f32 does not change it.
-const K_BLOCK: usize = 512;
+/// Inputs taken at a time when there are several tiles of rows, and when there are many: what a unit needs of the weights
+/// stays in the second-level cache. Between two runs the sums wait in `y`; storing an f32 does not change it.
+const K_BLOCK: usize = 2048;
+const K_BLOCK_MANY: usize = 768;
 
 /// Up to so many rows the weights are fetched ahead of their use; beyond, arithmetic takes far longer than memory.
 const ROWS_FETCHED_AHEAD: usize = 64;
@@ -59,21 +60,30 @@ impl Group<'_> {
         let rows_max = O::rows_max::<S>();
         let tiles = self.rows.len().div_ceil(rows_max);
         let steps = w.d_in() / O::INPUTS;
-        let block = if tiles == 1 { steps } else { K_BLOCK / O::INPUTS };
+        let most = match self.rows.len() {
+            _ if tiles == 1 => steps,
+            rows if rows <= ROWS_FETCHED_AHEAD => K_BLOCK / O::INPUTS,
+            _ => K_BLOCK_MANY / O::INPUTS,
+        };
+        let block = steps.div_ceil(steps.div_ceil(most.max(1)).max(1)).max(1);
+        let group = self.product.group_panels();
         let mut first = 0;
         while first < steps.max(1) {
-            let end = (first + block.max(1)).min(steps);
+            let end = (first + block).min(steps);
             for tile in 0..tiles {
                 // Tiles of nearly equal height: one of a single row would wait for its own sums.
                 let row = |tile: usize| self.rows.start + self.rows.len() * tile / tiles;
                 let (row, next) = (row(tile), row(tile + 1));
                 let ahead = if self.rows.len() <= ROWS_FETCHED_AHEAD { (tile, tiles) } else { (0, 0) };
                 let part = Part { group: self, x, row, first, end, ahead };
-                let count = self.panels.len();
-                if O::group_fits(next - row, count) {
-                    part.rows::<S, O>(s, next - row, self.panels.start, count);
-                } else {
-                    self.panels.clone().for_each(|panel| part.rows::<S, O>(s, next - row, panel, 1));
+                let mut panel = self.panels.start;
+                while panel < self.panels.end {
+                    let count = match self.panels.end - panel {
+                        left if left >= group && O::group_fits(next - row, group) => group,
+                        _ => 1,
+                    };
+                    part.rows::<S, O>(s, next - row, panel, count);
+                    panel += count;
                 }
             }
             first = end.max(1);
