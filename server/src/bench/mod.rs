@@ -11,10 +11,12 @@ mod figures;
 mod machine;
 mod own_server;
 mod plan;
+mod plot;
 mod popularity;
 mod process;
 mod random_adapters;
 mod record;
+mod report;
 mod rng;
 mod run;
 mod sse;
@@ -24,11 +26,11 @@ mod workload;
 
 use std::process::ExitCode;
 
-use args::BenchArgs;
+use args::{BenchArgs, BenchCommand};
 
 pub(crate) fn main(args: BenchArgs) -> anyhow::Result<ExitCode> {
     match args.command {
-        Some(args::BenchCommand::Report(_)) => anyhow::bail!("report"),
+        Some(BenchCommand::Report(args)) => report::main(&args),
         None => run::main(args.run),
     }
 }

@@ -1,6 +1,6 @@
 //! A run: a server, its workloads in alternating rounds, and what came of them.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -19,7 +19,7 @@ use super::process::{Tree, own_cpu_s};
 use super::record::{self, Record, Server, WorkloadResult, covered};
 use super::target::{Adapters, Asked, Target, expand, expand_ids};
 use super::workload::{Overrides, Workload};
-use super::{random_adapters, table};
+use super::{random_adapters, report, table};
 use crate::args::{Command, ServeArgs};
 use crate::config::{self, Env};
 use crate::{command_line, demo};
@@ -35,6 +35,9 @@ pub(super) fn main(args: RunArgs) -> anyhow::Result<ExitCode> {
     print!("{}", table::page(&record));
     if let Some(path) = &args.output.json {
         record.write(path)?;
+    }
+    if let Some(path) = &args.output.plot {
+        fs::write(path, report::svg_of(&record)?).with_context(|| format!("cannot write {}", path.display()))?;
     }
     let failed = record.results.iter().any(|result| result.failed() > 0 || result.median.is_none());
     Ok(match (is_interrupted, failed || record.stopped.is_some()) {
