@@ -146,7 +146,8 @@ impl Layout<'_> {
             // Room for the number behind the longest bar.
             .build_cartesian_2d(0.0..largest * 1.18, (0..self.slots()).into_segmented())?;
         let name = |slot: &SegmentValue<usize>| match slot {
-            SegmentValue::CenterOf(slot) if names > 20 => self.name_at(*slot),
+            // Ordinary spaces at an end are not drawn.
+            SegmentValue::CenterOf(slot) if names > 20 => format!("{}\u{a0}\u{a0}", self.name_at(*slot)),
             _ => String::new(),
         };
         chart
