@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def check_record(record: dict, workloads: list[str], rounds: int):
     assert (record["schema"], record["repeats"], record["stopped"]) == ("loramux-bench/1", rounds, None)
     assert set(record["machine"]) == {"cpu", "cpus", "instruction_sets", "memory_bytes", "os"}
     assert record["machine"]["cpus"] >= 1 and record["machine"]["memory_bytes"] > 1 << 28
-    assert set(record["server"]) == {"url", "version", "base_model", "adapters", "command", "start_to_ready_s", "ready_rss_bytes",
+    assert set(record["server"]) == {"url", "version", "commit", "base_model", "adapters", "command", "start_to_ready_s", "ready_rss_bytes",
                                      "end_rss_bytes"}
     assert [result["workload"]["label"] for result in record["results"]] == workloads
     figures = {"wall_s", "output_tokens_per_s", "total_tokens_per_s", "requests_per_s", "ttft_ms", "itl_ms", "tpot_ms", "e2e_ms", "intruder",
@@ -217,6 +218,59 @@ def test_servers_that_send_no_token_ids_are_counted_by_usage(scripted, tmp_path)
     loras = {tuple(entry["scale"] for entry in body["lora"]) for body in server.bodies}
     assert loras == {(0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)}
     assert all("ignore_eos" not in body and body["n_probs"] == 0 and body["model"] == "m" for body in server.bodies)
+
+
+class Paced(http.server.BaseHTTPRequestHandler):
+    """Sends its first token after 80 ms and each of the others 20 ms after the one before."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        content = b'{"data": [{"id": "m"}]}'
+        self.send_response(200)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_POST(self):
+        tokens = json.loads(self.rfile.read(int(self.headers["content-length"])))["max_tokens"]
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for index in range(tokens):
+            time.sleep(0.08 if index == 0 else 0.02)
+            self.chunk(stream(text("a")))
+        self.chunk(stream("[DONE]"))
+        self.chunk(b"")
+
+    def chunk(self, content: bytes):
+        self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
+        self.wfile.flush()
+
+
+def test_times_are_those_of_a_server_whose_times_are_known(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Paced)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    out = tmp_path / "run.json"
+    try:
+        ended = bench("--url", f"http://127.0.0.1:{server.server_port}", "--workloads", "base", "--concurrency", "2", "--requests", "6",
+                      "--output-tokens", "11", "--repeats", "1", "--json", str(out))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads(out.read_text())["results"][0]["median"]
+    # A busy machine only adds to a time; so the lower bounds are strict and the upper ones are not.
+    assert 80 <= figures["ttft_ms"]["p50"] < 130, figures
+    assert 19.5 <= figures["itl_ms"]["p50"] < 40 and 20 <= figures["tpot_ms"]["p50"] < 40, figures
+    assert 280 <= figures["e2e_ms"]["p50"] < 560, figures
+    assert 3 * 0.28 <= figures["wall_s"] < 3 * 0.56, figures
+    assert figures["output_tokens_per_s"] == pytest.approx(66 / figures["wall_s"], rel=0.01)
 
 
 def test_failures_are_counted_by_kind_and_said(scripted):

@@ -143,6 +143,9 @@ pub(super) struct OutputArgs {
     /// What reports call the server
     #[arg(long, default_value = "loramux")]
     pub(super) name: String,
+    /// Source revision of the server, for the record
+    #[arg(long, value_name = "REVISION")]
+    pub(super) commit: Option<String>,
     /// Write everything that was measured to this file (docs/benchmarking.md has its fields)
     #[arg(long, value_name = "FILE")]
     pub(super) json: Option<PathBuf>,

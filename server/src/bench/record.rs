@@ -49,6 +49,8 @@ pub(crate) struct Server {
     pub(crate) url: String,
     /// What it says its version is.
     pub(crate) version: Option<String>,
+    /// Its source revision, if that was typed.
+    pub(crate) commit: Option<String>,
     /// Its base model.
     pub(crate) base_model: String,
     /// Adapters that the requests were spread over.

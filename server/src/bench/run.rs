@@ -3,7 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use serde_json::{Map, Value};
@@ -22,13 +22,17 @@ use super::workload::{Overrides, Workload};
 use super::{random_adapters, report, table};
 use crate::args::{Command, ServeArgs};
 use crate::config::{self, Env};
+use crate::serve::raise_open_files;
 use crate::{command_line, demo};
 
+/// How long a connection is kept for the next request.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// As after a signal from a terminal.
 const INTERRUPTED: u8 = 130;
 
 pub(super) fn main(args: RunArgs) -> anyhow::Result<ExitCode> {
     check(&args)?;
+    raise_open_files();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
     let mut is_interrupted = false;
     let record = runtime.block_on(measure(&args, &mut is_interrupted))?;
@@ -96,6 +100,8 @@ async fn measure(args: &RunArgs, is_interrupted: &mut bool) -> anyhow::Result<Re
         .http1_only()
         .redirect(reqwest::redirect::Policy::none())
         .pool_max_idle_per_host(usize::MAX)
+        // Less than the time after which servers close idle connections: a request never meets one that is closing.
+        .pool_idle_timeout(IDLE_TIMEOUT)
         .tcp_nodelay(true)
         .build()
         .context("cannot make an HTTP client")?;
@@ -174,6 +180,7 @@ async fn open(args: &RunArgs, http: &reqwest::Client, stop: &mut Stop) -> anyhow
     let server = Server {
         url: target.base_url.to_string(),
         version: target.version(http).await,
+        commit: args.output.commit.clone(),
         base_model: target.base_model.clone(),
         adapters: target.adapters.count(),
         command: own.as_ref().map(|own| own.command.clone()),
