@@ -145,6 +145,9 @@ def test_a_report_puts_servers_side_by_side(demo, tmp_path):
     assert "old" not in page and re.search(r"\| base \| \d+\.\d\d x theirs \|", page), page
     assert re.search(r"\| ours \| 2 \|", page) and re.search(r"\| theirs \| 1 \|", page), page
     assert ET.parse(plot).getroot().tag.endswith("svg")
+    document.write_text("somebody's text")
+    ended = bench("report", *map(str, files), "--markdown", str(document))
+    assert ended.returncode == 1 and document.read_text() == "somebody's text"
     assert bench("report", str(files[0])).stdout.startswith("Machine: ")
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}")

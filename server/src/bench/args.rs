@@ -157,8 +157,8 @@ pub(super) struct OutputArgs {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Files of the same name and workload are rounds of one server; medians are taken over all of them. The first file's server is
-held against the best of the others. With --markdown, a file that has the lines `<!-- loramux bench report -->` and
-`<!-- end of report -->` keeps what is around them.
+held against the best of the others. With --markdown, a file that exists must have the lines
+`<!-- loramux bench report -->` and `<!-- end of report -->`; what is around them stays.
 
 Example:
   loramux bench report loramux-1.json vllm-1.json loramux-2.json vllm-2.json --markdown docs/performance.md")]

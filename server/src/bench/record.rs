@@ -179,14 +179,16 @@ pub(super) fn covered<'a>(typed: impl Iterator<Item = &'a str>) -> Vec<String> {
     typed.map(&mut cover).collect()
 }
 
+/// Records whose figures can be checked by hand.
 #[cfg(test)]
-mod tests {
+pub(super) mod support {
     use super::super::client::Answered;
     use super::super::figures::{Cost, Outcomes};
     use super::super::workload::Overrides;
     use super::*;
 
-    fn result(typed: &str, walls_s: &[f64]) -> WorkloadResult {
+    /// A round for each of `walls_s`, of one request that got two tokens: in the middle and at the end.
+    pub(in super::super) fn result(typed: &str, walls_s: &[f64]) -> WorkloadResult {
         let mut result = WorkloadResult::new(Workload::parse(typed, &Overrides::default()).unwrap());
         for wall_s in walls_s {
             let arrivals_s = vec![wall_s / 2.0, *wall_s];
@@ -196,6 +198,31 @@ mod tests {
         }
         result
     }
+
+    /// A run of a server called `name`.
+    pub(in super::super) fn record(name: &str, mut results: Vec<WorkloadResult>) -> Record {
+        settle(&mut results);
+        Record {
+            schema: SCHEMA.to_owned(),
+            name: name.to_owned(),
+            client_version: "0".into(),
+            started_unix_s: 0,
+            command: Vec::new(),
+            seed: 0,
+            repeats: 1,
+            machine: Machine::default(),
+            server: Server { start_to_ready_s: Some(2.0), ready_rss_bytes: Some(3 << 20), ..Server::default() },
+            results,
+            stopped: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::figures::{Cost, Outcomes};
+    use super::support::result;
+    use super::*;
 
     #[test]
     fn adapters_are_held_against_the_base_of_the_same_load() {

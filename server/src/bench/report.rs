@@ -37,15 +37,23 @@ pub(super) fn svg_of(record: &Record) -> anyhow::Result<String> {
     Report::merge(vec![record.clone()])?.svg()
 }
 
-/// Replaces what is between the two lines, or the whole file where it does not have them.
+/// Replaces what is between the two lines, or makes a file that has them. A file without them is somebody's text.
 fn write_into(path: &Path, markdown: &str) -> anyhow::Result<()> {
-    let old = fs::read_to_string(path).unwrap_or_default();
-    let around = old.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let text = match around {
-        Some((before, after)) => format!("{before}{BEGIN}\n\n{markdown}\n{END}{after}"),
-        None => markdown.to_owned(),
+    let shown = path.display();
+    let written = format!("{BEGIN}\n\n{markdown}\n{END}");
+    let text = match fs::read_to_string(path) {
+        Ok(old) => {
+            let around = old.split_once(BEGIN).and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
+            match around {
+                Some((before, after)) => format!("{before}{written}{after}"),
+                None if old.trim().is_empty() => written + "\n",
+                None => bail!("{shown} is there and has no lines `{BEGIN}` and `{END}` to write between"),
+            }
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => written + "\n",
+        Err(error) => return Err(error).with_context(|| format!("cannot read {shown}")),
     };
-    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    fs::write(path, text).with_context(|| format!("cannot write {shown}"))
 }
 
 /// All runs of one server.
@@ -285,4 +293,73 @@ impl Served {
 /// Text that stays in its cell.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|").replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::support::{record, result};
+    use super::*;
+
+    #[test]
+    fn the_first_server_is_held_against_the_best_of_the_others_figure_by_figure() {
+        let report = Report::merge(vec![
+            record("ours", vec![result("base", &[1.0]), result("one", &[2.0])]),
+            record("slow", vec![result("base", &[4.0])]),
+            record("quick|er", vec![result("base", &[2.0])]),
+        ])
+        .unwrap();
+        let page = report.markdown();
+        // Two tokens in 1 s against two in 2 s; the first of them after 0.5 s against 1 s, and so the gap.
+        assert!(page.contains("| base | 2.00 x quick\\|er | 0.50 x quick\\|er | 0.50 x quick\\|er |"), "{page}");
+        assert!(page.contains("| one | - | - | - |"), "{page}");
+        assert!(page.contains("| ours | 1 | 1.00 | 1.50 |"), "{page}"); // `one`: 2 tokens and a prompt of 1 in 2 s
+        assert!(page.contains("| slow | - | 2.00 s | 3.00 MiB | - |"), "{page}");
+        let svg = report.svg().unwrap();
+        assert!(svg.contains("slow") && svg.contains("quick|er"), "{svg}");
+    }
+
+    #[test]
+    fn rounds_of_several_files_of_a_server_are_put_together() {
+        let files =
+            || [1.0, 9.0, 2.0].map(|wall_s| record("ours", vec![result("base", &[wall_s]), result("one", &[4.0])]));
+        let report = Report::merge(files().into()).unwrap();
+        assert_eq!(report.servers.len(), 1);
+        let [base, one] = &report.servers[0].results[..] else { panic!("two workloads") };
+        assert_eq!((base.rounds.len(), base.median.as_ref().unwrap().wall_s), (3, 2.0));
+        assert_eq!(one.against_base.as_ref().unwrap().output_tokens_per_s, 0.5);
+        assert!(!report.markdown().contains("against the best"));
+    }
+
+    #[test]
+    fn loads_that_differ_under_one_label_are_refused() {
+        let files = |name: &str| {
+            vec![
+                record("ours", vec![result("base:label=x", &[1.0])]),
+                record(name, vec![result("base:c=1:label=x", &[1.0])]),
+            ]
+        };
+        for name in ["ours", "theirs"] {
+            let error = Report::merge(files(name)).err().unwrap().to_string();
+            assert!(error.contains("`x`") && error.contains("not the same load"), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_the_part_between_the_lines_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("page.md");
+        let page = format!("{BEGIN}\n\nnew\n\n{END}");
+        write_into(&path, "new\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), format!("{page}\n"));
+        for (old, want) in [
+            (format!("a\n{BEGIN}\nold\n{END}\nb\n"), Some(format!("a\n{page}\nb\n"))),
+            (" \n".into(), Some(format!("{page}\n"))),
+            (format!("a {BEGIN} without an end"), None),
+            ("mine".into(), None),
+        ] {
+            fs::write(&path, &old).unwrap();
+            assert_eq!(write_into(&path, "new\n").is_ok(), want.is_some(), "{old}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), want.unwrap_or(old));
+        }
+    }
 }
