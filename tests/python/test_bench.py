@@ -276,6 +276,23 @@ def test_times_are_those_of_a_server_whose_times_are_known(tmp_path):
     assert figures["output_tokens_per_s"] == pytest.approx(66 / figures["wall_s"], rel=0.01)
 
 
+def test_no_run_repeats_the_prompts_of_another_unless_it_is_told_to(scripted):
+    def answer(bodies):
+        usage = {"choices": [], "usage": {"completion_tokens": bodies[-1]["max_tokens"]}}
+        return 200, "text/event-stream", stream(text("a"), usage, "[DONE]")
+
+    def prompts(*flags: str) -> set[tuple]:
+        server, url = scripted(answer)
+        ended = bench("--url", url, "--workloads", "base,base:label=again", *SMALL, *flags)
+        assert ended.returncode == 0, ended.stderr
+        found = [tuple(body["prompt"][:8]) for body in server.bodies[1:]]  # the first request looks whether the server answers
+        assert len(found) == len(set(found)) == 2 * (1 + 2 * 6)
+        return set(found)
+
+    assert not prompts() & prompts()
+    assert prompts("--seed", "5") == prompts("--seed", "5")
+
+
 def test_failures_are_counted_by_kind_and_said(scripted):
     def short_after_the_warm_up(bodies):
         if len(bodies) > 2 and len(bodies) % 2:

@@ -126,9 +126,10 @@ pub(super) struct LoadArgs {
     /// Measure the first load of each adapter too, in place of asking once for each before
     #[arg(long)]
     pub(super) cold_adapters: bool,
-    /// Lengths, prompts, adapters and arrivals are drawn from it
-    #[arg(long, default_value_t = 0)]
-    pub(super) seed: u64,
+    /// Lengths, prompts, popularity and arrivals are drawn from it. Default: another one for each run, so that no server has its
+    /// prompts in a cache; the record has it
+    #[arg(long, value_name = "N")]
+    pub(super) seed: Option<u64>,
     /// Prompts are random token ids below this, not of its first eighth
     #[arg(long, value_name = "N", default_value = "2048", value_parser = clap::value_parser!(u32).range(8..))]
     pub(super) vocabulary: u32,

@@ -11,17 +11,11 @@ use serde_json::json;
 use super::rng::Rng;
 
 /// Writes `dir/a0` .. and gives their names.
-pub(super) fn write(
-    dir: &Path,
-    spec: &DecoderSpec,
-    count: usize,
-    rank: usize,
-    seed: u64,
-) -> anyhow::Result<Vec<String>> {
+pub(super) fn write(dir: &Path, spec: &DecoderSpec, count: usize, rank: usize) -> anyhow::Result<Vec<String>> {
     let names: Vec<String> = (0..count).map(|i| format!("a{i}")).collect();
     for (index, name) in names.iter().enumerate() {
         let folder = dir.join(name);
-        write_one(&folder, spec, rank, &mut Rng::new(&[seed, 6, index as u64]))
+        write_one(&folder, spec, rank, &mut Rng::new(&[6, index as u64]))
             .with_context(|| format!("cannot write a random adapter to {}", folder.display()))?;
     }
     Ok(names)
@@ -87,11 +81,11 @@ mod tests {
         let spec =
             loramux_models::describe(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/demo/base"))).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(write(dir.path(), &spec, 2, 5, 1).unwrap(), ["a0", "a1"]);
+        assert_eq!(write(dir.path(), &spec, 2, 5).unwrap(), ["a0", "a1"]);
         let bytes = |name: &str| fs::read(dir.path().join(name).join("adapter_model.safetensors")).unwrap();
         let (first, second) = (bytes("a0"), bytes("a1"));
         assert_ne!(first, second);
-        write(dir.path(), &spec, 1, 5, 1).unwrap();
+        write(dir.path(), &spec, 1, 5).unwrap();
         assert_eq!(bytes("a0"), first);
         let found = adapter::check(&dir.path().join("a1"), &spec, &AdapterLimits::default());
         assert!(found.refusals.is_empty(), "{:?}", found.refusals);

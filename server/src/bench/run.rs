@@ -105,12 +105,13 @@ async fn measure(args: &RunArgs, is_interrupted: &mut bool) -> anyhow::Result<Re
         .tcp_nodelay(true)
         .build()
         .context("cannot make an HTTP client")?;
-    let started_unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seed = args.load.seed.unwrap_or(u64::from(now.subsec_nanos()) ^ now.as_secs());
     let mut measured = open(args, &http, &mut stop).await?;
     let workloads = workloads(args, &measured.target)?;
     let client = Client::new(http, measured.target.clone(), args.load.timeout);
     let mut results: Vec<WorkloadResult> = workloads.into_iter().map(WorkloadResult::new).collect();
-    let mut rounds = Rounds { args, client: &client, stop: &mut stop, measured: &mut measured };
+    let mut rounds = Rounds { args, seed, client: &client, stop: &mut stop, measured: &mut measured };
     let ended = rounds.all(&mut results).await;
     let stopped = match ended {
         Ok(()) => None,
@@ -128,9 +129,9 @@ async fn measure(args: &RunArgs, is_interrupted: &mut bool) -> anyhow::Result<Re
         schema: record::SCHEMA.to_owned(),
         name: args.output.name.clone(),
         client_version: env!("CARGO_PKG_VERSION").to_owned(),
-        started_unix_s,
+        started_unix_s: now.as_secs(),
         command: covered(std::iter::once("loramux").chain(typed.iter().map(String::as_str))),
-        seed: args.load.seed,
+        seed,
         repeats: args.load.repeats as usize,
         machine: Machine::here(),
         server: measured.server,
@@ -220,7 +221,7 @@ fn make_adapters(args: &RunArgs, count: usize, dir: &Path) -> anyhow::Result<Vec
     };
     let spec = loramux_models::describe(&model).with_context(|| format!("--model-id {}", model.display()))?;
     eprintln!("making {count} random adapters of rank {}", args.server.rank);
-    random_adapters::write(dir, &spec, count, args.server.rank as usize, args.load.seed)
+    random_adapters::write(dir, &spec, count, args.server.rank as usize)
 }
 
 /// The workloads that were asked for, if the server has what they need.
@@ -254,6 +255,7 @@ enum Ended {
 
 struct Rounds<'a> {
     args: &'a RunArgs,
+    seed: u64,
     client: &'a Client,
     stop: &'a mut Stop,
     measured: &'a mut Measured,
@@ -296,7 +298,7 @@ impl Rounds<'_> {
     }
 
     fn seed(&self, workload: usize, round: u64) -> Seed {
-        Seed { run: self.args.load.seed, workload: workload as u64, round, vocabulary: self.args.load.vocabulary }
+        Seed { run: self.seed, workload: workload as u64, round, vocabulary: self.args.load.vocabulary }
     }
 
     /// Sends one short request for each adapter that may be drawn, and for the base.
