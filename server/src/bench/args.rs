@@ -20,19 +20,20 @@ Workloads (16 requests at a time, prompts of 128 tokens, replies of 64, unless i
   skewed                   four of five requests use the first adapter
   prefill, prefill-one     4 at a time, prompts of 1024, replies of 1; without and with an adapter
   shared-prefix            prompts of 512, of which 448 are common to all
-  churn                    4 at a time, replies of 16, for more adapters than the server holds at once
+  churn                    4 at a time, replies of 16: for more adapters than fit
   long-prefill-intruder    8 streams of 256 tokens, and one prompt of 2048 in their middle
-A workload changes by NAME:KEY=VALUE, with the keys concurrency (c), rate, requests, prompt, output, prefix, intruder,
-popularity and label. A key wins over a flag, a flag over what the workload says itself.
+A workload changes by NAME:KEY=VALUE, with the keys concurrency (c), rate, requests, prompt,
+output, prefix, intruder, popularity and label. A key wins over a flag, and a flag over what the
+workload says itself.
 
 Examples:
-  loramux bench                                                      the built-in demo model
+  loramux bench                                           the built-in demo model
   loramux bench --adapters 16 --workloads base,one,distinct -- --model-id ./SmolLM2-135M
-  loramux bench --workloads base:c=1,base,distinct --json loramux.json --plot loramux.svg --adapters 16 -- --model-id ./model
-  loramux bench --url http://localhost:8000 --models 'a{0..15}' --workloads base,distinct --name vllm --json vllm.json
-  loramux bench --url http://localhost:8080 --lora-ids 0..15 --workloads distinct --name llama.cpp --json llama.json
+  loramux bench --workloads base:c=1,base --json ours.json --plot ours.svg -- --model-id ./model
+  loramux bench --url http://localhost:8000 --models 'a{0..15}' --name vllm --json vllm.json
+  loramux bench --url http://localhost:8080 --lora-ids 0..15 --name llama.cpp --json llama.json
   loramux bench --adapters 64 --workloads churn -- --model-id ./model --max-loras 8
-  loramux bench report loramux.json vllm.json llama.json --markdown report.md --plot report.svg
+  loramux bench report ours.json vllm.json llama.json --markdown report.md --plot report.svg
 
 Exit codes: 0 done, 1 requests failed or nothing could be measured, 130 interrupted (what was measured is printed).";
 

@@ -202,8 +202,9 @@ impl Workload {
         if !(1..=REQUESTS_MAX).contains(&self.concurrency) || !(1..=REQUESTS_MAX).contains(&self.requests) {
             return Err(format!("concurrency and requests must be 1 to {REQUESTS_MAX}"));
         }
-        if self.rate_per_s.is_some_and(|rate| !(rate > 0.0 && rate.is_finite())) {
-            return Err("a rate is more than 0 requests a second".into());
+        // Slower ones would not end in a lifetime; a faster one is a closed loop.
+        if self.rate_per_s.is_some_and(|rate| !(1e-3..=1e6).contains(&rate)) {
+            return Err("a rate is 0.001 to 1000000 requests a second".into());
         }
         if self.prefix_tokens >= self.prompt_tokens.min {
             let (prefix, prompt) = (self.prefix_tokens, self.prompt_tokens);
@@ -276,7 +277,8 @@ mod tests {
             ("base:c", "not KEY=VALUE"),
             ("base:c=0", "1 to"),
             ("base:c=-1", "whole number"),
-            ("base:rate=0", "more than 0"),
+            ("base:rate=0", "0.001 to"),
+            ("base:rate=nan", "0.001 to"),
             ("base:prompt=9-3", "64-256"),
             ("base:prompt=0", "64-256"),
             ("base:prefix=128", "leaves no token"),
