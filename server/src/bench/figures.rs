@@ -233,6 +233,8 @@ mod tests {
     fn percentiles_and_medians_are_those_of_the_sorted_values() {
         let points = Percentiles::of((1..=101).rev().map(f64::from).collect());
         assert_eq!(points, Some(Percentiles { p50: 51.0, p90: 91.0, p99: 100.0 }));
+        let points = Percentiles::of((1..=8).map(f64::from).collect());
+        assert_eq!(points, Some(Percentiles { p50: 5.0, p90: 7.0, p99: 8.0 }));
         assert_eq!(Percentiles::of(vec![7.0]), Some(Percentiles { p50: 7.0, p90: 7.0, p99: 7.0 }));
         assert_eq!(Percentiles::of(Vec::new()), None);
         assert_eq!(median([3.0, 1.0, 2.0].into_iter()), Some(2.0));
@@ -260,14 +262,15 @@ mod tests {
     #[test]
     fn gaps_beside_a_long_prompt_are_told_from_the_others() {
         let outcomes = Outcomes {
-            answered: vec![answered(0.0, &[1.0, 2.0, 5.0, 6.0, 7.5])],
+            answered: vec![answered(0.0, &[1.0, 2.0, 2.75, 6.75, 8.25])],
             intruder: Some(answered(2.5, &[5.5])),
             ..Outcomes::default()
         };
         let intruder = outcomes.round(Cost::default()).figures.intruder.unwrap();
         assert_eq!(intruder.ttft_ms, 3000.0);
-        assert_eq!(intruder.beside_ms.unwrap().p99, 3000.0); // 2 to 5, and 5 to 6
-        assert_eq!(intruder.without_ms.unwrap().p99, 1500.0);
+        // It ran from 2.5 to 5.5: in the gap from 2 to 2.75 and in that to 6.75, not in the first and the last.
+        let (beside, without) = (intruder.beside_ms.unwrap(), intruder.without_ms.unwrap());
+        assert_eq!((beside.p50, beside.p99, without.p50, without.p99), (4000.0, 4000.0, 1500.0, 1500.0));
     }
 
     #[test]

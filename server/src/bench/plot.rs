@@ -202,6 +202,15 @@ mod tests {
     }
 
     #[test]
+    fn workloads_stand_from_above_with_their_servers_together_and_named_in_the_middle() {
+        let layout = Layout { bars: &[], workloads: &["x", "y"], servers: 3 };
+        let slots = |workload| [0, 1, 2].map(|server| layout.slot(workload, server));
+        assert_eq!((layout.slots(), slots(0), slots(1)), (8, [6, 5, 4], [2, 1, 0]));
+        let names: Vec<String> = (0..8).map(|slot| layout.name_at(slot)).collect();
+        assert_eq!(names, ["", "y", "", "", "", "x", "", ""]);
+    }
+
+    #[test]
     fn nothing_and_zero_can_be_drawn() {
         assert!(svg(&[], &[]).unwrap().contains("</svg>"));
         let none = Bar { ttft_ms: None, ..bar("\u{1}", 0, 0.0) };
