@@ -62,9 +62,9 @@ soak minutes="10" report="adapter_soak.json":
 bench-ops:
     cargo run --release -p loramux-kernels --example bench_ops
 
-# Tokens per second of a running server: `just bench --model demo`
+# Tokens per second, times to tokens: `just bench --adapters 16 -- --model-id ./model` (docs/benchmarking.md)
 bench *args:
-    {{python}} tests/python/bench.py {{args}}
+    cargo run --release -- bench {{args}}
 
 # All that CI does
 ci:

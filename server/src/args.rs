@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use secrecy::SecretString;
 
 use crate::adapters_cli::args::AdaptersArgs;
+use crate::bench::args::BenchArgs;
 use crate::config::observe::ObserveArgs;
 use crate::config::parsers::{PoolingArg, ReasoningParserArg, ToolCallParser, parse_isa};
 use crate::doctor::args::{DoctorArgs, WarmArgs};
@@ -39,6 +40,8 @@ pub(crate) enum Command {
     Doctor(Box<DoctorArgs>),
     /// Look at and change the adapters of a running server, or check one without a server
     Adapters(AdaptersArgs),
+    /// Measure this server, or any other that speaks OpenAI's API; compare runs
+    Bench(Box<BenchArgs>),
     /// Compile the CUDA kernels of models into the cache; needs the compiler (NVRTC) and no GPU
     WarmKernels(WarmArgs),
     /// Execute steps for a router; started by `serve`
@@ -453,7 +456,7 @@ fn parse_time_scale(text: &str) -> Result<f64, String> {
 }
 
 /// `30`, `0.5`, `30s`, `500ms`.
-fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
+pub(crate) fn parse_seconds(text: &str) -> Result<std::time::Duration, String> {
     let (number, scale) = match text.strip_suffix("ms") {
         Some(number) => (number, 0.001),
         None => (text.strip_suffix('s').unwrap_or(text), 1.0),

@@ -25,7 +25,7 @@ pub(crate) fn parse(env: &Env) -> Cli {
 }
 
 /// The same of `typed`, program name included.
-fn read(typed: Vec<OsString>, env: &Env) -> Result<Cli, clap::Error> {
+pub(crate) fn read(typed: Vec<OsString>, env: &Env) -> Result<Cli, clap::Error> {
     let plain = command(&Defaults::new());
     let mut matches = plain.clone().try_get_matches_from(&typed)?;
     let mut defaults = Defaults::new();

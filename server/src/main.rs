@@ -2,6 +2,7 @@
 
 mod adapters_cli;
 mod args;
+mod bench;
 mod command_line;
 mod config;
 mod demo;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         None => serve::main(cli.serve).map(|()| ExitCode::SUCCESS),
         Some(Command::Serve(args)) => serve::main(*args).map(|()| ExitCode::SUCCESS),
         Some(Command::Doctor(args)) => doctor::main(&args),
+        Some(Command::Bench(args)) => bench::main(*args),
         Some(Command::Adapters(args)) => adapters_cli::main(args),
         Some(Command::WarmKernels(args)) => doctor::warm::main(&args).map(|()| ExitCode::SUCCESS),
         Some(Command::Shard(args)) => shard_main(&args).map(|()| ExitCode::SUCCESS),

@@ -90,7 +90,7 @@ fn keep_memory_private() {
 }
 
 /// As many open files as the system allows: the usual soft limit of 1024 is less than the connections this server takes.
-fn raise_open_files() {
+pub(crate) fn raise_open_files() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both calls read or write one `rlimit` of this frame.
     let outcome = unsafe {
