@@ -120,10 +120,6 @@ impl<const VNNI: bool> Vector for Avx2<VNNI> {
         both!(_half => _mm256_set1_epi32(x))
     }
     #[inline(always)]
-    fn times_power(self, a: Self::I, bits: u32) -> Self::I {
-        both!(i => _mm256_sllv_epi32(a[i], _mm256_set1_epi32(bits.cast_signed())))
-    }
-    #[inline(always)]
     fn low_byte(self, a: Self::I) -> Self::I {
         both!(i => _mm256_and_si256(a[i], _mm256_set1_epi32(0xff)))
     }

@@ -62,10 +62,6 @@ impl Vector for Avx512Vnni {
         op!(_mm512_set1_epi32(x))
     }
     #[inline(always)]
-    fn times_power(self, a: __m512i, bits: u32) -> __m512i {
-        op!(_mm512_sllv_epi32(a, _mm512_set1_epi32(bits.cast_signed())))
-    }
-    #[inline(always)]
     fn low_byte(self, a: __m512i) -> __m512i {
         op!(_mm512_and_si512(a, _mm512_set1_epi32(0xff)))
     }

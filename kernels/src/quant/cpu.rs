@@ -1,6 +1,6 @@
 //! The definition and the panel kernel.
 
-use super::activations::{Activations, RowTile, TILE_ROWS};
+use super::activations::{Activations, Numbers, RowTile, TILE_ROWS};
 use super::format::{QuantFormat, SUB, SUBS_OF_K};
 use super::isa::{Groups, Isa, Kernel, Vector};
 use super::pack::{GROUPS, PANEL, QuantWeight, Segment, Words, lines_of_sub};
@@ -15,9 +15,9 @@ pub(super) fn reference(y: &mut [f32], x: &[f32], w: &QuantWeight, bias: Option<
         for (o, y) in y.iter_mut().enumerate() {
             let (segment, o_in) = w.segment(o);
             let mut sum = 0.0f32;
-            for (sub, (numbers, scale)) in x.iter().enumerate() {
-                let term = |k: usize| segment.number(o_in, sub * SUB + k) * i32::from(numbers.0[k]);
-                let whole = |range: std::ops::Range<usize>| range.map(term).sum::<i32>() as f32 * scale.scale;
+            for (sub, x) in x.iter().enumerate() {
+                let term = |k: usize| segment.number(o_in, sub * SUB + k) * i32::from(x.numbers[k]);
+                let whole = |range: std::ops::Range<usize>| range.map(term).sum::<i32>() as f32 * x.scale;
                 let [first, second] = segment.factors(o_in, sub);
                 if segment.format.has_halves() {
                     sum = whole(0..SUB / 2).mul_add(first, sum);
@@ -25,7 +25,7 @@ pub(super) fn reference(y: &mut [f32], x: &[f32], w: &QuantWeight, bias: Option<
                 } else {
                     sum = whole(0..SUB).mul_add(first, sum);
                     if segment.format.has_min() {
-                        sum = scale.sum.mul_add(second, sum);
+                        sum = x.sum.mul_add(second, sum);
                     }
                 }
             }
@@ -160,7 +160,8 @@ impl PanelRows<'_> {
         let mut row = 0;
         while row < self.tile.rows {
             row += match self.tile.rows - row {
-                16.. if S::ROWS >= 16 => self.run::<S, F, 16>(s, row),
+                // Two factors and two products at once leave no registers for the sums of 16 rows.
+                16.. if S::ROWS >= 16 && !F::FORMAT.has_halves() => self.run::<S, F, 16>(s, row),
                 8.. if S::ROWS >= 8 => self.run::<S, F, 8>(s, row),
                 4.. if S::ROWS >= 4 => self.run::<S, F, 4>(s, row),
                 2.. => self.run::<S, F, 2>(s, row),
@@ -177,9 +178,7 @@ impl PanelRows<'_> {
         }
         let Self { segment, tile, .. } = *self;
         let subs = segment.subs;
-        assert!(
-            row + M <= tile.rows && tile.numbers.len() == subs * tile.rows && tile.scales.len() == tile.numbers.len()
-        );
+        assert!(row + M <= tile.rows && tile.numbers.len() == subs * tile.rows);
         let (lines, words) = (segment.panel_lines(self.panel), segment.panel_words(self.panel));
         let supers = segment.panel_supers(self.panel);
         let mut sums = [s.zero(); M];
@@ -195,11 +194,18 @@ impl PanelRows<'_> {
                 let (first, second) = factors::<S, F>(s, words, supers);
                 Sub { groups: groups::<S, F>(s, lines), first, second }
             };
-            for (m, sum) in sums.iter_mut().enumerate() {
-                let at = sub * tile.rows + row + m;
-                // SAFETY: `row + m < tile.rows`, so `at` is in the tile, as asserted.
-                *sum = unsafe { add_sub::<S, F>(s, *sum, &w, tile, at) };
+            // SAFETY: `row + m < tile.rows`, so the rows are in the tile, as asserted.
+            let x = unsafe { tile.numbers.as_ptr().add(sub * tile.rows + row) };
+            // Written out, so that the sums stay in registers.
+            macro_rules! rows {
+                ($($m:literal)*) => {$(
+                    if $m < M {
+                        // SAFETY: as above.
+                        sums[$m] = add_sub::<S, F>(s, sums[$m], &w, unsafe { &*x.add($m) });
+                    }
+                )*};
             }
+            rows!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
         }
         for (m, sum) in sums.into_iter().enumerate() {
             self.store(s.to_array(sum), self.first_row + row + m);
@@ -280,42 +286,39 @@ unsafe fn factors<S: Vector, F: Form>(s: S, words: *const Words, supers: *const 
     }
 }
 
-/// `sum` and the products of one sub-block with sub-block `at` of the tile's rows.
-///
-/// # Safety
-/// `at` must be in the tile.
+/// `sum` and the products of one sub-block with one row of `x`.
 #[inline(always)]
-unsafe fn add_sub<S: Vector, F: Form>(s: S, mut sum: S::F, w: &Sub<S>, tile: &RowTile, at: usize) -> S::F {
-    // SAFETY: the caller vouches for `at`.
-    let (x, row) = unsafe { (tile.numbers.as_ptr().add(at).cast::<i8>(), &*tile.scales.as_ptr().add(at)) };
+fn add_sub<S: Vector, F: Form>(s: S, sum: S::F, w: &Sub<S>, x: &Numbers) -> S::F {
     let center = F::FORMAT.center() - if F::FORMAT.bits() == 8 { S::DOT_CENTER } else { 0 };
-    // What the numbers are stored too high, times the sum of the activations.
-    let start = |minus_sum: i32| match center {
-        0 => s.splat_i32(0),
-        center => s.times_power(s.splat_i32(minus_sum), center.trailing_zeros()),
+    // What the numbers of `w` are stored too high, times those of `x`.
+    let off = match center {
+        0 => 0,
+        8 => x.off[0],
+        16 => x.off[1],
+        _ => x.off[2],
     };
-    let scale = s.splat(row.scale);
+    let scale = s.splat(x.scale);
+    let p = x.numbers.as_ptr();
     macro_rules! dot {
-        ($start:expr, $groups:expr, $x:expr) => {
-            // SAFETY: the 32 numbers at `x` are those of eight groups; `quantise` makes none below -127.
-            s.mul(
-                s.to_f32(unsafe {
-                    match F::FORMAT.bits() {
-                        4 => s.dot::<4>($start, $groups, $x),
-                        5 => s.dot::<5>($start, $groups, $x),
-                        6 => s.dot::<6>($start, $groups, $x),
-                        _ => s.dot::<8>($start, $groups, $x),
-                    }
-                }),
-                scale,
-            )
-        };
+        ($off:expr, $groups:expr, $first:expr) => {{
+            // SAFETY: the 32 numbers at `p` are those of eight groups, the first or the last 16 those of four; `quantise`
+            // makes none below -127.
+            let whole = unsafe {
+                match F::FORMAT.bits() {
+                    4 => s.dot::<4>(s.splat_i32($off), $groups, p.add($first)),
+                    5 => s.dot::<5>(s.splat_i32($off), $groups, p.add($first)),
+                    6 => s.dot::<6>(s.splat_i32($off), $groups, p.add($first)),
+                    _ => s.dot::<8>(s.splat_i32($off), $groups, p.add($first)),
+                }
+            };
+            s.mul(s.to_f32(whole), scale)
+        }};
     }
     if F::FORMAT.has_halves() {
         let (first, last) = w.groups.split_at(GROUPS / 2);
-        sum = s.fma(dot!(start(row.minus_first), first, x), w.first, sum);
-        return s.fma(dot!(start(row.minus_sum - row.minus_first), last, x.add(SUB / 2)), w.second, sum);
+        let sum = s.fma(dot!(x.off_halves[0], first, 0), w.first, sum);
+        return s.fma(dot!(x.off_halves[1], last, SUB / 2), w.second, sum);
     }
-    sum = s.fma(dot!(start(row.minus_sum), &w.groups, x), w.first, sum);
-    if F::FORMAT.has_min() { s.fma(s.splat(row.sum), w.second, sum) } else { sum }
+    let sum = s.fma(dot!(off, &w.groups, 0), w.first, sum);
+    if F::FORMAT.has_min() { s.fma(s.splat(x.sum), w.second, sum) } else { sum }
 }

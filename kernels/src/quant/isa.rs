@@ -94,8 +94,6 @@ pub(super) trait Vector: Copy {
     fn to_array(self, a: Self::F) -> [f32; PANEL];
 
     fn splat_i32(self, x: i32) -> Self::I;
-    /// `a * 2^bits`.
-    fn times_power(self, a: Self::I, bits: u32) -> Self::I;
     /// The lowest byte of each lane.
     fn low_byte(self, a: Self::I) -> Self::I;
     /// The lowest byte of each lane, which has a sign.

@@ -43,10 +43,6 @@ impl Vector for Portable {
         [x; PANEL]
     }
     #[inline(always)]
-    fn times_power(self, a: Self::I, bits: u32) -> Self::I {
-        a.map(|a| a << bits)
-    }
-    #[inline(always)]
     fn low_byte(self, a: Self::I) -> Self::I {
         a.map(|a| a & 0xff)
     }
