@@ -50,7 +50,7 @@ pub use lora_gain_shift::lora_gain_shift;
 pub use lora_shrink::{lora_identity_shrink, lora_shrink};
 pub use norm::{add, add_rms_norm, rms_norm};
 pub use parallel::in_pool;
-pub use quant::{QuantFormat, QuantPart, QuantWeight, quant_linear};
+pub use quant::{Matrix, QuantFormat, QuantPart, QuantWeight, quant_linear};
 pub use rope::{RopeAngles, rope_store};
 pub use rows::Rows;
 pub use simd::isa_name;

@@ -2,7 +2,7 @@
 
 mod support;
 
-use loramux_kernels::Dtype;
+use loramux_kernels::{ArenaDtype, Dtype, QuantFormat};
 use loramux_models::adapter::{self, AdapterLimits};
 use loramux_models::{LoadFormat, LoadOptions, RopeScaling, load, text_files};
 use serde_json::{Value, json};
@@ -375,4 +375,48 @@ fn dummy_weights_depend_on_the_seed_only() {
     assert_eq!(logits[0], logits[1]);
     assert_ne!(logits[0], logits[2]);
     assert!(logits.iter_mut().flatten().flatten().all(|logit| logit.is_finite()));
+}
+
+/// Logits of a GGUF whose weights stay quantised beside those of the dequantised ones; the largest difference and the largest
+/// logit. Formats are of ggml's numbers.
+fn kept(kind_of: impl Fn(&str) -> u32) -> (f32, f32) {
+    let config = config("llama");
+    let weights = tiny_weights(&config, SEED);
+    let (entries, _) = convert(&weights, Some((8, 2)), kind_of);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    write(dir.path(), "model.gguf", Gguf::new(metadata("llama", &config), entries).bytes());
+    let mut random = Random(SEED);
+    let tokens: Vec<u32> = (0..17).map(|_| random.below(101) as u32).collect();
+    let [kept, plain] = [None, Some(Dtype::F32)].map(|dtype| {
+        let path = dir.path().join("model.gguf");
+        Runner::new(&path, dtype, 64 << 10, 256).with_kv(ArenaDtype::F32).whole(&tokens, &[])
+    });
+    (support::runner::max_difference(&kept, &plain), plain.iter().flatten().fold(0.0, |most, x| most.max(x.abs())))
+}
+
+#[test]
+fn weights_that_stay_quantised_give_the_dequantised_ones_logits() {
+    for kind in [2, 3, 6, 7, 8, 12, 13, 14] {
+        let (difference, largest) = kept(|_| kind);
+        // The activations are rounded to 8 bits.
+        assert!(difference > 0.0 && difference < 0.02 * largest, "type {kind}: {difference} of {largest}");
+    }
+    // As llama.cpp's Q4_K_M: q and k in one format, v in another.
+    let (difference, largest) = kept(|name| if name.contains("v_proj") || name.contains("down") { 14 } else { 12 });
+    assert!(difference > 0.0 && difference < 0.02 * largest, "mixed: {difference} of {largest}");
+}
+
+#[test]
+fn quantised_weights_take_as_much_memory_as_in_the_file() {
+    let config = config("llama");
+    let (entries, _) = convert(&tiny_weights(&config, SEED), Some((8, 2)), |_| 12);
+    let file_bytes: usize = entries.iter().map(|entry| entry.data.len()).sum();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    write(dir.path(), "model.gguf", Gguf::new(metadata("llama", &config), entries).bytes());
+    let load = |dtype| load(dir.path(), &LoadOptions { dtype, ..LoadOptions::default() }, &mut |_| ()).expect("loads");
+    let (kept, dequantised) = (load(None), load(Some(Dtype::Bf16)));
+    assert_eq!((kept.quantised, dequantised.quantised), (Some(QuantFormat::Q4_K), None));
+    let (kept, dequantised) = (kept.weight_bytes as f64, dequantised.weight_bytes as f64);
+    // The vocabulary of 101 fills the panels of the embedding and the head badly.
+    assert!(kept < 1.1 * file_bytes as f64 && kept < dequantised / 3.0, "{kept} of {file_bytes}, {dequantised}");
 }

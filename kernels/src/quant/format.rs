@@ -9,7 +9,7 @@ pub(super) const SUB: usize = 32;
 pub(super) const SUBS_OF_K: usize = 8;
 
 /// How a file stores a weight. `d`, `m`, `dmin` are half-precision factors, `s` and `t` whole numbers for each sub-block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[allow(non_camel_case_types, reason = "the names that files and tools use")]
 pub enum QuantFormat {
     /// 4 bits: `(q - 8) d`.

@@ -16,12 +16,14 @@ mod avx512;
 mod cpu;
 mod format;
 mod isa;
+mod matrix;
 mod pack;
 mod portable;
 #[cfg(test)]
 mod tests;
 
 pub use format::QuantFormat;
+pub use matrix::Matrix;
 pub use pack::{QuantPart, QuantWeight};
 
 use crate::error::{OpError, same};
