@@ -2,7 +2,7 @@
 
 mod support;
 
-use loramux_kernels::{ArenaDtype, Dtype, QuantFormat};
+use loramux_kernels::{ArenaDtype, Dtype, Matrix, QuantFormat};
 use loramux_models::adapter::{self, AdapterLimits};
 use loramux_models::{LoadFormat, LoadOptions, RopeScaling, load, text_files};
 use serde_json::{Value, json};
@@ -377,9 +377,9 @@ fn dummy_weights_depend_on_the_seed_only() {
     assert!(logits.iter_mut().flatten().flatten().all(|logit| logit.is_finite()));
 }
 
-/// Logits of a GGUF whose weights stay quantised beside those of the dequantised ones; the largest difference and the largest
-/// logit. Formats are of ggml's numbers.
-fn kept(kind_of: impl Fn(&str) -> u32) -> (f32, f32) {
+/// How far the logits of a GGUF whose weights stay quantised are from those of the dequantised ones: root mean squares,
+/// relative. Formats are ggml's numbers.
+fn distance(kind_of: impl Fn(&str) -> u32) -> f32 {
     let config = config("llama");
     let weights = tiny_weights(&config, SEED);
     let (entries, _) = convert(&weights, Some((8, 2)), kind_of);
@@ -389,21 +389,54 @@ fn kept(kind_of: impl Fn(&str) -> u32) -> (f32, f32) {
     let tokens: Vec<u32> = (0..17).map(|_| random.below(101) as u32).collect();
     let [kept, plain] = [None, Some(Dtype::F32)].map(|dtype| {
         let path = dir.path().join("model.gguf");
-        Runner::new(&path, dtype, 64 << 10, 256).with_kv(ArenaDtype::F32).whole(&tokens, &[])
+        let logits = Runner::new(&path, dtype, 64 << 10, 256).with_kv(ArenaDtype::F32).whole(&tokens, &[]);
+        logits.into_iter().flatten().collect::<Vec<f32>>()
     });
-    (support::runner::max_difference(&kept, &plain), plain.iter().flatten().fold(0.0, |most, x| most.max(x.abs())))
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+    (square(&mut kept.iter().zip(&plain).map(|(a, b)| a - b)) / square(&mut plain.iter().copied())).sqrt()
 }
 
 #[test]
 fn weights_that_stay_quantised_give_the_dequantised_ones_logits() {
     for kind in [2, 3, 6, 7, 8, 12, 13, 14] {
-        let (difference, largest) = kept(|_| kind);
-        // The activations are rounded to 8 bits.
-        assert!(difference > 0.0 && difference < 0.02 * largest, "type {kind}: {difference} of {largest}");
+        let distance = distance(|_| kind);
+        // The activations are rounded to 8 bits, eight products deep.
+        assert!(distance > 0.0 && distance < 0.06, "type {kind}: {distance}");
     }
     // As llama.cpp's Q4_K_M: q and k in one format, v in another.
-    let (difference, largest) = kept(|name| if name.contains("v_proj") || name.contains("down") { 14 } else { 12 });
-    assert!(difference > 0.0 && difference < 0.02 * largest, "mixed: {difference} of {largest}");
+    let distance = distance(|name| if name.contains("v_proj") || name.contains("down") { 14 } else { 12 });
+    assert!(distance > 0.0 && distance < 0.06, "mixed: {distance}");
+}
+
+#[track_caller]
+fn assert_elements(matrix: &Matrix, parts: &[&Tensor]) {
+    let Matrix::Quant(weight) = matrix else { panic!("it was dequantised") };
+    let mut row = 0;
+    for values in parts.iter().flat_map(|part| part.values.chunks(part.shape[1])) {
+        let found: Vec<f32> = (0..values.len()).map(|k| weight.element(row, k)).collect();
+        assert_eq!(found, values, "row {row}");
+        row += 1;
+    }
+    assert_eq!(row, weight.d_out());
+}
+
+#[test]
+fn elements_of_quantised_weights_are_the_dequantised_ones() {
+    let config = config("llama");
+    let weights = tiny_weights(&config, SEED);
+    for kind in [2, 3, 6, 7, 8, 12, 13, 14] {
+        let (entries, seen) = convert(&weights, Some((8, 2)), |name| if name.contains("v_proj") { 8 } else { kind });
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        write(dir.path(), "model.gguf", Gguf::new(metadata("llama", &config), entries).bytes());
+        let model = load(dir.path(), &LoadOptions::default(), &mut |_| ()).expect("loads");
+        let of = |name: &str| &seen[&format!("model.layers.1.{name}.weight")];
+        let layer = &model.weights.layers[1];
+        assert_elements(&model.weights.embedding, &[&seen["model.embed_tokens.weight"]]);
+        let qkv = ["q_proj", "k_proj", "v_proj"].map(|name| of(&format!("self_attn.{name}")));
+        assert_elements(&layer.qkv, &qkv);
+        assert_elements(&layer.down, &[of("mlp.down_proj")]);
+        assert_elements(&layer.gate_up, &[of("mlp.gate_proj"), of("mlp.up_proj")]);
+    }
 }
 
 #[test]
