@@ -76,9 +76,9 @@ fn bench_linear(model: Model) -> Result<(), Failure> {
     for (name, d_out, d_in) in sites {
         let data = values(d_out * d_in);
         let part = WeightPart { data: HostData::F32(&data), d_out, d_in };
-        let one = PackedWeight::pack(Dtype::Bf16, &[part])?;
-        let copies = (COLD_BYTES / one.bytes()).clamp(1, 32);
-        let weights = vec![one; copies];
+        let copies = (COLD_BYTES / (2 * d_out * d_in)).clamp(1, 32);
+        let weights: Vec<_> =
+            (0..copies).map(|_| PackedWeight::pack(Dtype::Bf16, &[part])).collect::<Result<_, _>>()?;
         for m in if name == "head" { &[1, 8][..] } else { &[1, 4, 16, 256] } {
             let (x, mut y) = (rows(*m, d_in), Rows::zeros(*m, d_out));
             let seconds = time(|n| Ok(linear(&mut y, &x, &weights[n % copies], None)?))?;

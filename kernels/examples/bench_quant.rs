@@ -3,7 +3,8 @@
 //! slows all of them.
 
 use loramux_kernels::{
-    Dtype, HostData, PackedWeight, QuantFormat, QuantPart, QuantWeight, Rows, WeightPart, in_pool, linear, quant_linear,
+    Dtype, HostData, OpError, PackedWeight, QuantFormat, QuantPart, QuantWeight, Rows, WeightPart, in_pool, linear,
+    quant_linear,
 };
 use std::time::Instant;
 
@@ -37,12 +38,15 @@ struct Form<'a> {
     call: Box<dyn FnMut(usize, &mut Rows, &Rows) -> Result<(), Failure> + Send + 'a>,
 }
 
+fn copies<W>(bytes: usize, pack: impl Fn() -> Result<W, OpError>) -> Result<Vec<W>, OpError> {
+    (0..COLD_BYTES.div_ceil(bytes)).map(|_| pack()).collect()
+}
+
 fn dense<'a>(d_out: usize, d_in: usize) -> Result<Form<'a>, Failure> {
     let data = values(d_out * d_in);
     let part = WeightPart { data: HostData::F32(&data), d_out, d_in };
-    let one = PackedWeight::pack(Dtype::Bf16, &[part])?;
-    let bytes = one.bytes();
-    let weights = vec![one; COLD_BYTES.div_ceil(bytes)];
+    let bytes = 2 * d_out * d_in;
+    let weights = copies(bytes, || PackedWeight::pack(Dtype::Bf16, &[part]))?;
     let call = move |n: usize, y: &mut Rows, x: &Rows| Ok(linear(y, x, &weights[n % weights.len()], None)?);
     Ok(Form { name: "bf16".to_owned(), bytes, best_s: f64::INFINITY, call: Box::new(call) })
 }
@@ -51,9 +55,8 @@ fn quantised<'a>(format: QuantFormat, d_out: usize, d_in: usize) -> Result<Form<
     let mut state = 2;
     let blocks = d_out * d_in / format.block_len();
     let data: Vec<u8> = (0..blocks * format.block_bytes()).map(|_| random(&mut state) as u8 & 0x3f).collect();
-    let one = QuantWeight::pack(&[QuantPart { data: &data, format, d_out, d_in }])?;
-    let bytes = one.bytes();
-    let weights = vec![one; COLD_BYTES.div_ceil(bytes)];
+    let weights = copies(data.len(), || QuantWeight::pack(&[QuantPart { data: &data, format, d_out, d_in }]))?;
+    let bytes = weights[0].bytes();
     let call = move |n: usize, y: &mut Rows, x: &Rows| Ok(quant_linear(y, x, &weights[n % weights.len()], None)?);
     Ok(Form { name: format!("{format:?}"), bytes, best_s: f64::INFINITY, call: Box::new(call) })
 }

@@ -1,31 +1,28 @@
 //! The one allocation that holds the KV cache and the adapters.
 
 use crate::error::{OpError, at_most};
+use crate::pages::Pages;
 use crate::simd::Line;
-use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::ptr::NonNull;
 
 /// Addresses inside the arena are counted in units of this many bytes, so that 32 bits reach 1 TiB.
 pub(crate) const UNIT_BYTES: usize = 256;
 
-/// Alignment of the first page.
-const ALIGN_BYTES: usize = 256;
-
-/// `pages` pages of `page_bytes`, the first on a 256-byte boundary. The memory reads as zeros and is only reserved: the
+/// `pages` pages of `page_bytes`, the first on a boundary of a huge page. The memory reads as zeros and is only reserved: the
 /// operating system gives a page of it at the first touch.
-#[derive(Debug)]
 pub struct Arena {
-    allocation: NonNull<u8>,
-    layout: Layout,
-    offset: usize,
+    memory: Pages,
     page_bytes: usize,
     pages: usize,
 }
 
-// SAFETY: the arena owns its memory, and `&mut` guards every write.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
+impl std::fmt::Debug for Arena {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.debug_struct("Arena")
+            .field("page_bytes", &self.page_bytes)
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
+}
 
 impl Arena {
     /// Reserves the memory.
@@ -39,13 +36,8 @@ impl Arena {
             return Err(OpError::Shape { op: "arena", what: "page bytes", got: page_bytes, want });
         }
         at_most("arena", "pages", pages, u32::MAX as usize * UNIT_BYTES / page_bytes)?;
-        let refused = OpError::OutOfMemory { what: "the arena", bytes: page_bytes.saturating_mul(pages) };
-        // A larger alignment than malloc's makes the standard library clear the memory itself, that is, touch all of it.
-        let layout = Layout::from_size_align(page_bytes * pages + ALIGN_BYTES, 16).map_err(|_| refused.clone())?;
-        // SAFETY: the layout's size is not zero.
-        let allocation = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(refused)?;
-        let offset = allocation.as_ptr().align_offset(ALIGN_BYTES);
-        Ok(Self { allocation, layout, offset, page_bytes, pages })
+        let memory = Pages::new("the arena", page_bytes.saturating_mul(pages))?;
+        Ok(Self { memory, page_bytes, pages })
     }
 
     /// Bytes of a page.
@@ -86,16 +78,14 @@ impl Arena {
 
     /// All pages.
     pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: the allocation is initialised (zeroed), has these bytes from `offset` on, and lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.allocation.as_ptr().add(self.offset), self.page_bytes * self.pages) }
+        // SAFETY: the memory is zeroed, has these bytes, and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.page_bytes * self.pages) }
     }
 
     /// All pages.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as in `bytes`, and `&mut self` makes the access exclusive.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.allocation.as_ptr().add(self.offset), self.page_bytes * self.pages)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.page_bytes * self.pages) }
     }
 
     /// `bytes` bytes at `unit`.
@@ -107,14 +97,7 @@ impl Arena {
     }
 }
 
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout.
-        unsafe { dealloc(self.allocation.as_ptr(), self.layout) }
-    }
-}
-
-const _: () = assert!(UNIT_BYTES.is_multiple_of(size_of::<Line>()) && ALIGN_BYTES.is_multiple_of(UNIT_BYTES));
+const _: () = assert!(UNIT_BYTES.is_multiple_of(size_of::<Line>()));
 
 #[cfg(test)]
 mod tests {
@@ -127,7 +110,7 @@ mod tests {
         assert!(arena.page(0).unwrap().iter().all(|&b| b == 0));
         assert!(arena.page(1).unwrap().iter().all(|&b| b == 7));
         assert!(arena.page(2).unwrap().iter().all(|&b| b == 0));
-        assert_eq!(arena.bytes().as_ptr() as usize % ALIGN_BYTES, 0);
+        assert_eq!(arena.bytes().as_ptr() as usize % crate::pages::HUGE_BYTES, 0);
     }
 
     #[test]

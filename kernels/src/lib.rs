@@ -1,8 +1,10 @@
 //! The arithmetic of loramux: one folder per op with its formula, its definition, its fast form and its tests.
 //!
 //! Activations are f32 on the CPU; weights, the KV cache and adapters are stored as [`Dtype`]. Every output element is one
-//! chain of fused multiply-adds in index order (a reduction that has to be spread over lanes has one fixed lane order), so
-//! a row gets the same bits alone and in any batch, whatever the tile, the thread count and the instruction set.
+//! chain of multiply-adds in index order (a reduction that has to be spread over lanes has one fixed lane order), so a row
+//! gets the same bits alone and in any batch, whatever the tile and the thread count. With f32 weights it gets them on every
+//! instruction set too; with bf16 weights the instructions that multiply bf16 pairs (AVX-512-BF16, AMX) take the input of a
+//! product rounded to bf16, the others as it is.
 
 mod activation;
 mod arena;
@@ -21,6 +23,7 @@ mod lora_expand;
 mod lora_gain_shift;
 mod lora_shrink;
 mod norm;
+mod pages;
 mod parallel;
 mod quant;
 mod rope;
@@ -49,8 +52,8 @@ pub use lora_expand::lora_expand;
 pub use lora_gain_shift::lora_gain_shift;
 pub use lora_shrink::{lora_identity_shrink, lora_shrink};
 pub use norm::{add, add_rms_norm, rms_norm};
-pub use parallel::in_pool;
+pub use parallel::{for_each, for_each_chunk, in_pool, set_threads, threads};
 pub use quant::{Matrix, QuantFormat, QuantPart, QuantWeight, quant_linear};
 pub use rope::{RopeAngles, rope_store};
 pub use rows::Rows;
-pub use simd::isa_name;
+pub use simd::{isa_name, isa_names, set_isa};

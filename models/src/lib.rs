@@ -16,7 +16,7 @@ mod spec;
 mod text;
 mod weights;
 
-pub use decoder::{Batch, Decoder, DecoderLimits, DecoderOps, NormAt, Site, run_layers};
+pub use decoder::{Batch, Decoder, DecoderLimits, DecoderOps, NormAt, OpTimes, Site, run_layers};
 pub use describe::describe;
 pub use error::ModelError;
 pub use rope::inv_freq;

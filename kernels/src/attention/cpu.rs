@@ -6,12 +6,15 @@ use crate::dtype::{ArenaDtype, Element};
 use crate::kv_cache::KvLayout;
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
-use crate::simd::{Isa, Kernel, LANES, Simd, exp};
+use crate::simd::{Isa, Kernel, LANES, Line, Simd, exp};
 use half::f16;
 use std::cell::RefCell;
 
 /// Query rows (positions times heads of the group) that share one pass over K and V.
 const ROWS_PER_UNIT: usize = 24;
+
+/// Tiles of so few positions are bound by memory.
+const POSITIONS_FETCHED_AHEAD: usize = 4;
 
 /// Checked arguments of the op.
 pub(super) struct Attention<'a> {
@@ -109,6 +112,11 @@ pub(super) fn paged_attention(isa: Isa, out: &mut Rows, attention: &Attention) {
         let count = positions.min(chunk.len - first);
         let unit = Unit { attention, out, chunk, kv_head, first, count };
         let tile = Tile::new(&unit);
+        if count <= POSITIONS_FETCHED_AHEAD {
+            // What the cache holds of a sequence lies in pieces too short for the processor to guess the next one.
+            tile.fetch(isa, kv_head, true);
+            tile.fetch(isa, kv_head + 1, false);
+        }
         SCORES.with_borrow_mut(|scores| {
             let elements = tile.rows * tile.vectors * LANES;
             if scores.len() < elements {
@@ -146,6 +154,18 @@ impl Kernel for Pass<'_> {
     }
 }
 
+/// Memory to ask for.
+struct Fetch(*const u8, usize);
+
+impl Kernel for Fetch {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for line in 0..self.1.div_ceil(size_of::<Line>()) {
+            s.prefetch_far(self.0.wrapping_add(line * size_of::<Line>()));
+        }
+    }
+}
+
 /// A unit with its extents. Row `r` is position `r / group`, head `r % group` of the group. Scores are `[rows][blocks][k_stride]`.
 struct Tile<'a> {
     unit: &'a Unit<'a>,
@@ -179,6 +199,22 @@ impl<'a> Tile<'a> {
             blocks_start: first_block * block_tokens,
             block_vectors,
             vectors: blocks.len() * block_vectors,
+        }
+    }
+
+    /// Asks for the V or K of a head in all blocks.
+    fn fetch(&self, isa: Isa, kv_head: usize, v: bool) {
+        let attention = self.unit.attention;
+        let layout = attention.layout;
+        if kv_head >= layout.kv_heads {
+            return;
+        }
+        let (rows, stride) =
+            if v { (layout.block_tokens, layout.v_stride()) } else { (layout.head_dim, layout.k_stride()) };
+        let bytes = rows * stride * layout.dtype.bytes();
+        for &block in self.blocks {
+            let first = attention.head_offset(block, kv_head, v) * layout.dtype.bytes();
+            isa.run(Fetch(attention.arena[first..][..bytes].as_ptr(), bytes));
         }
     }
 

@@ -2,10 +2,12 @@
 //!
 //! `x: [rows, d_in]` f32, `w: [d_out, d_in]` packed in f32 or bf16, `y: [rows, d_out]` f32. Allocates nothing.
 
+mod amx;
 mod cpu;
 mod pack;
 #[cfg(test)]
 mod tests;
+mod tile;
 
 pub use pack::{PackedWeight, WeightPart};
 

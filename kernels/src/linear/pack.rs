@@ -2,12 +2,16 @@
 
 use crate::dtype::{Dtype, HostData};
 use crate::error::{OpError, same};
-use crate::parallel::{self, SharedMut};
+use crate::pages::Lines;
+use crate::parallel;
 use crate::simd::{LANES, Line};
 use half::bf16;
 
 /// Outputs of a panel.
-pub(crate) const PANEL: usize = 2 * LANES;
+pub(crate) const PANEL: usize = LANES;
+
+/// Inputs of a bf16 panel are filled up with zeros to a multiple of this: the depth of a tile of AMX.
+pub(crate) const K_TILE: usize = 32;
 
 /// A piece of a weight matrix, row-major `[d_out, d_in]`.
 #[derive(Clone, Copy, Debug)]
@@ -22,11 +26,13 @@ pub struct WeightPart<'a> {
 
 /// A weight matrix `[d_out, d_in]`, packed for the machine.
 ///
-/// On the CPU: panels of 32 outputs, `[d_out / 32][d_in][32]`, the last one filled with zeros. In bf16 one cache line is one
-/// k of a panel, output `i` beside output `i + 16`, so that a shift and a mask make two vectors of f32.
-#[derive(Clone, Debug)]
+/// On the CPU: panels of 16 outputs, `[d_out / 16][lines]`, the last one filled with zeros. In f32 a line is one input of a
+/// panel. In bf16 it is two consecutive inputs, `[d_in / 2][16 outputs][2 inputs]`, with zeros up to a multiple of 32 inputs:
+/// so every instruction set reads the same bytes, as pairs (AVX-512-BF16), as the rows of a tile (AMX), or widened to f32 by
+/// a shift and a mask.
+#[derive(Debug)]
 pub struct PackedWeight {
-    lines: Vec<Line>,
+    lines: Lines,
     d_out: usize,
     d_in: usize,
     dtype: Dtype,
@@ -50,26 +56,14 @@ impl PackedWeight {
         if d_in == 0 || d_out == 0 {
             return Err(OpError::Shape { op: "pack", what: "elements", got: 0, want: 1 });
         }
-        let panel_lines = d_in * lines_per_k(dtype);
+        let panel_lines = lines_of(dtype, d_in);
         let panels = d_out.div_ceil(PANEL);
-        let mut lines = Vec::new();
-        let refused = |_| OpError::OutOfMemory { what: "weights", bytes: panels * panel_lines * size_of::<Line>() };
-        lines.try_reserve_exact(panels * panel_lines).map_err(refused)?;
-        let spare = SharedMut::new(lines.spare_capacity_mut());
-        parallel::for_each(panels, panels * panel_lines * 32, |panel| {
-            // SAFETY: panel `panel` of the reserved memory, which no other unit writes.
-            let target = unsafe { std::slice::from_raw_parts_mut(spare.at(panel * panel_lines), panel_lines) };
-            for line in target.iter_mut() {
-                line.write(Line::default());
-            }
-            // SAFETY: every line was just written.
-            let target = unsafe { std::slice::from_raw_parts_mut(target.as_mut_ptr().cast::<Line>(), panel_lines) };
+        let mut lines = Lines::new(panels.saturating_mul(panel_lines))?;
+        parallel::for_each_chunk(lines.as_mut(), panel_lines, panels * panel_lines * 32, |panel, target| {
             for (lane, (part, row)) in rows.iter().skip(panel * PANEL).take(PANEL).enumerate() {
                 pack_row(dtype, target, lane, part, *row);
             }
         });
-        // SAFETY: the units above wrote all `panels * panel_lines` lines, which fit the capacity.
-        unsafe { lines.set_len(panels * panel_lines) };
         Ok(Self { lines, d_out, d_in, dtype })
     }
 
@@ -93,7 +87,7 @@ impl PackedWeight {
 
     /// Memory in bytes, padding included.
     #[must_use]
-    pub const fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.lines.len() * size_of::<Line>()
     }
 
@@ -104,7 +98,7 @@ impl PackedWeight {
 
     /// Lines of a panel.
     pub(crate) const fn panel_lines(&self) -> usize {
-        self.d_in * lines_per_k(self.dtype)
+        lines_of(self.dtype, self.d_in)
     }
 
     /// All panels.
@@ -117,16 +111,19 @@ impl PackedWeight {
         let (panel, lane) = (output / PANEL, output % PANEL);
         let lines = &self.lines[panel * self.panel_lines()..];
         match self.dtype {
-            Dtype::F32 => f32::from_bits(lines[2 * k + lane / LANES].0[lane % LANES]),
-            Dtype::Bf16 if lane < LANES => f32::from_bits(lines[k].0[lane] << 16),
-            Dtype::Bf16 => f32::from_bits(lines[k].0[lane - LANES] & 0xffff_0000),
+            Dtype::F32 => f32::from_bits(lines[k].0[lane]),
+            Dtype::Bf16 if k % 2 == 0 => f32::from_bits(lines[k / 2].0[lane] << 16),
+            Dtype::Bf16 => f32::from_bits(lines[k / 2].0[lane] & 0xffff_0000),
         }
     }
 }
 
-/// Lines that hold one k of a panel.
-pub(crate) const fn lines_per_k(dtype: Dtype) -> usize {
-    PANEL * dtype.bytes() / size_of::<Line>()
+/// Lines of a panel.
+const fn lines_of(dtype: Dtype, d_in: usize) -> usize {
+    match dtype {
+        Dtype::F32 => d_in,
+        Dtype::Bf16 => d_in.next_multiple_of(K_TILE) / 2,
+    }
 }
 
 /// Writes row `row` of `part` into lane `lane` of a panel of zeros.
@@ -140,17 +137,15 @@ fn pack_row(dtype: Dtype, panel: &mut [Line], lane: usize, part: &WeightPart, ro
 }
 
 fn fill_lane(dtype: Dtype, panel: &mut [Line], lane: usize, values: impl Iterator<Item = f32>) {
-    let word = lane % LANES;
     match dtype {
         Dtype::F32 => {
-            for (k, value) in values.enumerate() {
-                panel[2 * k + lane / LANES].0[word] = value.to_bits();
+            for (line, value) in panel.iter_mut().zip(values) {
+                line.0[lane] = value.to_bits();
             }
         }
         Dtype::Bf16 => {
-            let shift = if lane < LANES { 0 } else { 16 };
-            for (line, value) in panel.iter_mut().zip(values) {
-                line.0[word] |= u32::from(bf16::from_f32(value).to_bits()) << shift;
+            for (k, value) in values.enumerate() {
+                panel[k / 2].0[lane] |= u32::from(bf16::from_f32(value).to_bits()) << (k % 2 * 16);
             }
         }
     }

@@ -7,7 +7,7 @@ use crate::linear::{PackedWeight, linear};
 use crate::rows::Rows;
 
 /// A weight matrix `[d_out, d_in]` as the CPU's products take it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Matrix {
     /// In f32 or bf16.
     Packed(PackedWeight),

@@ -2,6 +2,7 @@
 
 use super::format::{self, QuantFormat, SUB, SUBS_OF_K, SubBlock};
 use crate::error::{OpError, same};
+use crate::pages::Lines;
 use crate::parallel::{self, SharedMut};
 use half::f16;
 
@@ -40,7 +41,7 @@ pub struct QuantPart<'a> {
 /// Parts of different formats lie one after the other. Each is panels of 16 outputs; of a panel, sub-block after sub-block
 /// of 32 elements: lines of low nibbles (line `i` has the groups `i` and, in the high nibble, `i + 4`) and of the bits above
 /// them, or lines of bytes. Factors lie in arrays of their own, so that lines stay whole cache lines.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct QuantWeight {
     segments: Vec<Segment>,
     d_out: usize,
@@ -48,7 +49,7 @@ pub struct QuantWeight {
 }
 
 /// Outputs of one format.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Segment {
     pub(super) format: QuantFormat,
     /// Output of the matrix that is its first.
@@ -56,9 +57,9 @@ pub(super) struct Segment {
     pub(super) d_out: usize,
     /// Sub-blocks of a row.
     pub(super) subs: usize,
-    pub(super) lines: Vec<Line>,
-    pub(super) words: Vec<Words>,
-    pub(super) supers: Vec<Words>,
+    lines: Lines,
+    words: Lines,
+    supers: Lines,
 }
 
 impl QuantWeight {
@@ -151,39 +152,51 @@ impl Segment {
     /// Lines of panel `panel`.
     pub(super) fn panel_lines(&self, panel: usize) -> &[Line] {
         let count = self.subs * lines_of_sub(self.format);
-        &self.lines[panel * count..][..count]
+        &as_lines(&self.lines)[panel * count..][..count]
     }
 
     /// Factors of the sub-blocks of panel `panel`.
     pub(super) fn panel_words(&self, panel: usize) -> &[Words] {
         let count = self.subs * self.format.words();
-        &self.words[panel * count..][..count]
+        &as_words(&self.words)[panel * count..][..count]
     }
 
     /// Factors of the K-blocks of panel `panel`.
     pub(super) fn panel_supers(&self, panel: usize) -> &[Words] {
         let count = self.blocks() * self.format.super_words();
-        &self.supers[panel * count..][..count]
+        &as_words(&self.supers)[panel * count..][..count]
     }
 
     fn pack(part: &QuantPart, first: usize) -> Result<Self, OpError> {
         let (format, d_out) = (part.format, part.d_out);
-        let mut out =
-            Self { format, first, d_out, subs: part.d_in / SUB, lines: vec![], words: vec![], supers: vec![] };
-        let (panels, lines) = (out.panels(), out.subs * lines_of_sub(format));
-        let (words, supers) = (out.subs * format.words(), out.blocks() * format.super_words());
-        out.lines = zeros(panels * lines, Line([0; PANEL * GROUP]))?;
-        out.words = zeros(panels * words, Words([0; PANEL]))?;
-        out.supers = zeros(panels * supers, Words([0; PANEL]))?;
-        let shared = (SharedMut::new(&mut out.lines), SharedMut::new(&mut out.words), SharedMut::new(&mut out.supers));
+        let (subs, panels) = (part.d_in / SUB, d_out.div_ceil(PANEL));
+        let (lines, words) = (subs * lines_of_sub(format), subs * format.words());
+        let supers = part.d_in / format.block_len() * format.super_words();
+        let of_words = |count: usize| Lines::new((panels * count * size_of::<Words>()).div_ceil(size_of::<Line>()));
+        let mut out = Self {
+            format,
+            first,
+            d_out,
+            subs,
+            lines: Lines::new(panels * lines)?,
+            words: of_words(words)?,
+            supers: of_words(supers)?,
+        };
+        let shared = (pointer(&mut out.lines), pointer(&mut out.words), pointer(&mut out.supers));
         parallel::for_each(panels, panels * lines * 64, |panel| {
-            // SAFETY: what belongs to panel `panel` of each array, which no other unit writes.
+            // SAFETY: what belongs to panel `panel` of each array, which no other unit writes; any bytes are numbers and words.
             let mut target = unsafe {
                 PanelMut {
                     format,
-                    lines: std::slice::from_raw_parts_mut(shared.0.at(panel * lines), lines),
-                    words: std::slice::from_raw_parts_mut(shared.1.at(panel * words), words),
-                    supers: std::slice::from_raw_parts_mut(shared.2.at(panel * supers), supers),
+                    lines: std::slice::from_raw_parts_mut(shared.0.at(panel * lines * size_of::<Line>()).cast(), lines),
+                    words: std::slice::from_raw_parts_mut(
+                        shared.1.at(panel * words * size_of::<Words>()).cast(),
+                        words,
+                    ),
+                    supers: std::slice::from_raw_parts_mut(
+                        shared.2.at(panel * supers * size_of::<Words>()).cast(),
+                        supers,
+                    ),
                 }
             };
             let row_bytes = part.d_in / format.block_len() * format.block_bytes();
@@ -228,12 +241,21 @@ fn half(bits: u16) -> f32 {
     f16::from_bits(bits).to_f32()
 }
 
-fn zeros<T: Clone>(count: usize, zero: T) -> Result<Vec<T>, OpError> {
-    let mut values = Vec::new();
-    let refused = |_| OpError::OutOfMemory { what: "weights", bytes: count * size_of::<T>() };
-    values.try_reserve_exact(count).map_err(refused)?;
-    values.resize(count, zero);
-    Ok(values)
+fn as_lines(lines: &Lines) -> &[Line] {
+    // SAFETY: the same memory and alignment; any bytes are numbers.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len()) }
+}
+
+fn as_words(lines: &Lines) -> &[Words] {
+    const WORDS: usize = size_of::<Line>() / size_of::<Words>();
+    // SAFETY: the same memory, aligned for more than that; any bytes are words.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * WORDS) }
+}
+
+fn pointer(lines: &mut Lines) -> SharedMut<u8> {
+    let lines = lines.as_mut();
+    // SAFETY: the same memory as bytes.
+    SharedMut::new(unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), size_of_val(lines)) })
 }
 
 /// A panel of zeros that is being filled.

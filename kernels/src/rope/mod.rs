@@ -17,6 +17,7 @@ use crate::arena::Arena;
 use crate::error::{OpError, at_most, same};
 use crate::kv_cache::{KvLayout, KvSlot};
 use crate::rows::Rows;
+use crate::simd::Isa;
 
 /// Cosines and sines of one step, `[rows, rotary_dim / 2]` each: computed once, used by every layer.
 #[derive(Clone, Debug)]
@@ -94,6 +95,6 @@ pub fn rope_store(
         at_most(op, "block id + 1", slot.block as usize + 1, blocks)?;
         at_most(op, "offset in the block + 1", slot.offset as usize + 1, layout.block_tokens)?;
     }
-    cpu::rope_store(qkv, heads, rope, arena, layout, layer, slots);
+    cpu::rope_store(Isa::best(), qkv, arena, &cpu::Store { heads, rope, layout, layer, slots });
     Ok(())
 }

@@ -3,15 +3,23 @@
 use super::{Kernel, LANES, Line, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that the processor has AVX-512 F, BW, DQ and VL: only [`run`] makes one.
+/// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `BF16` the products of bf16 pairs: only [`run`] and
+/// [`run_bf16`] make one.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(());
+pub(super) struct Avx512<const BF16: bool>(());
 
 /// # Safety
 /// The processor must have AVX-512 F, BW, DQ and VL, AVX2 and FMA.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) {
-    kernel.run(Avx512(()));
+    kernel.run(Avx512::<false>(()));
+}
+
+/// # Safety
+/// As [`run`], and it must have AVX-512-BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+pub(super) unsafe fn run_bf16<K: Kernel>(kernel: K) {
+    kernel.run(Avx512::<true>(()));
 }
 
 /// An intrinsic on registers only.
@@ -22,9 +30,10 @@ macro_rules! op {
     };
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type V = __m512;
     const TILE_ROWS: usize = 6;
+    const DOT: bool = BF16;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -101,9 +110,45 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn dot(self, a: __m512, x: u32, w: __m512) -> __m512 {
+        if const { !BF16 } {
+            return a;
+        }
+        // SAFETY: with `BF16` the processor has the instruction; it touches registers only, and all three types are 64 bytes.
+        unsafe {
+            let x = _mm512_set1_epi32(x.cast_signed());
+            _mm512_dpbf16_ps(a, std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512, __m512bh>(w))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, a: __m512) {
+        // The operand that may be NaN comes second: then it is the result.
+        let held = self.max(self.splat(-65504.0), self.min(self.splat(65504.0), a));
+        // SAFETY: the caller vouches for 32 bytes; an `Avx512` exists.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(held)) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, a: __m512) {
+        // Rounding by hand, so that subnormal numbers stay what they are on every instruction set.
+        // SAFETY: the caller vouches for 32 bytes; an `Avx512` exists.
+        unsafe {
+            let bits = _mm512_castps_si512(a);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+            let chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a), rounded, quiet);
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen)));
+        }
+    }
+    #[inline(always)]
     fn prefetch(self, p: *const u8) {
         // SAFETY: a prefetch is a hint; any address will do.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_far(self, p: *const u8) {
+        // SAFETY: as above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn load_part(self, p: *const f32, n: usize) -> __m512 {

@@ -1,6 +1,7 @@
 //! Sixteen f32 lanes on every machine. A kernel is written once over [`Simd`] and compiled for each instruction set, so
 //! that all of them do the same IEEE operations in the same order and give the same bits.
 
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -19,7 +20,8 @@ use std::sync::OnceLock;
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
-/// A cache line of packed values: 16 f32, or 32 bf16 as 16 pairs (low half: lane `i`, high half: lane `i + 16`).
+/// A cache line of packed values: 16 f32, or 32 bf16 as 16 pairs. In a weight, lane `i` is output `i` of a panel and its pair
+/// two consecutive inputs, the first in the low half: what AMX and AVX-512-BF16 multiply.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
 pub(crate) struct Line(pub(crate) [u32; LANES]);
@@ -33,13 +35,32 @@ pub(crate) enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// With products of bf16 pairs.
+    Avx512Bf16,
+    /// With tiles of bf16 pairs.
+    Amx,
 }
 
 impl Isa {
     /// The fastest this machine has.
     pub(crate) fn best() -> Self {
-        static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Self::available().pop().unwrap_or(Self::Portable))
+    }
+
+    /// Whether products of bf16 weights take their input as bf16 pairs.
+    pub(crate) const fn takes_pairs(self) -> bool {
+        matches!(self, Self::Avx512Bf16 | Self::Amx)
+    }
+
+    /// Name as users write it.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Amx => "amx-bf16",
+        }
     }
 
     /// All that this machine has, slowest first.
@@ -58,6 +79,12 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl");
             if all && found.contains(&Self::Avx2) {
                 found.push(Self::Avx512);
+                if is_x86_feature_detected!("avx512bf16") {
+                    found.push(Self::Avx512Bf16);
+                    if amx::permitted() {
+                        found.push(Self::Amx);
+                    }
+                }
             }
         }
         found
@@ -65,7 +92,6 @@ impl Isa {
 
     /// Runs `kernel` with this instruction set.
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
-        debug_assert!(self <= Self::best(), "{self:?} is not available on this machine");
         match self {
             Self::Portable => kernel.run(portable::Portable),
             // SAFETY: an `Isa` other than `Portable` is only made by `available`, which asked the processor.
@@ -74,20 +100,38 @@ impl Isa {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => unsafe { avx512::run(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 | Self::Amx => unsafe { avx512::run_bf16(kernel) },
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => kernel.run(portable::Portable),
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => kernel.run(portable::Portable),
         }
     }
 }
 
-/// The instruction set the ops use on this machine: `avx512`, `avx2` or `portable`.
+static BEST: OnceLock<Isa> = OnceLock::new();
+
+/// The instruction set the ops use on this machine: `amx-bf16`, `avx512-bf16`, `avx512`, `avx2` or `portable`.
 #[must_use]
 pub fn isa_name() -> &'static str {
-    match Isa::best() {
-        Isa::Portable => "portable",
-        Isa::Avx2 => "avx2",
-        Isa::Avx512 => "avx512",
-    }
+    Isa::best().name()
+}
+
+/// Instruction sets of this machine by name, slowest first.
+#[must_use]
+pub fn isa_names() -> Vec<&'static str> {
+    Isa::available().into_iter().map(Isa::name).collect()
+}
+
+/// Makes the ops use the instruction set of this name. Only before the first op; afterwards it is what it is.
+///
+/// # Errors
+/// What can be chosen, if the machine has no such instruction set or another one is in use.
+pub fn set_isa(name: &str) -> Result<(), String> {
+    let found = Isa::available().into_iter().find(|isa| isa.name() == name);
+    let found = found.ok_or_else(|| format!("this machine has {}", isa_names().join(", ")))?;
+    let used = *BEST.get_or_init(|| found);
+    if used == found { Ok(()) } else { Err(format!("{} is already in use", used.name())) }
 }
 
 /// Work that is compiled once for each instruction set. `run` and all that it calls with `S` must be `#[inline(always)]`:
@@ -101,8 +145,10 @@ pub(crate) trait Kernel {
 pub(crate) trait Simd: Copy {
     /// 16 lanes.
     type V: Copy;
-    /// Rows of a tile of the dense product that fit the registers, with two panels or with one.
+    /// Rows of a tile of f32 sums that fit the registers beside three vectors of weights.
     const TILE_ROWS: usize;
+    /// Whether [`Self::dot`] is an instruction.
+    const DOT: bool = false;
 
     fn splat(self, x: f32) -> Self::V;
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
@@ -131,12 +177,43 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// 16 u16 must be readable at `p`.
     unsafe fn load_f16(self, p: *const u16) -> Self::V;
+    /// `a + x.1 * w.1 + x.0 * w.0` lane by lane, where `x` and the lanes of the line at `w` are pairs of bf16: first in the
+    /// low half. Subnormal numbers count as zero. Only where [`Self::DOT`] says so.
+    /// # Safety
+    /// 64 bytes must be readable at `w`.
+    #[inline(always)]
+    unsafe fn dot(self, a: Self::V, x: u32, w: Self::V) -> Self::V {
+        let _ = (x, w);
+        a
+    }
+    /// 16 half-precision values, rounded to nearest even; what is beyond the largest finite one becomes it, NaN stays NaN.
+    /// # Safety
+    /// 16 u16 must be writable at `p`.
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, a: Self::V) {
+        let rounded = self.to_array(a).map(|value| crate::dtype::to_f16(value).to_bits());
+        // SAFETY: the caller vouches for 16 u16.
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(rounded) }
+    }
+    /// 16 bf16, rounded to nearest even.
+    /// # Safety
+    /// 16 u16 must be writable at `p`.
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16, a: Self::V) {
+        let rounded = self.to_array(a).map(|value| half::bf16::from_f32(value).to_bits());
+        // SAFETY: the caller vouches for 16 u16.
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(rounded) }
+    }
     /// 32 bf16 of a [`Line`]: the low halves, then the high halves.
     /// # Safety
     /// 64 bytes must be readable at `p`.
     unsafe fn load_pair(self, p: *const Line) -> [Self::V; 2];
     /// Asks for the cache line at `p`, which need not be a valid address.
     fn prefetch(self, p: *const u8);
+    /// Asks for a line for later: into the second-level cache.
+    fn prefetch_far(self, p: *const u8) {
+        self.prefetch(p);
+    }
 
     /// The first `n <= 16` lanes from `p`, zeros after them.
     /// # Safety

@@ -69,6 +69,44 @@ impl Kernel for Loads<'_> {
     }
 }
 
+struct Narrow<'a>(&'a mut Vec<u16>, &'a [f32; LANES]);
+
+impl Kernel for Narrow<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut out = [0; 2 * LANES];
+        // SAFETY: 16 values, and room for twice 16 halves.
+        unsafe {
+            let values = s.load(self.1.as_ptr());
+            s.store_f16(out.as_mut_ptr(), values);
+            s.store_bf16(out.as_mut_ptr().add(LANES), values);
+        }
+        self.0.extend(out);
+    }
+}
+
+#[test]
+fn every_instruction_set_narrows_alike() {
+    let mut values = [0.0f32; LANES];
+    let odd = [f32::NAN, -f32::NAN, f32::INFINITY, -1e9, 65520.0, -0.0, 1e-7, 3e-41, -6e-8, 1.000_976_6, 1.003_906_3];
+    values[..odd.len()].copy_from_slice(&odd);
+    values[odd.len()..].copy_from_slice(&Random::new(9).values(LANES - odd.len()));
+    for isa in Isa::available() {
+        let mut got = Vec::new();
+        isa.run(Narrow(&mut got, &values));
+        for (i, value) in values.into_iter().enumerate() {
+            let (half, upper) = (half::f16::from_bits(got[i]), half::bf16::from_bits(got[LANES + i]));
+            let (want_half, want_upper) = (crate::dtype::to_f16(value), half::bf16::from_f32(value));
+            let same = if value.is_nan() {
+                half.is_nan() && upper.is_nan()
+            } else {
+                half.to_bits() == want_half.to_bits() && upper.to_bits() == want_upper.to_bits()
+            };
+            assert!(same, "{isa:?} {value}: {half} {upper}");
+        }
+    }
+}
+
 #[test]
 fn loads_and_stores_agree_on_every_instruction_set() {
     let values = Random::new(3).values(LANES);

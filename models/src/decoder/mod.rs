@@ -4,9 +4,11 @@
 mod batch;
 mod cpu;
 mod stack;
+mod timed;
 
 pub use batch::Batch;
 pub use stack::{DecoderOps, NormAt, Site, run_layers};
+pub use timed::OpTimes;
 
 use crate::error::ModelError;
 use crate::rope;
@@ -17,6 +19,7 @@ use loramux_kernels::{
     AdapterTable, Arena, ArenaDtype, AttnSpec, Dtype, KvLayout, LoraScratch, OpError, RopeAngles, Rows, WorkList,
     gather_rows,
 };
+use timed::Timed;
 
 /// Sizes of the decoder's workspaces, which are allocated once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +119,32 @@ impl Decoder {
         arena: &mut Arena,
         table: &AdapterTable,
     ) -> Result<(), ModelError> {
+        self.run(batch, layout, arena, table, None)
+    }
+
+    /// As [`Self::forward`], and adds the time of each op to `times`.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn forward_timed(
+        &mut self,
+        batch: &Batch,
+        layout: &KvLayout,
+        arena: &mut Arena,
+        table: &AdapterTable,
+        times: &mut OpTimes,
+    ) -> Result<(), ModelError> {
+        self.run(batch, layout, arena, table, Some(times))
+    }
+
+    fn run(
+        &mut self,
+        batch: &Batch,
+        layout: &KvLayout,
+        arena: &mut Arena,
+        table: &AdapterTable,
+        times: Option<&mut OpTimes>,
+    ) -> Result<(), ModelError> {
         let Self { spec, weights, attention, sites, space, .. } = self;
         for (what, got) in [("positions", batch.positions.len()), ("KV slots", batch.kv_slots.len())] {
             if got != batch.rows() {
@@ -124,7 +153,11 @@ impl Decoder {
         }
         let rms_eps = spec.rms_eps;
         let mut ops = CpuOps { weights, batch, table, layout, attention, sites, rms_eps, arena, space };
-        run_layers(&mut ops, spec.layers).map_err(ModelError::Op)
+        match times {
+            Some(times) => run_layers(&mut Timed { ops, times }, spec.layers),
+            None => run_layers(&mut ops, spec.layers),
+        }
+        .map_err(ModelError::Op)
     }
 
     /// Final hidden states of the last step, after the last norm: `[rows of the batch, hidden]`.

@@ -109,7 +109,7 @@ fn compiler(machine: &Machine) -> Section {
 /// The CPU's kernels: a text that is generated alone and in a batch is the same, token by token.
 fn cpu(args: &DoctorArgs) -> Section {
     let mut section = Section::new("cpu");
-    let threads = rayon::current_num_threads();
+    let threads = loramux_kernels::threads();
     section
         .push(Status::Info, "kernels", format!("{}, {threads} threads", isa_name()))
         .field("isa", isa_name())

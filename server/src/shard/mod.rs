@@ -146,8 +146,8 @@ pub(crate) fn dispatch(received: ToShard, to_executor: &Sender<ToShard>, reply: 
 /// Threads of the kernels. Called once in a process, before any op.
 pub(crate) fn set_threads(threads: Option<usize>) {
     let Some(threads) = threads else { return };
-    if rayon::ThreadPoolBuilder::new().num_threads(threads.max(1)).build_global().is_err() {
-        tracing::debug!("the thread pool was started before --threads was read");
+    if let Err(started) = loramux_kernels::set_threads(threads) {
+        tracing::debug!(started, "the kernels' threads were started before --threads was read");
     }
 }
 

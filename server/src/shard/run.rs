@@ -132,7 +132,7 @@ impl Executor {
         let info = Info {
             model_id: options.model_id.clone(),
             architecture: decoder.spec().family.clone(),
-            device: format!("cpu ({} threads)", rayon::current_num_threads()),
+            device: format!("cpu ({} threads)", loramux_kernels::threads()),
             dtype: match (quantised, dtype) {
                 (Some(format), _) => format.name().into(),
                 (None, Dtype::F32) => "float32".into(),

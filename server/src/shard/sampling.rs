@@ -1,11 +1,11 @@
 //! From logits to samples: one row after another in parallel, each by its own sequence's parameters.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 
-use loramux_kernels::Rows;
 use loramux_kernels::sampler::{History, SampleParams, SampleScratch, logprob_of, sample, top_logprobs};
+use loramux_kernels::{Rows, for_each_chunk};
 use loramux_proto::{PositionLogprobs, PromptLogprobs, Sample, Sampling, SeqFault, StepResult, TokenLogprob};
-use rayon::prelude::*;
 
 use super::batch::{LogitRow, SeqState, Want};
 
@@ -22,6 +22,18 @@ enum Outcome {
     Fault(SeqFault),
 }
 
+thread_local! {
+    /// Room for sorting, kept from step to step.
+    static SCRATCH: RefCell<SampleScratch> = RefCell::new(SampleScratch::default());
+}
+
+/// A row on its way through the team.
+struct Job<'a> {
+    logits: &'a mut [f32],
+    row: &'a LogitRow,
+    outcome: Option<Outcome>,
+}
+
 /// Works `logits` (`[rows.len(), vocab]`, overwritten) off into `result`. `masks` has the words that rows name.
 pub(super) fn sample_rows(
     logits: &mut Rows,
@@ -31,14 +43,15 @@ pub(super) fn sample_rows(
     result: &mut StepResult,
 ) {
     let vocab = logits.width();
-    let outcomes: Vec<Option<Outcome>> = logits
-        .as_f32_mut()
-        .par_chunks_mut(vocab)
-        .zip(rows.par_iter())
-        .map_init(SampleScratch::default, |scratch, (logits, row)| {
-            sequences.get(&row.seq).map(|seq| one_row(logits, row, masks, seq, scratch))
-        })
-        .collect();
+    let rows = logits.as_f32_mut().chunks_mut(vocab).zip(rows);
+    let mut jobs: Vec<Job> = rows.map(|(logits, row)| Job { logits, row, outcome: None }).collect();
+    let work_ns = jobs.len() * vocab / 8; // what a greedy row takes; others take longer
+    for_each_chunk(&mut jobs, 1, work_ns, |_, job| {
+        let Some(job) = job.first_mut() else { return };
+        let Some(seq) = sequences.get(&job.row.seq) else { return };
+        SCRATCH.with_borrow_mut(|scratch| job.outcome = Some(one_row(job.logits, job.row, masks, seq, scratch)));
+    });
+    let outcomes = jobs.into_iter().map(|job| job.outcome);
     for outcome in outcomes.into_iter().flatten() {
         match outcome {
             Outcome::Sample(sample) => result.samples.push(sample),

@@ -1,7 +1,7 @@
 //! Products of the emulated device: plain sums in index order.
 
 use super::super::{Elem, GemmOut, GemmShape};
-use rayon::prelude::*;
+use crate::parallel;
 
 /// Computes `y = x W^T`.
 ///
@@ -17,13 +17,11 @@ pub(super) unsafe fn run(shape: GemmShape, y: u64, x: u64, weight: u64) {
         )
     };
     let x: Vec<f32> = x.iter().map(|&bits| elem.from_bits(bits)).collect();
-    let columns: Vec<Vec<f32>> = weight
-        .par_chunks_exact(d_in)
-        .map(|w| {
-            let w: Vec<f32> = w.iter().map(|&bits| elem.from_bits(bits)).collect();
-            x.chunks_exact(d_in).map(|x| dot(x, &w)).collect()
-        })
-        .collect();
+    let mut columns: Vec<Vec<f32>> = vec![Vec::new(); d_out];
+    parallel::for_each_chunk(&mut columns, 1, rows * d_in * d_out, |output, column| {
+        let w: Vec<f32> = weight[output * d_in..][..d_in].iter().map(|&bits| elem.from_bits(bits)).collect();
+        column[0] = x.chunks_exact(d_in).map(|x| dot(x, &w)).collect();
+    });
     for (output, column) in columns.iter().enumerate() {
         for (row, &value) in column.iter().enumerate() {
             let at = row * d_out + output;

@@ -6,8 +6,8 @@ use super::GrammarError;
 
 /// Whole numbers up to here are exact in f64.
 const EXACT: u64 = 1 << f64::MANTISSA_DIGITS;
-/// A `multipleOf` is an automaton with a state for each remainder, some 400 bytes each.
-const MULTIPLE_MAX: f64 = 1000.0;
+/// A `multipleOf` is an automaton with a state for each remainder, some 1200 bytes each.
+const MULTIPLE_MAX: u64 = 2000;
 
 /// Narrows bounds to the next number inside that is exact, refuses constants that are not, and collects `multipleOf`.
 ///
@@ -38,22 +38,35 @@ pub(super) fn check(members: &mut Map<String, Json>, path: &str, multiples: &mut
     Ok(())
 }
 
-/// Two `multipleOf`s may meet (`allOf`, `$ref`): then they must be small enough to be multiplied.
+/// `multipleOf`s may meet (`allOf`, `$ref`), so all of a schema count together: their least common multiple, in steps of the
+/// smallest decimal place among them, is bounded.
 ///
 /// # Errors
 /// Says so.
 pub(super) fn check_multiples(multiples: &[f64]) -> Result<(), GrammarError> {
-    let Some(first) = multiples.first() else { return Ok(()) };
-    if multiples.iter().all(|multiple| multiple == first) {
-        return Ok(());
-    }
-    let finest = multiples.iter().copied().fold(1.0, |least: f64, m| least.min(unit(m)));
-    if multiples.iter().any(|multiple| multiple / finest > MULTIPLE_MAX) {
-        let message =
-            "`multipleOf`: different values in one schema must be at most 1000 times the smallest decimal place";
-        return Err(GrammarError(message.into()));
+    let finest = multiples.iter().copied().fold(1.0, |least: f64, multiple| least.min(unit(multiple)));
+    let mut common = 1;
+    for multiple in multiples {
+        let steps = (multiple / finest).round();
+        common = if steps <= MULTIPLE_MAX as f64 { least_common(common, steps.max(1.0) as u64) } else { u64::MAX };
+        if common > MULTIPLE_MAX {
+            let message = format!(
+                "`multipleOf`: the values of one schema must have a common multiple of at most {MULTIPLE_MAX} times their \
+                 smallest decimal place"
+            );
+            return Err(GrammarError(message));
+        }
     }
     Ok(())
+}
+
+/// The least common multiple of two numbers of at most [`MULTIPLE_MAX`].
+fn least_common(a: u64, b: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x.max(1) * b
 }
 
 /// The decimal place of the last digit: 0.25 -> 0.01.
