@@ -1,10 +1,10 @@
 //! Quantised weights beside bf16: GB/s of one row, where memory is the bound, and GFLOP/s of many, where arithmetic is.
-//! `cargo run --release -p loramux-kernels --example bench_quant`; some seconds. The forms take turns, so that a busy machine
-//! slows all of them.
+//! `cargo run --release -p loramux-kernels --example bench_quant -- [--shapes 4096x4096,..] [--m 1,16,..] [--isa avx2]
+//! [--threads 1]`; some seconds. The forms take turns, so that a busy machine slows all of them.
 
 use loramux_kernels::{
     Dtype, HostData, OpError, PackedWeight, QuantFormat, QuantPart, QuantWeight, Rows, WeightPart, in_pool, linear,
-    quant_linear,
+    quant_linear, set_isa, set_threads,
 };
 use std::time::Instant;
 
@@ -14,10 +14,36 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 const ROUNDS: usize = 15;
 /// Weights are used in turn from this many bytes, so that the caches are cold as in a real step.
 const COLD_BYTES: usize = 96 << 20;
-const SHAPES: [(usize, usize); 3] = [(1536, 768), (4096, 4096), (2048, 8192)];
-const ROWS: [usize; 5] = [1, 4, 16, 64, 256];
 const FORMATS: [QuantFormat; 5] =
     [QuantFormat::Q8_0, QuantFormat::Q4_0, QuantFormat::Q4_1, QuantFormat::Q4_K, QuantFormat::Q6_K];
+
+struct Options {
+    /// `(d_out, d_in)`
+    shapes: Vec<(usize, usize)>,
+    rows: Vec<usize>,
+}
+
+fn options() -> Result<Options, Failure> {
+    let mut options = Options { shapes: vec![(1536, 768), (4096, 4096)], rows: vec![1, 4, 16, 64, 256] };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(name) = arguments.next() {
+        let value = arguments.next().ok_or_else(|| format!("{name} takes a value"))?;
+        match name.as_str() {
+            "--shapes" => {
+                let pair = |text: &str| -> Result<(usize, usize), Failure> {
+                    let (d_out, d_in) = text.split_once('x').ok_or("a shape is OUTPUTSxINPUTS")?;
+                    Ok((d_out.parse()?, d_in.parse()?))
+                };
+                options.shapes = value.split(',').map(pair).collect::<Result<_, _>>()?;
+            }
+            "--m" => options.rows = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--isa" => set_isa(&value)?,
+            "--threads" => set_threads(value.parse()?).map_err(|threads| format!("there are {threads} threads"))?,
+            _ => return Err(format!("unknown option {name}").into()),
+        }
+    }
+    Ok(options)
+}
 
 /// Pseudo-random bits.
 fn random(state: &mut u64) -> u64 {
@@ -61,13 +87,13 @@ fn quantised<'a>(format: QuantFormat, d_out: usize, d_in: usize) -> Result<Form<
     Ok(Form { name: format!("{format:?}"), bytes, best_s: f64::INFINITY, call: Box::new(call) })
 }
 
-fn bench(d_out: usize, d_in: usize) -> Result<(), Failure> {
+fn bench(rows: &[usize], d_out: usize, d_in: usize) -> Result<(), Failure> {
     let mut forms = vec![dense(d_out, d_in)?];
     for format in FORMATS {
         forms.push(quantised(format, d_out, d_in)?);
     }
     println!("{d_out} x {d_in}");
-    for m in ROWS {
+    for &m in rows {
         let (mut x, mut y) = (Rows::zeros(m, d_in), Rows::zeros(m, d_out));
         x.as_f32_mut().copy_from_slice(&values(m * d_in));
         for form in &mut forms {
@@ -92,5 +118,6 @@ fn bench(d_out: usize, d_in: usize) -> Result<(), Failure> {
 }
 
 fn main() -> Result<(), Failure> {
-    in_pool(|| SHAPES.into_iter().try_for_each(|(d_out, d_in)| bench(d_out, d_in)))
+    let Options { shapes, rows } = options()?;
+    in_pool(|| shapes.into_iter().try_for_each(|(d_out, d_in)| bench(&rows, d_out, d_in)))
 }

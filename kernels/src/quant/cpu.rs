@@ -39,7 +39,7 @@ const UNIT_BYTES: usize = 256 << 10;
 /// Panels of a unit, at most.
 const UNIT_PANELS: usize = 16;
 /// How many lines ahead of their use are asked for: hardware prefetchers stop at the ends of pages.
-const PREFETCH_LINES: usize = 32;
+const PREFETCH_LINES: usize = 128;
 
 thread_local! {
     /// Activations of the last call, so that serving allocates nothing. Taken out while in use: a thread that waits for
