@@ -56,19 +56,22 @@ fn values(n: usize) -> Vec<f32> {
     (0..n).map(|_| random(&mut state) as f32 / (1u64 << 30) as f32 - 1.0).collect()
 }
 
+/// Takes the number of a call, y and x.
+type Call = Box<dyn FnMut(usize, &mut Rows, &Rows) -> Result<(), Failure>>;
+
 /// A product to time: some copies of a weight, and what takes the number of a call.
-struct Form<'a> {
+struct Form {
     name: String,
     bytes: usize,
     best_s: f64,
-    call: Box<dyn FnMut(usize, &mut Rows, &Rows) -> Result<(), Failure> + Send + 'a>,
+    call: Call,
 }
 
 fn copies<W>(bytes: usize, pack: impl Fn() -> Result<W, OpError>) -> Result<Vec<W>, OpError> {
     (0..COLD_BYTES.div_ceil(bytes)).map(|_| pack()).collect()
 }
 
-fn dense<'a>(d_out: usize, d_in: usize) -> Result<Form<'a>, Failure> {
+fn dense(d_out: usize, d_in: usize) -> Result<Form, Failure> {
     let data = values(d_out * d_in);
     let part = WeightPart { data: HostData::F32(&data), d_out, d_in };
     let bytes = 2 * d_out * d_in;
@@ -77,7 +80,7 @@ fn dense<'a>(d_out: usize, d_in: usize) -> Result<Form<'a>, Failure> {
     Ok(Form { name: "bf16".to_owned(), bytes, best_s: f64::INFINITY, call: Box::new(call) })
 }
 
-fn quantised<'a>(format: QuantFormat, d_out: usize, d_in: usize) -> Result<Form<'a>, Failure> {
+fn quantised(format: QuantFormat, d_out: usize, d_in: usize) -> Result<Form, Failure> {
     let mut state = 2;
     let blocks = d_out * d_in / format.block_len();
     let data: Vec<u8> = (0..blocks * format.block_bytes()).map(|_| random(&mut state) as u8 & 0x3f).collect();

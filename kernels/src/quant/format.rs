@@ -136,13 +136,13 @@ pub(super) fn sub_block(format: QuantFormat, block: &[u8], sub: usize) -> SubBlo
                 *out = half_word(block, 2 * word);
             }
             let nibbles = &block[format.block_bytes() - SUB / 2..];
-            for j in 0..SUB {
-                out.q[j] = nibbles[j % 16] >> (4 * (j / 16)) & 15;
+            for (j, q) in out.q.iter_mut().enumerate() {
+                *q = nibbles[j % 16] >> (4 * (j / 16)) & 15;
             }
             if format.bits() == 5 {
                 let high = &block[2 * format.words()..];
-                for j in 0..SUB {
-                    out.q[j] |= (high[j / 8] >> (j % 8) & 1) << 4;
+                for (j, q) in out.q.iter_mut().enumerate() {
+                    *q |= (high[j / 8] >> (j % 8) & 1) << 4;
                 }
             }
         }
@@ -156,12 +156,12 @@ pub(super) fn sub_block(format: QuantFormat, block: &[u8], sub: usize) -> SubBlo
             let (s, t) = scale_and_min(&block[4..16], sub);
             out.words[0] = u16::from_le_bytes([s, t]);
             let nibbles = &block[format.block_bytes() - 128 + sub / 2 * SUB..];
-            for j in 0..SUB {
-                out.q[j] = nibbles[j] >> (4 * (sub % 2)) & 15;
+            for (q, nibbles) in out.q.iter_mut().zip(nibbles) {
+                *q = nibbles >> (4 * (sub % 2)) & 15;
             }
             if format == QuantFormat::Q5_K {
-                for j in 0..SUB {
-                    out.q[j] |= (block[16 + j] >> sub & 1) << 4;
+                for (q, high) in out.q.iter_mut().zip(&block[16..]) {
+                    *q |= (high >> sub & 1) << 4;
                 }
             }
         }
@@ -170,8 +170,8 @@ pub(super) fn sub_block(format: QuantFormat, block: &[u8], sub: usize) -> SubBlo
             // Each half of a K-block is 64 bytes of low bits and 32 bytes of high bits for its four sub-blocks.
             let (half, part) = (sub / 4, sub % 4);
             let (low, high) = (&block[64 * half + part % 2 * SUB..], &block[128 + 32 * half..]);
-            for j in 0..SUB {
-                out.q[j] = low[j] >> (4 * (part / 2)) & 15 | (high[j] >> (2 * part) & 3) << 4;
+            for ((q, low), high) in out.q.iter_mut().zip(low).zip(high) {
+                *q = low >> (4 * (part / 2)) & 15 | (high >> (2 * part) & 3) << 4;
             }
         }
     }
