@@ -131,6 +131,10 @@ run_build() { cargo build --locked --release; }
 run_real() {
   need_real_model
   cargo test --locked --release -p loramux-models --test real_model -- --nocapture
+  # Once more on each other path of the CPU; the portable one gives the bits of these two, as the kernels' tests show.
+  for isa in avx512 avx2; do
+    LORAMUX_REAL_ISA=$isa cargo test --locked --release -p loramux-models --test real_model greedy -- --nocapture
+  done
 }
 run_blackbox() {
   need_python

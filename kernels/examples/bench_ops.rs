@@ -138,7 +138,7 @@ fn bench_lora(model: Model) -> Result<(), Failure> {
             scale: 0.1,
         };
         let parts: Vec<LoraPart> = site.slices.iter().zip(&site.cols).map(part).collect();
-        let image = AdapterImage::pack(ArenaDtype::F16, page_bytes, 1, &parts)?;
+        let image = AdapterImage::pack(Dtype::Bf16, page_bytes, 1, &parts)?;
         let pages = image.pages_needed();
         let mut arena = Arena::new(page_bytes, adapters * pages)?;
         let mut table = AdapterTable::new(adapters);

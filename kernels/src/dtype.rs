@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::simd::Simd;
+use crate::simd::{LANES, Simd};
 
 /// How weights are stored. Arithmetic is f32 either way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,7 +23,7 @@ impl Dtype {
         }
     }
 
-    /// How the arena of a model with such weights stores KV and adapters: in as many bytes.
+    /// How the arena of a model with such weights stores keys and values: in as many bytes. Adapters have the weights' type.
     #[must_use]
     pub const fn arena(self) -> ArenaDtype {
         match self {
@@ -42,8 +42,8 @@ impl Dtype {
     }
 }
 
-/// How the arena stores KV and adapters. On the CPU the 2-byte type is IEEE half precision and not bf16: its three more
-/// bits of significand cut the error of a cached key to an eighth, and conversions are single instructions.
+/// How the arena stores keys and values. On the CPU the 2-byte type is IEEE half precision and not bf16: its three more bits
+/// of significand cut the error of a cached key to an eighth, and conversions are single instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ArenaDtype {
     /// IEEE single precision.
@@ -102,6 +102,18 @@ impl Element for f16 {
     unsafe fn load<S: Simd>(s: S, p: *const u8) -> S::V {
         // SAFETY: the caller vouches for the elements; the load needs no alignment.
         unsafe { s.load_f16(p.cast()) }
+    }
+}
+
+impl Element for bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const u8) -> S::V {
+        // SAFETY: the caller vouches for the elements.
+        let halves = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        let wide: [f32; LANES] = std::array::from_fn(|i| f32::from_bits(u32::from(halves[i]) << 16));
+        // SAFETY: 16 f32.
+        unsafe { s.load(wide.as_ptr()) }
     }
 }
 

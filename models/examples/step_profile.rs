@@ -88,7 +88,7 @@ fn publish(shard: &mut Shard, folder: &Path, most: usize, mut next_page: u32) ->
     paths.sort();
     for (slot, path) in paths.iter().take(most).enumerate() {
         let read = adapter::read(path, shard.decoder.spec(), &AdapterLimits::default())?;
-        let image = read.pack(shard.layout.dtype, PAGE_BYTES)?;
+        let image = read.pack(shard.decoder.dtype(), PAGE_BYTES)?;
         let pages: Vec<u32> = (next_page..).take(image.pages_needed()).collect();
         next_page += pages.len() as u32;
         shard.table.publish(&mut shard.arena, slot as u32, 1, &image, &pages)?;
@@ -162,7 +162,7 @@ fn report(options: &Options, shard: &Shard, samples: &[Sample], rows: usize) {
         (spec.intermediate, spec.hidden),
     ];
     println!(
-        "{} on {}, {} threads: {rows} rows, context {}, {} adapters ({:.1} MB in f16)",
+        "{} on {}, {} threads: {rows} rows, context {}, {} adapters ({:.1} MB of files)",
         options.model.display(),
         isa_name(),
         threads(),

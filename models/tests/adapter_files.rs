@@ -2,7 +2,8 @@
 
 mod support;
 
-use loramux_kernels::ArenaDtype;
+use loramux_kernels::device::Elem;
+use loramux_kernels::{Dtype, ImageLayout};
 use loramux_models::adapter::{self, AdapterLimits};
 use serde_json::{Value, json};
 use support::adapter::{
@@ -162,10 +163,10 @@ fn other_element_types_are_refused_by_name() {
 fn what_the_device_cannot_hold_is_refused_when_it_is_packed() {
     let big = poisoned(Q0_A, 3, f32::MAX);
     let adapter = read_files(config().to_string(), big).expect("finite as f32");
-    adapter.pack(ArenaDtype::F32, 64 << 10).expect("f32 holds it");
-    let error = adapter.pack(ArenaDtype::F16, 64 << 10).expect_err("f16 would make it infinite");
+    adapter.pack(Dtype::F32, 64 << 10).expect("f32 holds it");
+    let error = adapter.pack(ImageLayout::Device(Elem::F16), 64 << 10).expect_err("f16 would make it infinite");
     assert!(error.code() == INVALID && error.to_string().contains("layer 0 Q has the value"), "{error}");
-    let error = adapter.pack(ArenaDtype::F32, 256).expect_err("a block does not fit");
+    let error = adapter.pack(Dtype::F32, 256).expect_err("a block does not fit");
     assert_eq!(error.code(), TOO_LARGE, "{error}");
 }
 

@@ -7,7 +7,7 @@ use secrecy::SecretString;
 
 use crate::adapters_cli::args::AdaptersArgs;
 use crate::config::observe::ObserveArgs;
-use crate::config::parsers::{PoolingArg, ReasoningParserArg, ToolCallParser};
+use crate::config::parsers::{PoolingArg, ReasoningParserArg, ToolCallParser, parse_isa};
 use crate::doctor::args::{DoctorArgs, WarmArgs};
 use crate::shard::{DeviceChoice, DtypeChoice, LoadFormatChoice};
 
@@ -381,6 +381,10 @@ pub(crate) struct EngineArgs {
     /// Threads of the kernels. Default: one per core
     #[arg(long, env = "LORAMUX_THREADS")]
     pub(crate) threads: Option<usize>,
+    /// Instructions of the kernels on the CPU: amx-bf16, avx512-bf16, avx512, avx2 or portable. Default: the fastest there is.
+    /// The first two round the inputs of products with bfloat16 weights to bfloat16; the others do not
+    #[arg(long, env = "LORAMUX_CPU_ISA", value_name = "NAME", value_parser = parse_isa)]
+    pub(crate) cpu_isa: Option<String>,
     /// Run the shard as a child process, or in this one
     #[arg(long, env = "LORAMUX_SHARD_MODE", value_enum, default_value = "process")]
     pub(crate) shard_mode: ShardMode,

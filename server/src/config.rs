@@ -399,6 +399,7 @@ fn shard_options(args: &ServeArgs, model: PathBuf, model_id: String) -> ShardOpt
         seqs_max: args.engine.max_num_seqs,
         slots_max: args.adapters.max_loras,
         threads: args.engine.threads,
+        cpu_isa: args.engine.cpu_isa.clone(),
         device: args.model.device,
         host_adapter_bytes: args.adapters.host_adapter_memory.unwrap_or_else(host_adapter_bytes_auto),
         kernel_cache_dir: kernel_cache_dir(args.model.kernel_cache_dir.as_deref()),

@@ -1,6 +1,7 @@
 //! Tiles of AMX: 32 rows times two panels, or up to 16 rows times four.
 
-use super::cpu::{Product, pair_stride};
+use super::cpu::Product;
+use super::input::pair_stride;
 use super::pack::{K_TILE, PANEL};
 use crate::simd::amx::{Emulated, ROW_BYTES, Shape, TILE_ROWS, Tiles};
 use crate::simd::{LANES, Line};

@@ -1,11 +1,11 @@
 //! The definition, and how a product is cut into units of work.
 
-use super::pack::{K_TILE, PackedWeight};
+use super::input::{Input, pair_stride, takes_pairs, with_pairs};
+use super::pack::PackedWeight;
 use super::tile;
 use crate::dtype::Dtype;
 use crate::parallel::{self, SharedMut};
-use crate::simd::{Isa, Kernel, LANES, Simd};
-use std::cell::RefCell;
+use crate::simd::Isa;
 
 /// The definition for inputs as they are.
 #[cfg(test)]
@@ -18,81 +18,16 @@ pub(super) fn reference(y: &mut [f32], x: &[f32], w: &PackedWeight, bias: Option
     }
 }
 
-/// Rounding that is worth handing out, in elements.
-const ROUND_ALONE: usize = 1 << 16;
-
-thread_local! {
-    /// Rounded inputs of the product under way; grows to the largest and stays.
-    static ROUNDED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
-}
-
 pub(super) fn linear(isa: Isa, y: &mut [f32], x: &[f32], w: &PackedWeight, bias: Option<&[f32]>) {
     if y.is_empty() {
         return;
     }
     let rows = x.len() / w.d_in();
-    with_input(isa, x, w, |input| {
+    let mut run = |input: Input| {
         let product = Product::new(isa, y, input, rows, w, bias);
         parallel::for_each(product.units(), product.work_ns(), |unit| product.run(unit));
-    });
-}
-
-/// Calls `body` with `x` as the product with `w` reads it on this instruction set.
-pub(crate) fn with_input<R>(isa: Isa, x: &[f32], w: &PackedWeight, body: impl FnOnce(Input) -> R) -> R {
-    if w.dtype() == Dtype::F32 || !isa.takes_pairs() {
-        return body(Input::F32(x));
-    }
-    ROUNDED.with_borrow_mut(|pairs| {
-        let d_in = w.d_in();
-        let (rows, stride) = (x.len() / d_in, pair_stride(d_in));
-        if pairs.len() < rows * stride {
-            pairs.resize(rows * stride, 0);
-        }
-        let pairs = &mut pairs[..rows * stride];
-        let work_ns = if x.len() < ROUND_ALONE { 0 } else { x.len() / 8 };
-        parallel::for_each_chunk(pairs, stride, work_ns, |row, pairs| {
-            // The same bits on every instruction set.
-            Isa::best().run(Round { x: &x[row * d_in..][..d_in], pairs });
-        });
-        body(Input::Pairs(pairs))
-    })
-}
-
-/// u32 of a row of rounded inputs.
-pub(crate) const fn pair_stride(d_in: usize) -> usize {
-    d_in.next_multiple_of(K_TILE) / 2
-}
-
-/// A row as pairs of bf16, zeros behind its end.
-struct Round<'a> {
-    x: &'a [f32],
-    pairs: &'a mut [u32],
-}
-
-impl Kernel for Round<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { x, pairs } = self;
-        assert!(pairs.len() * 2 >= x.len().next_multiple_of(LANES));
-        let out: *mut u16 = pairs.as_mut_ptr().cast();
-        let mut k = 0;
-        while k < x.len() {
-            let count = (x.len() - k).min(LANES);
-            // SAFETY: `count` elements of x from k, and 16 of `pairs`, as asserted.
-            unsafe { s.store_bf16(out.add(k), s.load_part(x.as_ptr().add(k), count)) };
-            k += LANES;
-        }
-        pairs[k / 2..].fill(0);
-    }
-}
-
-/// Inputs as a product reads them.
-#[derive(Clone, Copy)]
-pub(crate) enum Input<'a> {
-    /// `[rows][d_in]`
-    F32(&'a [f32]),
-    /// `[rows][pair_stride(d_in)]`, two bf16 each, the first in the low half.
-    Pairs(&'a [u32]),
+    };
+    if takes_pairs(isa, w) { with_pairs(x, w.d_in(), |pairs| run(Input::Pairs(pairs))) } else { run(Input::F32(x)) }
 }
 
 /// A product, cut into units: the panels of a group times a block of rows.

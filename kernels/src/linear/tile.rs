@@ -1,7 +1,8 @@
 //! Tiles of the product in registers: some rows times some panels, all sums of f32 in one chain in the order of k.
 
 use super::amx;
-use super::cpu::{Input, Product, pair_stride};
+use super::cpu::Product;
+use super::input::{Input, pair_stride};
 use super::pack::PANEL;
 use crate::dtype::Dtype;
 use crate::simd::{Isa, Kernel, LANES, Line, Simd};
@@ -81,7 +82,7 @@ impl Group<'_> {
 }
 
 /// How inputs and weights meet.
-trait Operands {
+pub(crate) trait Operands {
     /// Inputs of a line.
     const INPUTS: usize;
     /// Inputs that one u32 of x holds.
@@ -116,7 +117,7 @@ trait Operands {
 }
 
 /// f32 times f32.
-struct Single;
+pub(crate) struct Single;
 
 impl Operands for Single {
     const INPUTS: usize = 1;
@@ -185,7 +186,7 @@ impl Operands for Widened {
 }
 
 /// Pairs of bf16 in one instruction.
-struct Pairs;
+pub(crate) struct Pairs;
 
 impl Operands for Pairs {
     const INPUTS: usize = 2;
@@ -194,7 +195,7 @@ impl Operands for Pairs {
         pair_stride(d_in)
     }
     fn rows_max<S: Simd>() -> usize {
-        if S::DOT { 7 } else { 1 }
+        if S::DOT { 7 } else { S::TILE_ROWS }
     }
     fn group_fits(rows: usize, panels: usize) -> bool {
         match panels {
@@ -223,8 +224,7 @@ impl Operands for Pairs {
     }
     #[inline(always)]
     fn add<S: Simd>(s: S, sum: S::V, x: u32, w: S::V) -> S::V {
-        // SAFETY: registers only.
-        unsafe { s.dot(sum, x, w) }
+        s.dot(sum, x, w)
     }
 }
 

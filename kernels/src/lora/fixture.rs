@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::arena::Arena;
-use crate::dtype::ArenaDtype;
+use crate::dtype::Dtype;
 use crate::error::OpError;
 use crate::rows::Rows;
 use crate::test_support::Random;
@@ -55,7 +55,7 @@ pub(crate) struct World {
 
 impl World {
     /// Adapter `i` has rank `ranks[i]`; every other one leaves V and Up alone and has another rank on K and Gate.
-    pub(crate) fn new(seed: u64, dtype: ArenaDtype, ranks: &[usize]) -> Self {
+    pub(crate) fn new(seed: u64, dtype: Dtype, ranks: &[usize]) -> Self {
         let mut random = Random::new(seed);
         let mut world = Self {
             arena: Arena::new(PAGE_BYTES, 4096).unwrap(),
@@ -94,7 +94,7 @@ impl World {
     }
 }
 
-fn pairs(random: &mut Random, dtype: ArenaDtype, rank: usize, partial: bool) -> Vec<Pair> {
+fn pairs(random: &mut Random, dtype: Dtype, rank: usize, partial: bool) -> Vec<Pair> {
     let all = [Slice::Q, Slice::K, Slice::V, Slice::O, Slice::Gate, Slice::Up, Slice::Down];
     let kept = all.into_iter().filter(|slice| !(partial && matches!(slice, Slice::V | Slice::Up)));
     kept.map(|slice| {
@@ -107,7 +107,7 @@ fn pairs(random: &mut Random, dtype: ArenaDtype, rank: usize, partial: bool) -> 
 }
 
 /// An image with `pairs` in both layers, so that a wrong layer shows by its other scale.
-pub(crate) fn image(dtype: ArenaDtype, pairs: &[Pair]) -> Result<AdapterImage, OpError> {
+pub(crate) fn image(dtype: Dtype, pairs: &[Pair]) -> Result<AdapterImage, OpError> {
     let part = |(layer, pair): (usize, _)| {
         let Pair { slice, rank, scale, a, b }: &Pair = pair;
         let (d_in, d_out) = extents(*slice);

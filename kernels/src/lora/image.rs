@@ -6,21 +6,22 @@ use super::{END_TILE, RANK_BLOCK, SLICES, Slice};
 use crate::arena::UNIT_BYTES;
 use crate::device::Elem;
 use crate::device::step::BlockDesc;
-use crate::dtype::{ArenaDtype, to_f16};
+use crate::dtype::Dtype;
 use crate::error::{OpError, at_most, same};
-use crate::simd::LANES;
+use crate::simd::{LANES, Line};
+use half::bf16;
 
 /// How an image's blocks lie, and its storage type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageLayout {
-    /// For the CPU's kernels: A as `[d_in][16]`, B in panels of 16 outputs.
-    Cpu(ArenaDtype),
+    /// For the CPU's kernels: lines of 16 ranks (A) or 16 outputs (B), in bf16 of two inputs each.
+    Cpu(Dtype),
     /// For a device's kernels: A as `[16][d_in]`, B as `[d_out][16]`.
     Device(Elem),
 }
 
-impl From<ArenaDtype> for ImageLayout {
-    fn from(dtype: ArenaDtype) -> Self {
+impl From<Dtype> for ImageLayout {
+    fn from(dtype: Dtype) -> Self {
         Self::Cpu(dtype)
     }
 }
@@ -40,10 +41,25 @@ impl ImageLayout {
         }
     }
 
+    pub(super) const fn a_elements(self, d_in: usize) -> usize {
+        match self {
+            Self::Cpu(dtype) => a_bytes(dtype, d_in) / dtype.bytes(),
+            Self::Device(_) => RANK_BLOCK * d_in,
+        }
+    }
+
+    /// Place of rank `r` (of the block) and input `k` in an A block.
+    const fn a_index(self, r: usize, k: usize, d_in: usize) -> usize {
+        match self {
+            Self::Cpu(dtype) => a_index(dtype, r, k),
+            Self::Device(_) => r * d_in + k,
+        }
+    }
+
     /// Place of rank `r` (of the block) and output `o` in a B block.
     const fn b_index(self, r: usize, o: usize) -> usize {
         match self {
-            Self::Cpu(_) => b_index(r, o),
+            Self::Cpu(dtype) => b_index(dtype, r, o),
             Self::Device(_) => o * RANK_BLOCK + r,
         }
     }
@@ -51,7 +67,7 @@ impl ImageLayout {
     /// Whether values beyond 65504 have no finite form.
     #[must_use]
     pub const fn is_half(self) -> bool {
-        matches!(self, Self::Cpu(ArenaDtype::F16) | Self::Device(Elem::F16))
+        matches!(self, Self::Device(Elem::F16))
     }
 }
 
@@ -73,9 +89,53 @@ pub(crate) const fn b_elements(d_out: usize) -> usize {
     RANK_BLOCK * d_out.next_multiple_of(LANES)
 }
 
+/// Bytes of an A block: a line for each input, or for two in bf16.
+pub(crate) const fn a_bytes(dtype: Dtype, d_in: usize) -> usize {
+    d_in.div_ceil(inputs_of_line(dtype)) * size_of::<Line>()
+}
+
+/// Inputs that a line holds for each of its 16 lanes.
+const fn inputs_of_line(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::F32 => 1,
+        Dtype::Bf16 => 2,
+    }
+}
+
+/// Place of input `k` of lane `lane` in a run of lines.
+const fn in_lines(dtype: Dtype, lane: usize, k: usize) -> usize {
+    let inputs = inputs_of_line(dtype);
+    (k / inputs * LANES + lane) * inputs + k % inputs
+}
+
+/// Place of rank `r` (of the block) and input `k` in an A block.
+const fn a_index(dtype: Dtype, r: usize, k: usize) -> usize {
+    in_lines(dtype, r, k)
+}
+
 /// Place of rank `r` (of the block) and output `o` in a B block.
-pub(crate) const fn b_index(r: usize, o: usize) -> usize {
-    (o / LANES * RANK_BLOCK + r) * LANES + o % LANES
+const fn b_index(dtype: Dtype, r: usize, o: usize) -> usize {
+    o / LANES * RANK_BLOCK * LANES + in_lines(dtype, o % LANES, r)
+}
+
+/// Element of an A block.
+#[cfg(test)]
+pub(crate) fn a_at(dtype: Dtype, block: &[u8], r: usize, k: usize) -> f32 {
+    if k < block.len() / dtype.bytes() / RANK_BLOCK { decode_at(dtype, block, a_index(dtype, r, k)) } else { 0.0 }
+}
+
+/// Element of a B block.
+#[cfg(test)]
+pub(crate) fn b_at(dtype: Dtype, block: &[u8], r: usize, o: usize) -> f32 {
+    decode_at(dtype, block, b_index(dtype, r, o))
+}
+
+#[cfg(test)]
+fn decode_at(dtype: Dtype, block: &[u8], index: usize) -> f32 {
+    match dtype {
+        Dtype::F32 => f32::from_ne_bytes(block[4 * index..][..4].try_into().unwrap()),
+        Dtype::Bf16 => bf16::from_ne_bytes(block[2 * index..][..2].try_into().unwrap()).to_f32(),
+    }
 }
 
 impl AdapterImage {
@@ -286,11 +346,11 @@ impl AdapterImage {
 /// Writes one value, rounded, as element `index` of the block at `start`.
 fn put(bytes: &mut [u8], layout: ImageLayout, start: usize, index: usize, value: f32) {
     match layout {
-        ImageLayout::Cpu(ArenaDtype::F32) => {
+        ImageLayout::Cpu(Dtype::F32) => {
             bytes[start + 4 * index..][..4].copy_from_slice(&value.to_ne_bytes());
         }
-        ImageLayout::Cpu(ArenaDtype::F16) => {
-            bytes[start + 2 * index..][..2].copy_from_slice(&to_f16(value).to_ne_bytes());
+        ImageLayout::Cpu(Dtype::Bf16) => {
+            bytes[start + 2 * index..][..2].copy_from_slice(&bf16::from_f32(value).to_ne_bytes());
         }
         ImageLayout::Device(elem) => {
             bytes[start + 2 * index..][..2].copy_from_slice(&elem.to_bits(value).to_ne_bytes());
@@ -307,11 +367,7 @@ fn write_pair(bytes: &mut [u8], layout: ImageLayout, part: &LoraPart, entry: &En
     if entry.a != NO_BLOCK && first_output == 0 {
         for r in 0..ranks {
             for (k, &value) in part.a[(first + r) * part.d_in..][..part.d_in].iter().enumerate() {
-                let index = match layout {
-                    ImageLayout::Cpu(_) => k * RANK_BLOCK + r,
-                    ImageLayout::Device(_) => r * part.d_in + k,
-                };
-                put(bytes, layout, entry.a, index, value);
+                put(bytes, layout, entry.a, layout.a_index(r, k, part.d_in), value);
             }
         }
     }

@@ -2,9 +2,10 @@
 //! `lora_shrink` and `lora_expand`: `y[t] += s_t * (x[t] A^T) B^T`, with A, B and s of row t's adapters (S-LoRA,
 //! arXiv:2311.03285; Punica, arXiv:2310.18547).
 //!
-//! Ranks come in blocks of 16, the last one filled with zeros. On the CPU an A block is `[d_in][16]` and a B block is
-//! `[d_out / 16][16 ranks][16 outputs]`, so that the lanes of the first product are ranks, those of the second are outputs,
-//! and both are read from front to back.
+//! Ranks come in blocks of 16, the last one filled with zeros. On the CPU blocks are lines of 64 bytes: of 16 ranks in an A
+//! block, of 16 outputs in the panels of a B block, so that the lanes of the first product are ranks, those of the second are
+//! outputs, and both are read from front to back. In f32 a line is `[16]` of one input; in bf16 it is `[16][2]` of two
+//! consecutive ones, as in a packed weight, and what is multiplied with it is rounded to bf16.
 
 mod ends;
 mod image;
@@ -17,7 +18,9 @@ mod tests;
 mod work;
 
 pub use image::{AdapterImage, ImageLayout};
-pub(crate) use image::{b_elements, b_index};
+#[cfg(test)]
+pub(crate) use image::{a_at, b_at};
+pub(crate) use image::{a_bytes, b_elements};
 pub use parts::{AdapterParts, LoraPart, VectorPart};
 pub use scratch::LoraScratch;
 pub use table::AdapterTable;

@@ -151,8 +151,8 @@ impl Plan {
     fn add_rank_block(&mut self, part: usize, pair: &LoraPart, rank_block: usize) {
         let LoraPart { layer, slice, d_in, d_out, scale, .. } = *pair;
         let entry = Entry { part: Some(part), rank_block, layer, slice, d_in, d_out, scale, ..Self::EMPTY };
-        let value_bytes = self.layout.value_bytes();
-        let a_bytes = |width: usize| RANK_BLOCK * width * value_bytes;
+        let layout = self.layout;
+        let a_bytes = |width: usize| layout.a_elements(width) * layout.value_bytes();
         match slice {
             Slice::Embed => {
                 for (tile, tokens) in tiles(d_in) {

@@ -3,10 +3,10 @@
 use super::ends::{Ends, Uses, Vectors};
 use super::image::{AdapterImage, ImageLayout};
 use super::plan::{Entry, NO_BLOCK};
-use super::work::Item;
+use super::work::{Item, WorkList};
 use super::{SLICES, Slice};
 use crate::arena::{Arena, UNIT_BYTES};
-use crate::dtype::ArenaDtype;
+use crate::dtype::Dtype;
 use crate::error::{OpError, at_most, same};
 
 /// One rank block of one matrix on the device.
@@ -38,7 +38,7 @@ pub(super) const ABSENT: Desc = Desc { a_unit: u32::MAX, b_unit: u32::MAX, scale
 struct Slot {
     /// `None`: empty.
     generation: Option<u64>,
-    dtype: ArenaDtype,
+    dtype: Dtype,
     layers: usize,
     rank_blocks: usize,
     /// `[rank block][layer][slice]`
@@ -58,7 +58,7 @@ impl AdapterTable {
     pub fn new(slots_max: usize) -> Self {
         let empty = || Slot {
             generation: None,
-            dtype: ArenaDtype::F32,
+            dtype: Dtype::F32,
             layers: 0,
             rank_blocks: 0,
             descs: Vec::new(),
@@ -149,24 +149,26 @@ impl AdapterTable {
         Ok(self.held(slot, generation)?.ends.head_row_blocks())
     }
 
+    /// Whether an adapter of the list multiplies pairs of bf16.
+    pub(crate) fn takes_pairs(&self, work: &WorkList) -> bool {
+        let dtype = |item: &Item| self.held(item.slot, item.generation).map(|slot| slot.dtype);
+        work.items.iter().any(|item| dtype(item) == Ok(Dtype::Bf16))
+    }
+
     /// Gains and shifts of a matrix; `None` where the adapter has none.
     pub(crate) fn vectors(&self, item: &Item, layer: usize, slice: Slice) -> Result<Option<Vectors>, OpError> {
         Ok(self.held(item.slot, item.generation)?.ends.vectors(layer, slice))
     }
 
     /// Storage type of an item's adapter, and where the ranks of a token lie: unit and place in the block.
-    pub(crate) fn embed_column(&self, item: &Item, token: usize) -> Result<Option<(ArenaDtype, u32, usize)>, OpError> {
+    pub(crate) fn embed_column(&self, item: &Item, token: usize) -> Result<Option<(Dtype, u32, usize)>, OpError> {
         let slot = self.held(item.slot, item.generation)?;
         let found = slot.ends.embed_column(item.rank_block as usize, token);
         Ok(found.map(|(unit, place)| (slot.dtype, unit, place)))
     }
 
     /// Storage type of an item's adapter, and where a token's row lies: unit, row in the block and its width.
-    pub(crate) fn embed_row(
-        &self,
-        item: &Item,
-        token: usize,
-    ) -> Result<Option<(ArenaDtype, u32, usize, usize)>, OpError> {
+    pub(crate) fn embed_row(&self, item: &Item, token: usize) -> Result<Option<(Dtype, u32, usize, usize)>, OpError> {
         let slot = self.held(item.slot, item.generation)?;
         Ok(slot.ends.embed_row(token).map(|(unit, row, width)| (slot.dtype, unit, row, width)))
     }
@@ -177,7 +179,7 @@ impl AdapterTable {
     }
 
     /// Storage type and descriptor; `None` where the adapter leaves the matrix alone. For the head, `layer` is the tile.
-    pub(crate) fn desc(&self, item: &Item, layer: usize, slice: Slice) -> Result<Option<(ArenaDtype, Desc)>, OpError> {
+    pub(crate) fn desc(&self, item: &Item, layer: usize, slice: Slice) -> Result<Option<(Dtype, Desc)>, OpError> {
         let slot = self.held(item.slot, item.generation)?;
         if !slice.is_in_layer() {
             let desc = slot.ends.desc(item.rank_block as usize, layer, slice);

@@ -1,9 +1,9 @@
 use super::fixture::{World, image};
 use super::*;
 use crate::arena::Arena;
-use crate::dtype::ArenaDtype;
+use crate::dtype::Dtype;
 use crate::error::OpError;
-use crate::test_support::{Random, decode};
+use crate::test_support::Random;
 
 fn part<'a>(layer: usize, rank: usize, a: &'a [f32], b: &'a [f32]) -> LoraPart<'a> {
     LoraPart { layer, slice: Slice::O, rank, a, b, d_in: a.len() / rank, d_out: b.len() / rank, scale: 0.5 }
@@ -14,7 +14,7 @@ fn blocks_lie_apart_inside_their_pages_and_hold_the_matrices() {
     let mut random = Random::new(1);
     let (rank, d_in, d_out) = (33, 24, 40);
     let (a, b) = (random.values(rank * d_in), random.values(d_out * rank));
-    for dtype in [ArenaDtype::F32, ArenaDtype::F16] {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let image = AdapterImage::pack(dtype, 4096, 5, &[part(3, rank, &a, &b)]).unwrap();
         assert_eq!(image.rank_blocks(), 3);
         let a_bytes = (16 * d_in * dtype.bytes()).next_multiple_of(256);
@@ -26,13 +26,13 @@ fn blocks_lie_apart_inside_their_pages_and_hold_the_matrices() {
         assert!(spans.iter().all(|(at, bytes)| at / 4096 == (at + bytes - 1) / 4096 && at % 256 == 0), "{spans:?}");
         let bytes: Vec<u8> = image.pages().flatten().copied().collect();
         for entry in &image.entries {
-            let stored_a = decode(dtype, &bytes[entry.a..][..16 * d_in * dtype.bytes()]);
-            let stored_b = decode(dtype, &bytes[entry.b..][..16 * 48 * dtype.bytes()]);
+            let stored_a = &bytes[entry.a..][..16 * d_in * dtype.bytes()];
+            let stored_b = &bytes[entry.b..][..16 * 48 * dtype.bytes()];
             for lane in 0..RANK_BLOCK {
                 let r = entry.rank_block * RANK_BLOCK + lane;
                 let want = |value: Option<&f32>| if r < rank { dtype.round(*value.unwrap()) } else { 0.0 };
-                assert!((0..d_in).all(|k| stored_a[k * 16 + lane] == want(a.get(r * d_in + k))));
-                assert!((0..d_out).all(|o| stored_b[b_index(lane, o)] == want(b.get(o * rank + r))));
+                assert!((0..d_in).all(|k| a_at(dtype, stored_a, lane, k) == want(a.get(r * d_in + k))));
+                assert!((0..d_out).all(|o| b_at(dtype, stored_b, lane, o) == want(b.get(o * rank + r))));
             }
         }
     }
@@ -53,21 +53,21 @@ fn pages_are_filled() {
             LoraPart { layer, slice, rank: 16, a, b, d_in, d_out, scale: 1.0 }
         })
         .collect();
-    assert_eq!(AdapterImage::pack(ArenaDtype::F16, 2 << 20, 32, &parts).unwrap().pages_needed(), 40);
+    assert_eq!(AdapterImage::pack(Dtype::Bf16, 2 << 20, 32, &parts).unwrap().pages_needed(), 40);
 }
 
 #[test]
 fn malformed_adapters_are_refused() {
     let values = vec![0.0f32; 4 * 64];
     let good = part(0, 4, &values, &values);
-    let pack = |parts: &[LoraPart]| AdapterImage::pack(ArenaDtype::F32, 8192, 2, parts);
+    let pack = |parts: &[LoraPart]| AdapterImage::pack(Dtype::F32, 8192, 2, parts);
     pack(&[good]).unwrap();
     assert!(matches!(pack(&[LoraPart { layer: 2, ..good }]), Err(OpError::Limit { .. })));
     assert!(matches!(pack(&[LoraPart { rank: 5, ..good }]), Err(OpError::Shape { .. })));
     assert!(matches!(pack(&[LoraPart { rank: usize::MAX, ..good }]), Err(OpError::Shape { .. })));
     assert!(matches!(pack(&[LoraPart { d_out: 63, ..good }]), Err(OpError::Shape { .. })));
     assert!(matches!(pack(&[good, good]), Err(OpError::Shape { .. })));
-    let narrow = AdapterImage::pack(ArenaDtype::F32, 4096 - 256, 2, &[good]);
+    let narrow = AdapterImage::pack(Dtype::F32, 4096 - 256, 2, &[good]);
     assert_eq!(narrow.unwrap_err(), OpError::BlockOverPage { block_bytes: 4096, page_bytes: 3840 });
     let nothing = pack(&[LoraPart { rank: 0, a: &[], b: &[], ..good }]).unwrap();
     assert_eq!((nothing.pages_needed(), nothing.rank_blocks()), (0, 0));
@@ -75,9 +75,9 @@ fn malformed_adapters_are_refused() {
 
 #[test]
 fn a_stale_generation_is_an_error_and_leaves_no_work() {
-    let mut world = World::new(2, ArenaDtype::F32, &[16, 8]);
+    let mut world = World::new(2, Dtype::F32, &[16, 8]);
     let (old, other) = (world.adapters[0].0, world.adapters[1].0);
-    let image = image(ArenaDtype::F32, &world.adapters[1].1).unwrap();
+    let image = image(Dtype::F32, &world.adapters[1].1).unwrap();
     let pages: Vec<u32> = (3000..).take(image.pages_needed()).collect();
     world.table.publish(&mut world.arena, old.slot, old.generation + 1, &image, &pages).unwrap();
     let stale = OpError::Stale { slot: old.slot, generation: old.generation };
@@ -95,7 +95,7 @@ fn a_stale_generation_is_an_error_and_leaves_no_work() {
 
 #[test]
 fn segments_that_overlap_are_refused() {
-    let world = World::new(3, ArenaDtype::F32, &[8]);
+    let world = World::new(3, Dtype::F32, &[8]);
     let adapters = [world.adapters[0].0];
     let segments = [0..3, 2..4].map(|rows| Segment { rows, adapters: &adapters });
     let mut work = WorkList::default();
@@ -105,8 +105,8 @@ fn segments_that_overlap_are_refused() {
 
 #[test]
 fn an_image_goes_only_where_there_is_room_for_it() {
-    let world = World::new(4, ArenaDtype::F32, &[16]);
-    let image = image(ArenaDtype::F32, &world.adapters[0].1).unwrap();
+    let world = World::new(4, Dtype::F32, &[16]);
+    let image = image(Dtype::F32, &world.adapters[0].1).unwrap();
     let n = image.pages_needed() as u32;
     let (mut table, mut arena) = (AdapterTable::new(1), Arena::new(8192, n as usize).unwrap());
     let pages: Vec<u32> = (0..n).collect();

@@ -1,11 +1,11 @@
 //! Reads of single columns and rows: a few cache lines a token, so one thread does them.
 
 use crate::arena::Arena;
-use crate::dtype::{ArenaDtype, Element};
+use crate::dtype::{Dtype, Element};
 use crate::lora::{AdapterTable, RANK_BLOCK, WorkList};
 use crate::rows::Rows;
 use crate::simd::{Kernel, LANES, Simd};
-use half::f16;
+use half::bf16;
 
 /// `v` of every item that has a pair at the embedding.
 pub(super) fn shrink(v: &mut [f32], arena: &Arena, table: &AdapterTable, tokens: &[u32], work: &WorkList) {
@@ -21,16 +21,16 @@ pub(super) fn shrink(v: &mut [f32], arena: &Arena, table: &AdapterTable, tokens:
     }
 }
 
-fn decode(dtype: ArenaDtype, bytes: &[u8], values: &mut [f32]) {
+fn decode(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
     match dtype {
-        ArenaDtype::F32 => {
+        Dtype::F32 => {
             for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *value = f32::from_ne_bytes(*bytes);
             }
         }
-        ArenaDtype::F16 => {
+        Dtype::Bf16 => {
             for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *value = f16::from_ne_bytes(*bytes).to_f32();
+                *value = bf16::from_ne_bytes(*bytes).to_f32();
             }
         }
     }
@@ -60,8 +60,8 @@ impl Kernel for AddRows<'_> {
                 let delta = &arena.at_unit(unit, (place + 1) * bytes)[place * bytes..];
                 let y = &mut y.as_f32_mut()[row * hidden..][..hidden];
                 match dtype {
-                    ArenaDtype::F32 => add::<S, f32>(s, y, delta, item.scale),
-                    ArenaDtype::F16 => add::<S, f16>(s, y, delta, item.scale),
+                    Dtype::F32 => add::<S, f32>(s, y, delta, item.scale),
+                    Dtype::Bf16 => add::<S, bf16>(s, y, delta, item.scale),
                 }
             }
         }

@@ -1,33 +1,38 @@
 //! The definition and the vector form: lanes are outputs.
 
 use crate::arena::Arena;
-use crate::dtype::{ArenaDtype, Element};
-use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, Run, WorkList, b_elements, b_index};
+use crate::dtype::Dtype;
+use crate::linear::tile::{Operands, Pairs, Single};
+use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, Run, WorkList, b_elements};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
-use crate::simd::{Isa, Kernel, LANES, Simd};
-use half::f16;
+use crate::simd::{Isa, Kernel, LANES, Line, Simd};
 use std::ops::Range;
 
 /// Columns of a slice that one unit of work takes.
 const COLUMNS_PER_UNIT: usize = 512;
+/// Rows of a run that one unit of work takes.
+const ROWS_PER_UNIT: usize = 96;
+/// Rows of a tile at most.
+const TILE_ROWS: usize = 6;
 
-/// How far ahead of its use B is asked for.
-const PREFETCH_BYTES: usize = 4096;
+/// How far ahead of its use B is asked for, in lines.
+const LINES_AHEAD: usize = 64;
 
 /// Checked arguments of the op.
-pub(super) struct Expand<'a> {
-    pub(super) v: &'a [f32],
-    pub(super) arena: &'a Arena,
-    pub(super) table: &'a AdapterTable,
-    pub(super) layer: usize,
-    pub(super) site: &'a LoraSite,
-    pub(super) work: &'a WorkList,
+#[derive(Clone, Copy)]
+pub(crate) struct Expand<'a> {
+    pub(crate) v: &'a [f32],
+    pub(crate) arena: &'a Arena,
+    pub(crate) table: &'a AdapterTable,
+    pub(crate) layer: usize,
+    pub(crate) site: &'a LoraSite,
+    pub(crate) work: &'a WorkList,
 }
 
 impl Expand<'_> {
     /// Type, B block and scale of one item and slice; `None` if the adapter leaves the matrix alone.
-    fn b_block(&self, item: usize, slice: usize) -> Option<(ArenaDtype, &[u8], f32)> {
+    fn b_block(&self, item: usize, slice: usize) -> Option<(Dtype, &[u8], f32)> {
         let item = &self.work.items[item];
         let (dtype, desc) = self.table.desc(item, self.layer, self.site.slices[slice]).ok().flatten()?;
         let bytes = b_elements(self.site.cols[slice].1) * dtype.bytes();
@@ -42,12 +47,17 @@ pub(super) fn reference(y: &mut Rows, expand: &Expand) {
     for (index, item) in expand.work.items.iter().enumerate() {
         for (slice, &(first, d_out)) in expand.site.cols.iter().enumerate() {
             let Some((dtype, b, scale)) = expand.b_block(index, slice) else { continue };
-            let b = crate::test_support::decode(dtype, b);
             for t in 0..item.rows as usize {
                 let v = &expand.v[((item.plane as usize + t) * slices + slice) * RANK_BLOCK..][..RANK_BLOCK];
                 for o in 0..d_out {
-                    let chain = |sum, (r, v): (usize, &f32)| v.mul_add(b[b_index(r, o)], sum);
-                    let d = v.iter().enumerate().fold(0.0f32, chain);
+                    let weight = |r: usize| crate::lora::b_at(dtype, b, r, o);
+                    let d = match dtype {
+                        Dtype::F32 => (0..RANK_BLOCK).fold(0.0f32, |sum, r| v[r].mul_add(weight(r), sum)),
+                        Dtype::Bf16 => (0..RANK_BLOCK).step_by(2).fold(0.0f32, |sum, r| {
+                            let odd = dtype.round(v[r + 1]).mul_add(weight(r + 1), sum);
+                            dtype.round(v[r]).mul_add(weight(r), odd)
+                        }),
+                    };
                     let y = &mut y.as_f32_mut()[(item.first_row as usize + t) * width + first + o];
                     *y = scale.mul_add(d, *y);
                 }
@@ -56,33 +66,37 @@ pub(super) fn reference(y: &mut Rows, expand: &Expand) {
     }
 }
 
-pub(super) fn lora_expand(isa: Isa, y: &mut Rows, expand: &Expand) {
+pub(crate) fn lora_expand(isa: Isa, y: &mut Rows, expand: &Expand) {
     let Expand { site, work, .. } = expand;
-    let parts: usize = site.cols.iter().map(|(_, d_out)| d_out.div_ceil(COLUMNS_PER_UNIT)).sum();
+    let column_parts: usize = site.cols.iter().map(|(_, d_out)| d_out.div_ceil(COLUMNS_PER_UNIT)).sum();
+    let row_parts = work.runs.iter().map(|run| run.rows.len().div_ceil(ROWS_PER_UNIT)).max().unwrap_or(0);
     let columns: usize = site.cols.iter().map(|(_, d_out)| d_out).sum();
     let width = y.width();
     let y = SharedMut::new(y.as_f32_mut());
-    parallel::for_each(work.runs.len() * parts, work.planes * columns / 3, |unit| {
-        let run = &work.runs[unit / parts];
-        let mut part = unit % parts;
+    parallel::for_each(work.runs.len() * column_parts * row_parts, work.planes * columns / 3, |unit| {
+        let run = &work.runs[unit / (column_parts * row_parts)];
+        let row_part = unit / column_parts % row_parts;
+        let rows = row_part * ROWS_PER_UNIT..((row_part + 1) * ROWS_PER_UNIT).min(run.rows.len());
+        let mut part = unit % column_parts;
         for (slice, &(_, d_out)) in site.cols.iter().enumerate() {
             let count = d_out.div_ceil(COLUMNS_PER_UNIT);
             if part < count {
                 let first = part * COLUMNS_PER_UNIT;
                 let columns = first..(first + COLUMNS_PER_UNIT).min(d_out);
-                return isa.run(Unit { expand, y, width, run, slice, columns });
+                return isa.run(Unit { expand, y, width, run, rows, slice, columns });
             }
             part -= count;
         }
     });
 }
 
-/// Columns of one slice for a run of rows, all its items.
+/// Columns of one slice for rows of a run (counted from its first), all its items.
 struct Unit<'a> {
     expand: &'a Expand<'a>,
     y: SharedMut<f32>,
     width: usize,
     run: &'a Run,
+    rows: Range<usize>,
     slice: usize,
     columns: Range<usize>,
 }
@@ -94,8 +108,8 @@ impl Kernel for Unit<'_> {
             let Some((dtype, b, scale)) = self.expand.b_block(item, self.slice) else { continue };
             let delta = Delta { unit: &self, item, b, scale };
             match dtype {
-                ArenaDtype::F32 => delta.columns::<S, f32>(s),
-                ArenaDtype::F16 => delta.columns::<S, f16>(s),
+                Dtype::F32 => delta.rows::<S, Single>(s),
+                Dtype::Bf16 => delta.rows::<S, Pairs>(s),
             }
         }
     }
@@ -109,34 +123,60 @@ struct Delta<'a> {
     scale: f32,
 }
 
+/// The v of a tile's rows as [`Operands`] read them.
+type Inputs = [[u32; RANK_BLOCK]; TILE_ROWS];
+
 impl Delta<'_> {
     #[inline(always)]
-    fn columns<S: Simd, E: Element>(&self, s: S) {
-        macro_rules! rows {
-            ($vectors:literal, $column:expr) => {{
-                let mut row = 0;
-                while row < self.unit.run.rows.len() {
-                    let rows = (self.unit.run.rows.len() - row).min(S::TILE_ROWS).min(4);
-                    match rows {
-                        1 => self.tile::<S, E, 1, $vectors>(s, row, $column),
-                        2 => self.tile::<S, E, 2, $vectors>(s, row, $column),
-                        3 => self.tile::<S, E, 3, $vectors>(s, row, $column),
-                        _ => self.tile::<S, E, 4, $vectors>(s, row, $column),
-                    }
-                    row += rows;
-                }
-            }};
+    fn rows<S: Simd, O: Operands>(&self, s: S) {
+        let rows_max = if S::TILE_ROWS > 3 { TILE_ROWS } else { S::TILE_ROWS };
+        let mut row = self.unit.rows.start;
+        while row < self.unit.rows.end {
+            let rows = (self.unit.rows.end - row).min(rows_max);
+            let mut v: Inputs = [[0; RANK_BLOCK]; TILE_ROWS];
+            for (t, v) in v.iter_mut().enumerate().take(rows) {
+                self.inputs::<S, O>(s, row + t, v);
+            }
+            match rows {
+                1 => self.columns::<S, O, 1>(s, row, &v),
+                2 => self.columns::<S, O, 2>(s, row, &v),
+                3 => self.columns::<S, O, 3>(s, row, &v),
+                4 => self.columns::<S, O, 4>(s, row, &v),
+                5 => self.columns::<S, O, 5>(s, row, &v),
+                _ => self.columns::<S, O, 6>(s, row, &v),
+            }
+            row += rows;
         }
+    }
+
+    #[inline(always)]
+    fn inputs<S: Simd, O: Operands>(&self, s: S, row: usize, out: &mut [u32; RANK_BLOCK]) {
+        let Unit { expand, slice, .. } = *self.unit;
+        let plane = expand.work.items[self.item].plane as usize + row;
+        let v = &expand.v[(plane * expand.site.slices.len() + slice) * RANK_BLOCK..][..RANK_BLOCK];
+        // SAFETY: 16 f32 are read, and 16 f32 or bf16 are written.
+        unsafe {
+            let values = s.load(v.as_ptr());
+            if O::PER_WORD == 1 {
+                s.store(out.as_mut_ptr().cast(), values);
+            } else {
+                s.store_bf16(out.as_mut_ptr().cast(), values);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn columns<S: Simd, O: Operands, const M: usize>(&self, s: S, row: usize, v: &Inputs) {
         let Range { start: mut column, end } = self.unit.columns;
         while column < end {
             if S::TILE_ROWS > 3 && column + 4 * LANES <= end {
-                rows!(4, column);
+                self.tile::<S, O, M, 4>(s, row, column, v);
                 column += 4 * LANES;
             } else if column + 2 * LANES <= end {
-                rows!(2, column);
+                self.tile::<S, O, M, 2>(s, row, column, v);
                 column += 2 * LANES;
             } else {
-                rows!(1, column);
+                self.tile::<S, O, M, 1>(s, row, column, v);
                 column += LANES;
             }
         }
@@ -144,36 +184,32 @@ impl Delta<'_> {
 
     /// `M` rows, `N` vectors of columns.
     #[inline(always)]
-    fn tile<S: Simd, E: Element, const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) {
+    fn tile<S: Simd, O: Operands, const M: usize, const N: usize>(&self, s: S, row: usize, column: usize, v: &Inputs) {
         if const { M > S::TILE_ROWS } {
             return; // never asked for; spares the compiler the code
         }
-        let Unit { expand, y, width, run, slice, ref columns } = *self.unit;
-        let item = &expand.work.items[self.item];
+        let Unit { expand, y, width, run, slice, ref columns, .. } = *self.unit;
         let (first, d_out) = expand.site.cols[slice];
-        let element_bytes = E::BYTES;
-        assert!(self.b.len() >= b_elements(d_out) * element_bytes && column + (N - 1) * LANES < d_out);
-        let slices = expand.site.slices.len();
-        let v: [&[f32]; M] = std::array::from_fn(|m| {
-            &expand.v[((item.plane as usize + row + m) * slices + slice) * RANK_BLOCK..][..RANK_BLOCK]
-        });
+        let lines = RANK_BLOCK / O::INPUTS;
+        let bytes = lines * size_of::<Line>();
+        assert!(self.b.len() >= d_out.div_ceil(LANES) * bytes && column + (N - 1) * LANES < d_out);
+        // SAFETY: `column` starts a panel, and `column + 16 n` is below d_out: all lines of these panels are in the block.
+        let b: *const Line = unsafe { self.b.as_ptr().add(column / LANES * bytes) }.cast();
         let mut acc = [[s.splat(0.0); N]; M];
-        for r in 0..RANK_BLOCK {
-            let mut weights = [s.splat(0.0); N];
-            for (n, weights) in weights.iter_mut().enumerate() {
-                // SAFETY: `column` starts a panel, and `column + 16 n` is below d_out: 16 outputs of rank r are in the block.
-                unsafe {
-                    let at = self.b.as_ptr().add(b_index(r, column + n * LANES) * element_bytes);
-                    if M == 1 {
-                        s.prefetch(at.wrapping_add(PREFETCH_BYTES));
-                    }
-                    *weights = E::load(s, at);
+        for line in 0..lines {
+            // SAFETY: as above; a prefetch may go anywhere.
+            let weights: [O::W<S>; N] = std::array::from_fn(|n| unsafe {
+                let at = b.add(n * lines + line);
+                if M == 1 {
+                    s.prefetch(at.wrapping_add(LINES_AHEAD).cast());
                 }
-            }
-            for (acc, v) in acc.iter_mut().zip(&v) {
-                let v = s.splat(v[r]);
+                O::weights(s, at)
+            });
+            for (acc, v) in acc.iter_mut().zip(v) {
+                // SAFETY: the line's inputs are among the 16 ranks.
+                let v = unsafe { O::inputs(s, v.as_ptr().add(line * O::INPUTS / O::PER_WORD)) };
                 for (acc, weights) in acc.iter_mut().zip(&weights) {
-                    *acc = s.fma(v, *weights, *acc);
+                    *acc = O::add(s, *acc, v, *weights);
                 }
             }
         }

@@ -1,11 +1,12 @@
-//! Per work item in order: `d = sum over r of v[t, r] * b[o, r]` (one FMA chain over the 16 ranks of the block), then
+//! Per work item in order: `d = sum over r of v[t, r] * b[o, r]` (one chain over the 16 ranks of the block), then
 //! `y[t, o] = fma(item scale * module scale, d, y[t, o])`. Second half of the LoRA delta.
 //!
-//! `v` from `lora_shrink` at the same site; B lies in rank blocks `[d_out / 16][16 ranks][16 outputs]`; `y: [rows, width]` f32,
+//! `v` from `lora_shrink` at the same site; B lies in rank blocks of panels of 16 outputs,
+//! `[16 ranks][16]` in f32 and `[8][16][2 ranks]` in bf16, where v is rounded to bf16 too; `y: [rows, width]` f32,
 //! of which only the site's columns of rows in a work item are touched. Source: Punica (arXiv:2310.18547), SGMV.
 
 pub(crate) mod check;
-mod cpu;
+pub(crate) mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
@@ -36,13 +37,18 @@ pub fn lora_expand(
     same(op, "rows of v", v.extents().0, work.planes)?;
     same(op, "slices of v", v.extents().1, site.slices.len())?;
     check_work(op, y.rows(), table, layer, site, work)?;
+    check_columns(op, y, site)?;
+    cpu::lora_expand(Isa::best(), y, &cpu::Expand { v: v.values(), arena, table, layer, site, work });
+    Ok(())
+}
+
+/// That the slices' columns are in `y`, in order and apart, so that threads write different columns.
+pub(crate) fn check_columns(op: &'static str, y: &Rows, site: &LoraSite) -> Result<(), OpError> {
     let mut columns_end = 0;
     for &(first, d_out) in &site.cols {
-        // In order and apart, so that threads write different columns.
         at_most(op, "columns before a slice", columns_end, first)?;
         columns_end = first.saturating_add(d_out);
         at_most(op, "last column of a slice", columns_end, y.width())?;
     }
-    cpu::lora_expand(Isa::best(), y, &cpu::Expand { v: v.values(), arena, table, layer, site, work });
     Ok(())
 }

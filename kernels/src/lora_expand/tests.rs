@@ -1,5 +1,5 @@
 use super::*;
-use crate::dtype::ArenaDtype;
+use crate::dtype::Dtype;
 use crate::lora::fixture::{LAYER, Mix, RANKS, World, activations, mixes, sites};
 use crate::lora_shrink::lora_shrink;
 use crate::test_support::{assert_close, bits};
@@ -14,7 +14,7 @@ fn delta(world: &World, mix: &Mix, site: &LoraSite, x: &Rows, y: &Rows) -> Rows 
 
 #[test]
 fn every_instruction_set_equals_the_definition() {
-    for dtype in [ArenaDtype::F32, ArenaDtype::F16] {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let world = World::new(1, dtype, &RANKS);
         for mix in mixes() {
             let work = world.work(&mix);
@@ -36,7 +36,13 @@ fn every_instruction_set_equals_the_definition() {
                     let mut got = y.clone();
                     cpu::lora_expand(isa, &mut got, &expand);
                     let what = format!("{isa:?} {dtype:?} {} {:?}", mix.name, site.slices);
-                    assert_eq!(bits(got.as_f32()), bits(want.as_f32()), "{what}");
+                    if dtype == Dtype::Bf16 && isa.takes_pairs() {
+                        // The instruction counts subnormal numbers as zero.
+                        let want: Vec<f64> = want.as_f32().iter().map(|v| f64::from(*v)).collect();
+                        assert_close(got.as_f32(), &want, 1e-6, &what);
+                    } else {
+                        assert_eq!(bits(got.as_f32()), bits(want.as_f32()), "{what}");
+                    }
                 }
             }
         }
@@ -45,7 +51,7 @@ fn every_instruction_set_equals_the_definition() {
 
 #[test]
 fn both_halves_add_the_scaled_product_of_a_and_b() {
-    for dtype in [ArenaDtype::F32, ArenaDtype::F16] {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let world = World::new(3, dtype, &RANKS);
         for (mix, site) in mixes().iter().flat_map(|mix| sites().map(|site| (mix, site))) {
             let (x, y) = activations(4, mix, &site);
@@ -66,14 +72,15 @@ fn both_halves_add_the_scaled_product_of_a_and_b() {
                     }
                 }
             }
-            assert_close(got.as_f32(), &want, 2e-5, &format!("{dtype:?} {} {:?}", mix.name, site.slices));
+            let tolerance = if dtype == Dtype::F32 { 2e-5 } else { 3e-2 };
+            assert_close(got.as_f32(), &want, tolerance, &format!("{dtype:?} {} {:?}", mix.name, site.slices));
         }
     }
 }
 
 #[test]
 fn a_row_in_a_mixed_batch_equals_that_row_alone() {
-    let world = World::new(5, ArenaDtype::F16, &RANKS);
+    let world = World::new(5, Dtype::Bf16, &RANKS);
     for (mix, site) in mixes().iter().flat_map(|mix| sites().map(|site| (mix, site))) {
         let (x, y) = activations(6, mix, &site);
         let together = delta(&world, mix, &site, &x, &y);
@@ -91,7 +98,7 @@ fn a_row_in_a_mixed_batch_equals_that_row_alone() {
 
 #[test]
 fn rows_of_the_base_model_keep_their_bits() {
-    let world = World::new(7, ArenaDtype::F16, &RANKS);
+    let world = World::new(7, Dtype::Bf16, &RANKS);
     for (mix, site) in mixes().iter().flat_map(|mix| sites().map(|site| (mix, site))) {
         let (x, y) = activations(8, mix, &site);
         let got = delta(&world, mix, &site, &x, &y);
@@ -103,7 +110,7 @@ fn rows_of_the_base_model_keep_their_bits() {
 
 #[test]
 fn planes_of_another_site_and_columns_that_are_not_there_are_refused() {
-    let world = World::new(9, ArenaDtype::F32, &RANKS);
+    let world = World::new(9, Dtype::F32, &RANKS);
     let (mix, sites) = (&mixes()[0], sites());
     let work = world.work(mix);
     let (x, mut y) = activations(10, mix, &sites[0]);

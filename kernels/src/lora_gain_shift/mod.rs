@@ -18,6 +18,7 @@ mod tests;
 use crate::arena::Arena;
 use crate::error::{OpError, at_most, same};
 use crate::lora::{AdapterTable, LoraSite, WorkList};
+use crate::lora_expand::check_columns;
 use crate::rows::Rows;
 use crate::simd::Isa;
 
@@ -39,13 +40,7 @@ pub fn lora_gain_shift(
         return Ok(());
     }
     same(op, "columns of the site", site.cols.len(), site.slices.len())?;
-    let mut columns_end = 0;
-    for &(first, d_out) in &site.cols {
-        // In order and apart, so that threads write different columns.
-        at_most(op, "columns before a slice", columns_end, first)?;
-        columns_end = first.saturating_add(d_out);
-        at_most(op, "last column of a slice", columns_end, y.width())?;
-    }
+    check_columns(op, y, site)?;
     for item in &work.items {
         at_most(op, "last row of an item", item.first_row as usize + item.rows as usize, y.rows())?;
         for (&slice, &(_, d_out)) in site.slices.iter().zip(&site.cols) {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::dtype::ArenaDtype;
+use crate::dtype::Dtype;
 use crate::lora::fixture::{LAYER, World, mixes, sites};
 use crate::lora::{AdapterImage, AdapterParts, END_TILE, LoraPart, Segment, Slice, SlotScale, VectorPart, WorkList};
 use crate::test_support::{Random, bits};
@@ -28,7 +28,7 @@ fn world() -> (Arena, AdapterTable) {
         };
         let vectors = [part(Slice::Q, 0, 48), part(Slice::V, 2, 20)];
         let parts = AdapterParts { lora: &[pair], vectors: &vectors[..2 - slot as usize], ..Default::default() };
-        let image = AdapterImage::pack_parts(ArenaDtype::F16, 8192, 2, &parts).unwrap();
+        let image = AdapterImage::pack_parts(Dtype::Bf16, 8192, 2, &parts).unwrap();
         let pages: Vec<u32> = (20 * slot..).take(image.pages_needed()).collect();
         table.publish(&mut arena, slot, 9, &image, &pages).unwrap();
     }
@@ -106,7 +106,7 @@ fn wrong_extents_and_stale_slots_are_refused() {
 
 #[test]
 fn plain_adapters_have_no_vectors_to_look_up() {
-    let world = World::new(1, ArenaDtype::F32, &[16, 8, 33, 1, 64, 8, 16]);
+    let world = World::new(1, Dtype::F32, &[16, 8, 33, 1, 64, 8, 16]);
     for mix in mixes() {
         assert!(!world.work(&mix).uses.vectors, "{}", mix.name);
     }
@@ -120,7 +120,7 @@ fn the_heads_vectors_come_in_tiles() {
     let one = [0.0f32; 16];
     let pair = LoraPart { layer: 0, slice: Slice::Q, rank: 1, a: &one, b: &one, d_in: 16, d_out: 16, scale: 1.0 };
     let parts = AdapterParts { lora: &[pair], vectors: &vectors, ..Default::default() };
-    let image = AdapterImage::pack_parts(ArenaDtype::F32, 128 << 10, 1, &parts).unwrap();
+    let image = AdapterImage::pack_parts(Dtype::F32, 128 << 10, 1, &parts).unwrap();
     let (mut arena, mut table) = (Arena::new(128 << 10, 4).unwrap(), AdapterTable::new(1));
     let pages: Vec<u32> = (0..image.pages_needed() as u32).collect();
     table.publish(&mut arena, 0, 9, &image, &pages).unwrap();

@@ -1,13 +1,13 @@
-//! `v[t, r] = sum over k of x[t, k] * a[r, k]`, with the A of row t's adapter, one FMA chain in the order of k. First half
-//! of the LoRA delta.
+//! `v[t, r] = sum over k of x[t, k] * a[r, k]`, with the A of row t's adapter: two chains in the order of k, one of the even
+//! lines of A and one of the odd ones, and their sum. First half of the LoRA delta.
 //!
 //! `x: [rows, d_in]` f32; `v`: a plane `[rows of the item][slices][16]` f32 per work item; A lies in rank blocks
-//! `[d_in][16]`. Rows in no work item are not read. Matrices that an adapter leaves alone are not written.
+//! of 16: a line is one input in f32, `[d_in][16]`, and two in bf16, `[d_in / 2][16][2]`, where x is rounded to bf16 too. Rows in no work item are not read. Matrices that an adapter leaves alone are not written.
 //! Source: Punica (arXiv:2310.18547), SGMV.
 
 pub(crate) mod batch;
 pub(crate) mod check;
-mod cpu;
+pub(crate) mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod tests;
@@ -35,7 +35,7 @@ pub fn lora_shrink(
 ) -> Result<(), OpError> {
     same("lora_shrink", "width of x", x.width(), site.d_in)?;
     check_work("lora_shrink", x.rows(), table, layer, site, work)?;
-    let shrink = cpu::Shrink { x, arena, table, layer, site, work };
+    let shrink = cpu::Shrink { x, pairs: &[], arena, table, layer, site, work };
     cpu::lora_shrink(Isa::best(), v.prepare(work.planes, site.slices.len()), &shrink);
     Ok(())
 }

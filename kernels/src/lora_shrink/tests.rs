@@ -1,11 +1,11 @@
 use super::*;
-use crate::dtype::ArenaDtype;
+use crate::dtype::Dtype;
 use crate::lora::fixture::{LAYER, RANKS, World, activations, mixes, sites};
 use crate::test_support::{assert_close, bits};
 
 #[test]
 fn every_instruction_set_equals_the_definition() {
-    for dtype in [ArenaDtype::F32, ArenaDtype::F16] {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let world = World::new(1, dtype, &RANKS);
         for mix in mixes() {
             let work = world.work(&mix);
@@ -13,6 +13,7 @@ fn every_instruction_set_equals_the_definition() {
                 let (x, _) = activations(2, &mix, &site);
                 let shrink = cpu::Shrink {
                     x: &x,
+                    pairs: &[],
                     arena: &world.arena,
                     table: &world.table,
                     layer: LAYER,
@@ -25,7 +26,14 @@ fn every_instruction_set_equals_the_definition() {
                 for isa in Isa::available() {
                     let mut got = vec![-7.0; want.len()];
                     cpu::lora_shrink(isa, &mut got, &shrink);
-                    assert_eq!(bits(&got), bits(&want), "{isa:?} {dtype:?} {} {:?}", mix.name, site.slices);
+                    let what = format!("{isa:?} {dtype:?} {} {:?}", mix.name, site.slices);
+                    if dtype == Dtype::Bf16 && isa.takes_pairs() {
+                        // The instruction counts subnormal numbers as zero.
+                        let want: Vec<f64> = want.iter().map(|v| f64::from(*v)).collect();
+                        assert_close(&got, &want, 1e-6, &what);
+                    } else {
+                        assert_eq!(bits(&got), bits(&want), "{what}");
+                    }
                 }
             }
         }
@@ -34,7 +42,7 @@ fn every_instruction_set_equals_the_definition() {
 
 #[test]
 fn the_definition_is_the_formula() {
-    let world = World::new(3, ArenaDtype::F16, &RANKS);
+    let world = World::new(3, Dtype::Bf16, &RANKS);
     for mix in mixes() {
         let work = world.work(&mix);
         let site = &sites()[0];
@@ -58,7 +66,7 @@ fn the_definition_is_the_formula() {
                         })
                         .collect();
                     let got = &v.values()[((item.plane as usize + t) * 3 + s) * 16..][..16];
-                    assert_close(got, &want, 1e-5, mix.name);
+                    assert_close(got, &want, 1e-2, mix.name);
                 }
             }
         }
@@ -67,7 +75,7 @@ fn the_definition_is_the_formula() {
 
 #[test]
 fn a_slot_that_changed_since_the_list_was_built_is_an_error() {
-    let mut world = World::new(5, ArenaDtype::F32, &RANKS);
+    let mut world = World::new(5, Dtype::F32, &RANKS);
     let mix = &mixes()[0];
     let (work, site) = (world.work(mix), &sites()[0]);
     let (x, _) = activations(6, mix, site);
@@ -80,7 +88,7 @@ fn a_slot_that_changed_since_the_list_was_built_is_an_error() {
 
 #[test]
 fn shapes_that_disagree_are_refused() {
-    let world = World::new(7, ArenaDtype::F32, &RANKS);
+    let world = World::new(7, Dtype::F32, &RANKS);
     let mix = &mixes()[0];
     let (work, site) = (world.work(mix), &sites()[0]);
     let (x, _) = activations(8, mix, site);

@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::thread::{self, Thread};
 
-/// How often a thread looks for the next region before it sleeps: some tens of microseconds, and while a step runs
-/// ([`in_pool`]) about a millisecond.
-const LOOKS: usize = 1 << 10;
-const LOOKS_IN_STEP: usize = 1 << 15;
-/// How often the caller looks for the end of a region before it lets others have its core.
-const LOOKS_AT_END: usize = 1 << 12;
+/// How often a thread looks, without letting go of its core, for what it waits for: some microseconds.
+const LOOKS: usize = 1 << 8;
+/// How often after that it looks again when it has let others have the core, until it sleeps: some tens of microseconds,
+/// and while a step runs ([`in_pool`]) about a millisecond.
+const YIELDS: usize = 1 << 6;
+const YIELDS_IN_STEP: usize = 1 << 11;
 
 /// What the user asked for; 0: as many threads as there are cores.
 static WANTED: AtomicUsize = AtomicUsize::new(0);
@@ -31,29 +31,32 @@ struct Region {
     units: usize,
 }
 
+/// The gate's lower bits count the threads inside; then comes this bit, then the number of the region.
+const OPEN: usize = 1 << 15;
+const NUMBER: usize = OPEN << 1;
+
 /// A unit that panicked.
 type Panic = Box<dyn Any + Send>;
 
 struct Team {
     /// Held by the one caller that has the team.
     taken: Padded<AtomicBool>,
-    /// Number of the region; a change starts it.
-    epoch: Padded<AtomicUsize>,
-    /// Threads that are not done with the region.
-    running: Padded<AtomicUsize>,
+    /// Number of the region, whether it is open, and how many threads are in it: see [`OPEN`]. A thread that comes late finds
+    /// it closed and is not waited for.
+    gate: Padded<AtomicUsize>,
     /// Whether a step is under way.
     hot: Padded<AtomicBool>,
     /// Next unit of each thread's range; the caller is the first.
     cursors: Vec<Padded<AtomicUsize>>,
-    /// Written by who has `taken` while `running` is 0, read by the threads after `epoch` changed.
+    /// Written by who has `taken` while the gate is closed and nobody inside, read by threads that are.
     region: UnsafeCell<Region>,
     panic: Mutex<Option<Panic>>,
     sleeping: Vec<Padded<AtomicBool>>,
     threads: OnceLock<Vec<Thread>>,
 }
 
-// SAFETY: `region` is written only by the caller that holds `taken`, before it changes `epoch` (release) and after all
-// threads left the last region (`running`, acquire); its pointer is to a `Sync` closure that outlives the region.
+// SAFETY: `region` is written only by the caller that holds `taken`, before it opens the gate (release) and after all
+// threads left the last region (acquire); its pointer is to a `Sync` closure that outlives the region.
 unsafe impl Sync for Team {}
 // SAFETY: as above.
 unsafe impl Send for Team {}
@@ -127,19 +130,20 @@ pub(super) fn run<F: Fn(usize) + Sync>(units: usize, body: &F) {
     for (member, cursor) in team.cursors.iter().enumerate() {
         cursor.0.store(units * member / members, Ordering::Relaxed);
     }
-    team.running.0.store(workers, Ordering::Relaxed);
-    team.epoch.0.fetch_add(1, Ordering::SeqCst);
+    // Closed and empty: a new number, and open.
+    team.gate.0.fetch_add(NUMBER | OPEN, Ordering::SeqCst);
     for (thread, sleeping) in team.threads.get().into_iter().flatten().zip(&team.sleeping[1..]) {
         if sleeping.0.load(Ordering::SeqCst) {
             thread.unpark();
         }
     }
     let own = team.units(0, &region);
-    // The closure and what it borrows must live until the last thread has left, whatever happened here.
+    // Nobody may enter any more; the closure and what it borrows must live until the last thread has left, whatever happened
+    // here.
+    team.gate.0.fetch_and(!OPEN, Ordering::AcqRel);
     let mut looks = 0;
-    while team.running.0.load(Ordering::Acquire) > 0 {
-        looks += 1;
-        if looks > LOOKS_AT_END { thread::yield_now() } else { std::hint::spin_loop() }
+    while team.gate.0.load(Ordering::Acquire) % OPEN > 0 {
+        look_again(&mut looks);
     }
     let theirs = team.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
     team.taken.0.store(false, Ordering::Release);
@@ -148,13 +152,18 @@ pub(super) fn run<F: Fn(usize) + Sync>(units: usize, body: &F) {
     }
 }
 
+/// A look that found nothing. When programs share the cores, the thread that is waited for may need this one's.
+fn look_again(looks: &mut usize) {
+    *looks += 1;
+    if *looks > LOOKS { thread::yield_now() } else { std::hint::spin_loop() }
+}
+
 impl Team {
     fn new(members: usize) -> Self {
         fn nothing(_: *const (), _: usize) {}
         Self {
             taken: Padded::default(),
-            epoch: Padded::default(),
-            running: Padded::default(),
+            gate: Padded::default(),
             hot: Padded::default(),
             cursors: (0..members).map(|_| Padded::default()).collect(),
             region: UnsafeCell::new(Region { body: std::ptr::null(), call: nothing, units: 0 }),
@@ -168,34 +177,39 @@ impl Team {
     fn work(&self, member: usize) {
         let mut seen = 0;
         loop {
-            seen = self.next_region(member, seen);
-            // SAFETY: `epoch` changed, so the caller has written the region and waits until `running` is 0.
+            let gate = self.next_region(member, seen);
+            seen = gate / NUMBER;
+            // One who was here in the meantime may have changed the count.
+            let enter = |gate: usize| (gate / NUMBER == seen && gate & OPEN > 0).then_some(gate + 1);
+            if self.gate.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, enter).is_err() {
+                continue;
+            }
+            // SAFETY: this thread is inside: the caller has written the region and waits until nobody is.
             let region = unsafe { *self.region.get() };
             if let Err(panic) = self.units(member, &region) {
                 *self.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(panic);
             }
-            self.running.0.fetch_sub(1, Ordering::Release);
+            self.gate.0.fetch_sub(1, Ordering::Release);
         }
     }
 
-    /// Waits until the number of the region is no longer `seen`.
+    /// Waits until the number of the region is no longer `seen`, and gives the gate.
     fn next_region(&self, member: usize, seen: usize) -> usize {
         let mut looks = 0;
         loop {
-            let epoch = self.epoch.0.load(Ordering::Acquire);
-            if epoch != seen {
-                return epoch;
+            let gate = self.gate.0.load(Ordering::Acquire);
+            if gate / NUMBER != seen {
+                return gate;
             }
-            looks += 1;
-            let patience = if self.hot.0.load(Ordering::Relaxed) { LOOKS_IN_STEP } else { LOOKS };
-            if looks < patience {
-                std::hint::spin_loop();
+            let yields = if self.hot.0.load(Ordering::Relaxed) { YIELDS_IN_STEP } else { YIELDS };
+            if looks < LOOKS + yields {
+                look_again(&mut looks);
                 continue;
             }
             let sleeping = &self.sleeping[member].0;
             sleeping.store(true, Ordering::SeqCst);
-            // Whoever changes the epoch after this look sees the flag.
-            if self.epoch.0.load(Ordering::SeqCst) == seen {
+            // Whoever opens the gate after this look sees the flag.
+            if self.gate.0.load(Ordering::SeqCst) / NUMBER == seen {
                 thread::park();
             }
             sleeping.store(false, Ordering::Relaxed);

@@ -4,6 +4,10 @@ use super::{QuantWeight, quant_linear};
 use crate::embedding;
 use crate::error::OpError;
 use crate::linear::{PackedWeight, linear};
+use crate::lora_expand::lora_expand;
+use crate::lora_gain_shift::lora_gain_shift;
+use crate::lora_shrink::lora_shrink;
+use crate::projection::{Adapters, project};
 use crate::rows::Rows;
 
 /// A weight matrix `[d_out, d_in]` as the CPU's products take it.
@@ -33,6 +37,26 @@ impl Matrix {
         match self {
             Self::Packed(weight) => linear(y, x, weight, bias),
             Self::Quant(weight) => quant_linear(y, x, weight, bias),
+        }
+    }
+
+    /// [`Matrix::linear`], and what the adapters add.
+    ///
+    /// # Errors
+    /// Those of [`project`].
+    pub fn project(&self, y: &mut Rows, x: &Rows, bias: Option<&[f32]>, adapters: Adapters) -> Result<(), OpError> {
+        match self {
+            Self::Packed(weight) => project(y, x, weight, bias, adapters),
+            Self::Quant(weight) => {
+                quant_linear(y, x, weight, bias)?;
+                let Adapters { v, arena, table, layer, site, work } = adapters;
+                if work.is_empty() {
+                    return Ok(());
+                }
+                lora_gain_shift(y, arena, table, layer, site, work)?;
+                lora_shrink(v, x, arena, table, layer, site, work)?;
+                lora_expand(y, v, arena, table, layer, site, work)
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! AVX2 with FMA: two registers are one vector.
 
-use super::{Kernel, LANES, Line, Simd};
+use super::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the processor has AVX2 and FMA: only [`run`] makes one.
@@ -106,23 +106,14 @@ impl Simd for Avx2 {
         unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))] }
     }
     #[inline(always)]
-    unsafe fn load_pair(self, p: *const Line) -> [Self::V; 2] {
-        // SAFETY: the caller vouches for 64 bytes.
-        unsafe {
-            let p = p.cast::<__m256i>();
-            let words = [_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))];
-            let high = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
-            [
-                [
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words[0])),
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words[1])),
-                ],
-                [
-                    _mm256_castsi256_ps(_mm256_and_si256(words[0], high)),
-                    _mm256_castsi256_ps(_mm256_and_si256(words[1], high)),
-                ],
-            ]
-        }
+    fn halves(self, w: Self::V) -> [Self::V; 2] {
+        [
+            both!(i => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(w[i])))),
+            both!(i => {
+                let mask = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+                _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(w[i]), mask))
+            }),
+        ]
     }
     #[inline(always)]
     unsafe fn store_f16(self, p: *mut u16, a: Self::V) {

@@ -1,6 +1,6 @@
 //! AVX-512.
 
-use super::{Kernel, LANES, Line, Simd};
+use super::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `BF16` the products of bf16 pairs: only [`run`] and
@@ -101,18 +101,19 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn load_pair(self, p: *const Line) -> [__m512; 2] {
-        // SAFETY: the caller vouches for 64 bytes.
-        unsafe {
-            let words = _mm512_loadu_si512(p.cast());
+    fn halves(self, w: __m512) -> [__m512; 2] {
+        op!({
+            let words = _mm512_castps_si512(w);
             let high = _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
             [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)), _mm512_castsi512_ps(high)]
-        }
+        })
     }
     #[inline(always)]
-    unsafe fn dot(self, a: __m512, x: u32, w: __m512) -> __m512 {
+    fn dot(self, a: __m512, x: u32, w: __m512) -> __m512 {
         if const { !BF16 } {
-            return a;
+            let [low, high] = self.halves(w);
+            let (first, second) = (self.splat(f32::from_bits(x << 16)), self.splat(f32::from_bits(x & 0xffff_0000)));
+            return self.fma(first, low, self.fma(second, high, a));
         }
         // SAFETY: with `BF16` the processor has the instruction; it touches registers only, and all three types are 64 bytes.
         unsafe {

@@ -177,15 +177,16 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// 16 u16 must be readable at `p`.
     unsafe fn load_f16(self, p: *const u16) -> Self::V;
-    /// `a + x.1 * w.1 + x.0 * w.0` lane by lane, where `x` and the lanes of the line at `w` are pairs of bf16: first in the
-    /// low half. Subnormal numbers count as zero. Only where [`Self::DOT`] says so.
-    /// # Safety
-    /// 64 bytes must be readable at `w`.
+    /// `a + x.1 * w.1 + x.0 * w.0` lane by lane, where `x` and the lanes of `w` are pairs of bf16: first in the
+    /// low half. Where it is an instruction, subnormal numbers count as zero.
     #[inline(always)]
-    unsafe fn dot(self, a: Self::V, x: u32, w: Self::V) -> Self::V {
-        let _ = (x, w);
-        a
+    fn dot(self, a: Self::V, x: u32, w: Self::V) -> Self::V {
+        let [low, high] = self.halves(w);
+        let (first, second) = (self.splat(f32::from_bits(x << 16)), self.splat(f32::from_bits(x & 0xffff_0000)));
+        self.fma(first, low, self.fma(second, high, a))
     }
+    /// The bf16 of 16 pairs: those of the low halves, then those of the high halves.
+    fn halves(self, w: Self::V) -> [Self::V; 2];
     /// 16 half-precision values, rounded to nearest even; what is beyond the largest finite one becomes it, NaN stays NaN.
     /// # Safety
     /// 16 u16 must be writable at `p`.
@@ -207,7 +208,11 @@ pub(crate) trait Simd: Copy {
     /// 32 bf16 of a [`Line`]: the low halves, then the high halves.
     /// # Safety
     /// 64 bytes must be readable at `p`.
-    unsafe fn load_pair(self, p: *const Line) -> [Self::V; 2];
+    #[inline(always)]
+    unsafe fn load_pair(self, p: *const Line) -> [Self::V; 2] {
+        // SAFETY: the caller vouches for the line.
+        self.halves(unsafe { self.load(p.cast()) })
+    }
     /// Asks for the cache line at `p`, which need not be a valid address.
     fn prefetch(self, p: *const u8);
     /// Asks for a line for later: into the second-level cache.

@@ -1,6 +1,6 @@
 //! Plain loops. On a processor without FMA `mul_add` is a call and slow; it is exact, which is what counts there.
 
-use super::{LANES, Line, Simd};
+use super::{LANES, Simd};
 
 /// No instruction beyond the compiler's baseline.
 #[derive(Clone, Copy)]
@@ -76,13 +76,8 @@ impl Simd for Portable {
         std::array::from_fn(|i| half::f16::from_bits(halves[i]).to_f32_const())
     }
     #[inline(always)]
-    unsafe fn load_pair(self, p: *const Line) -> [Self::V; 2] {
-        // SAFETY: the caller vouches for 64 bytes.
-        let words = unsafe { p.cast::<[u32; LANES]>().read_unaligned() };
-        [
-            std::array::from_fn(|i| f32::from_bits(words[i] << 16)),
-            std::array::from_fn(|i| f32::from_bits(words[i] & 0xffff_0000)),
-        ]
+    fn halves(self, w: Self::V) -> [Self::V; 2] {
+        [w.map(|w| f32::from_bits(w.to_bits() << 16)), w.map(|w| f32::from_bits(w.to_bits() & 0xffff_0000))]
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}

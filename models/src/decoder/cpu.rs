@@ -7,9 +7,9 @@ use super::stack::{DecoderOps, NormAt, Site};
 use crate::spec::DecoderSpec;
 use crate::weights::{CpuStore, Weights};
 use loramux_kernels::{
-    AdapterTable, Arena, AttnSpec, END_TILE, HeadWork, KvLayout, LoraScratch, LoraSite, Matrix, OpError, Rows, Slice,
-    WorkList, add_rms_norm, lora_embed_rows, lora_embed_shrink, lora_expand, lora_gain_shift, lora_identity_shrink,
-    lora_shrink, paged_attention, rms_norm, rope_store, silu_mul,
+    AdapterTable, Adapters, Arena, AttnSpec, END_TILE, HeadWork, KvLayout, LoraScratch, LoraSite, Matrix, OpError,
+    Rows, Slice, WorkList, add_rms_norm, lora_embed_rows, lora_embed_shrink, lora_expand, lora_gain_shift,
+    lora_identity_shrink, lora_shrink, paged_attention, rms_norm, rope_store, silu_mul,
 };
 
 /// The products that LoRA can act on: the four projections of a layer with the columns of each slice in their output, the
@@ -118,10 +118,8 @@ impl DecoderOps for CpuOps<'_> {
             Site::GateUp => (&mut space.gate_up, &space.normed, &weights.gate_up, None, &self.sites.gate_up),
             Site::Down => (&mut space.projected, &space.activated, &weights.down, None, &self.sites.down),
         };
-        weight.linear(y, x, bias)?;
-        lora_gain_shift(y, self.arena, self.table, layer, lora, &self.batch.work)?;
-        lora_shrink(&mut space.lora, x, self.arena, self.table, layer, lora, &self.batch.work)?;
-        lora_expand(y, &space.lora, self.arena, self.table, layer, lora, &self.batch.work)
+        let (arena, table, work) = (&*self.arena, self.table, &self.batch.work);
+        weight.project(y, x, bias, Adapters { v: &mut space.lora, arena, table, layer, site: lora, work })
     }
 
     fn rope_store(&mut self, layer: usize) -> Result<(), OpError> {

@@ -70,8 +70,8 @@ impl Runner {
     /// Publishes an adapter and returns how a sequence names it.
     pub(crate) fn publish(&mut self, adapter: &PeftAdapter) -> SlotScale {
         let image = match &self.base {
-            Some(base) => adapter.pack_onto(self.layout.dtype, self.arena.page_bytes(), base),
-            None => adapter.pack(self.layout.dtype, self.arena.page_bytes()),
+            Some(base) => adapter.pack_onto(self.decoder.dtype(), self.arena.page_bytes(), base),
+            None => adapter.pack(self.decoder.dtype(), self.arena.page_bytes()),
         };
         let image = image.unwrap_or_else(|error| panic!("{error}"));
         self.pages_left -= image.pages_needed();

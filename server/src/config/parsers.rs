@@ -27,6 +27,12 @@ pub(crate) enum ToolCallParser {
     MistralArgs,
 }
 
+/// `--cpu-isa`: what the machine has.
+pub(crate) fn parse_isa(text: &str) -> Result<String, String> {
+    let names = loramux_kernels::isa_names();
+    if names.contains(&text) { Ok(text.to_owned()) } else { Err(format!("this machine has {}", names.join(", "))) }
+}
+
 impl ToolCallParser {
     /// The format, or none to ask the template.
     pub(crate) fn format(self) -> Option<ToolFormat> {

@@ -100,6 +100,7 @@ pub(crate) fn shard_options(args: &DoctorArgs) -> ShardOptions {
         seqs_max: 16,
         slots_max: None,
         threads: None,
+        cpu_isa: None,
         device: args.device,
         host_adapter_bytes: 64 << 20,
         kernel_cache_dir: config::kernel_cache_dir(args.cuda.kernel_cache.as_deref()),

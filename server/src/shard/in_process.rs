@@ -7,7 +7,7 @@ use std::sync::{Arc, mpsc};
 use loramux_proto::ToShard;
 use loramux_router::engine::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
 
-use super::{Reply, ShardOptions, dispatch, message, serve, set_threads};
+use super::{Reply, ShardOptions, dispatch, message, serve, set_kernels};
 
 /// Starts threads.
 pub(crate) struct InProcessLauncher {
@@ -16,7 +16,7 @@ pub(crate) struct InProcessLauncher {
 
 impl ShardLauncher for InProcessLauncher {
     fn launch(&mut self, reports: Reports) -> Result<Box<dyn Shard>, String> {
-        set_threads(self.options.threads);
+        set_kernels(&self.options);
         let (to_executor, inbox) = mpsc::channel();
         let cut = Arc::new(AtomicBool::new(false));
         let reply: Reply = {

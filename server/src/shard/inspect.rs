@@ -73,7 +73,7 @@ fn wire(refusal: Refusal) -> AdapterError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use loramux_kernels::ArenaDtype;
+    use loramux_kernels::Dtype;
     use loramux_models::{BaseFiles, DecoderSpec, LoadFormat, LoadOptions};
 
     fn demo(path: &str) -> PathBuf {
@@ -84,7 +84,7 @@ mod tests {
         let config = std::fs::read_to_string(demo("base/config.json")).expect("the demo's config");
         let spec = DecoderSpec::from_config(&config).expect("it is served");
         let options = LoadOptions { dtype: None, format: LoadFormat::Auto, seed: 0 };
-        Slab::new(spec, ArenaDtype::F16, 1 << 20, BaseFiles::new(&demo("base"), &options, [0; 32]))
+        Slab::new(spec, Dtype::Bf16, 1 << 20, BaseFiles::new(&demo("base"), &options, [0; 32]))
     }
 
     fn ask(dir: &Path) -> PrepareAdapter {

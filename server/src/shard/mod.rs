@@ -143,9 +143,14 @@ pub(crate) fn dispatch(received: ToShard, to_executor: &Sender<ToShard>, reply: 
     to_executor.send(received).is_ok()
 }
 
-/// Threads of the kernels. Called once in a process, before any op.
-pub(crate) fn set_threads(threads: Option<usize>) {
-    let Some(threads) = threads else { return };
+/// Threads and instructions of the kernels. Called once in a process, before any op.
+pub(crate) fn set_kernels(options: &ShardOptions) {
+    if let Some(name) = &options.cpu_isa
+        && let Err(error) = loramux_kernels::set_isa(name)
+    {
+        tracing::warn!("--cpu-isa {name}: {error}");
+    }
+    let Some(threads) = options.threads else { return };
     if let Err(started) = loramux_kernels::set_threads(threads) {
         tracing::debug!(started, "the kernels' threads were started before --threads was read");
     }

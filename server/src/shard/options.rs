@@ -26,6 +26,8 @@ pub(crate) struct ShardOptions {
     pub(crate) slots_max: Option<u32>,
     /// Threads of the kernels; `None` = one per core.
     pub(crate) threads: Option<usize>,
+    /// Instructions of the kernels on the CPU; `None` = the fastest there are.
+    pub(crate) cpu_isa: Option<String>,
     /// Where steps are computed.
     pub(crate) device: DeviceChoice,
     /// Page-locked memory for adapters that are not on the device, bytes.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use loramux_proto::{FromShard, ToShard, frame};
 use loramux_router::engine::{Reports, Shard, ShardExit, ShardGone, ShardLauncher};
 
-use super::{Reply, ShardOptions, dispatch, message, serve, set_threads};
+use super::{Reply, ShardOptions, dispatch, message, serve, set_kernels};
 
 /// Starts children.
 pub(crate) struct ProcessLauncher {
@@ -160,7 +160,7 @@ pub(crate) fn child_main(options: &ShardOptions) -> io::Result<()> {
         libc::signal(libc::SIGTERM, libc::SIG_IGN);
         libc::signal(libc::SIGINT, libc::SIG_IGN);
     }
-    set_threads(options.threads);
+    set_kernels(options);
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let writer = Mutex::new((socket.try_clone()?, Vec::new()));
     let reply: Reply = Arc::new(move |body| {

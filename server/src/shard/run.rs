@@ -126,7 +126,7 @@ impl Executor {
             .map_err(|error| StartError::Arena { bytes: (layout.page_bytes * pages) as u64, error })?;
         let slots_max = options.slots_max.map_or(pages, |slots| slots as usize).clamp(1, SLOTS_MAX);
         let base = BaseFiles::new(&options.model, &load, content_id);
-        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype.arena(), layout.page_bytes, base));
+        let slab = Arc::new(Slab::new(decoder.spec().clone(), dtype, layout.page_bytes, base));
         let vocab = decoder.spec().vocab;
         let blocks_total = u32::try_from(pages * layout.blocks_per_page()).unwrap_or(u32::MAX);
         let info = Info {
