@@ -39,7 +39,7 @@ fn case(case: &Value) -> Case {
 fn greedy_tokens_and_logprobs_equal_transformers_and_peft() {
     let cases: Vec<Case> = golden()["cases"].as_array().expect("cases").iter().map(case).collect();
     assert!(cases.iter().any(|case| case.adapter.is_none()) && cases.iter().any(|case| case.adapter.is_some()));
-    let tolerance = Tolerance { dtype: Dtype::F32, kv: ArenaDtype::F32, margin: 1e-3, logprob: 1e-3 };
+    let tolerance = Tolerance { dtype: Some(Dtype::F32), kv: ArenaDtype::F32, margin: 1e-3, logprob: 1e-3 };
     let compared = check(&demo().join("base"), &demo().join("adapters"), &cases, &tolerance);
     assert!(compared * 10 > tokens(&cases) * 9, "only {compared} tokens were equal before a near tie");
 }

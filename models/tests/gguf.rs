@@ -2,7 +2,7 @@
 
 mod support;
 
-use loramux_kernels::Dtype;
+use loramux_kernels::{ArenaDtype, Dtype, Matrix, QuantFormat};
 use loramux_models::adapter::{self, AdapterLimits};
 use loramux_models::{LoadFormat, LoadOptions, RopeScaling, load, text_files};
 use serde_json::{Value, json};
@@ -375,4 +375,81 @@ fn dummy_weights_depend_on_the_seed_only() {
     assert_eq!(logits[0], logits[1]);
     assert_ne!(logits[0], logits[2]);
     assert!(logits.iter_mut().flatten().flatten().all(|logit| logit.is_finite()));
+}
+
+/// How far the logits of a GGUF whose weights stay quantised are from those of the dequantised ones: root mean squares,
+/// relative. Formats are ggml's numbers.
+fn distance(kind_of: impl Fn(&str) -> u32) -> f32 {
+    let config = config("llama");
+    let weights = tiny_weights(&config, SEED);
+    let (entries, _) = convert(&weights, Some((8, 2)), kind_of);
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    write(dir.path(), "model.gguf", Gguf::new(metadata("llama", &config), entries).bytes());
+    let mut random = Random(SEED);
+    let tokens: Vec<u32> = (0..17).map(|_| random.below(101) as u32).collect();
+    let [kept, plain] = [None, Some(Dtype::F32)].map(|dtype| {
+        let path = dir.path().join("model.gguf");
+        let logits = Runner::new(&path, dtype, 64 << 10, 256).with_kv(ArenaDtype::F32).whole(&tokens, &[]);
+        logits.into_iter().flatten().collect::<Vec<f32>>()
+    });
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+    (square(&mut kept.iter().zip(&plain).map(|(a, b)| a - b)) / square(&mut plain.iter().copied())).sqrt()
+}
+
+#[test]
+fn weights_that_stay_quantised_give_the_dequantised_ones_logits() {
+    for kind in [2, 3, 6, 7, 8, 12, 13, 14] {
+        let distance = distance(|_| kind);
+        // The activations are rounded to 8 bits, eight products deep.
+        assert!(distance > 0.0 && distance < 0.06, "type {kind}: {distance}");
+    }
+    // As llama.cpp's Q4_K_M: q and k in one format, v in another.
+    let distance = distance(|name| if name.contains("v_proj") || name.contains("down") { 14 } else { 12 });
+    assert!(distance > 0.0 && distance < 0.06, "mixed: {distance}");
+}
+
+#[track_caller]
+fn assert_elements(matrix: &Matrix, parts: &[&Tensor]) {
+    let Matrix::Quant(weight) = matrix else { panic!("it was dequantised") };
+    let mut row = 0;
+    for values in parts.iter().flat_map(|part| part.values.chunks(part.shape[1])) {
+        let found: Vec<f32> = (0..values.len()).map(|k| weight.element(row, k)).collect();
+        assert_eq!(found, values, "row {row}");
+        row += 1;
+    }
+    assert_eq!(row, weight.d_out());
+}
+
+#[test]
+fn elements_of_quantised_weights_are_the_dequantised_ones() {
+    let config = config("llama");
+    let weights = tiny_weights(&config, SEED);
+    for kind in [2, 3, 6, 7, 8, 12, 13, 14] {
+        let (entries, seen) = convert(&weights, Some((8, 2)), |name| if name.contains("v_proj") { 8 } else { kind });
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        write(dir.path(), "model.gguf", Gguf::new(metadata("llama", &config), entries).bytes());
+        let model = load(dir.path(), &LoadOptions::default(), &mut |_| ()).expect("loads");
+        let of = |name: &str| &seen[&format!("model.layers.1.{name}.weight")];
+        let layer = &model.weights.layers[1];
+        assert_elements(&model.weights.embedding, &[&seen["model.embed_tokens.weight"]]);
+        let qkv = ["q_proj", "k_proj", "v_proj"].map(|name| of(&format!("self_attn.{name}")));
+        assert_elements(&layer.qkv, &qkv);
+        assert_elements(&layer.down, &[of("mlp.down_proj")]);
+        assert_elements(&layer.gate_up, &[of("mlp.gate_proj"), of("mlp.up_proj")]);
+    }
+}
+
+#[test]
+fn quantised_weights_take_as_much_memory_as_in_the_file() {
+    let config = config("llama");
+    let (entries, _) = convert(&tiny_weights(&config, SEED), Some((8, 2)), |_| 12);
+    let file_bytes: usize = entries.iter().map(|entry| entry.data.len()).sum();
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    write(dir.path(), "model.gguf", Gguf::new(metadata("llama", &config), entries).bytes());
+    let load = |dtype| load(dir.path(), &LoadOptions { dtype, ..LoadOptions::default() }, &mut |_| ()).expect("loads");
+    let (kept, dequantised) = (load(None), load(Some(Dtype::Bf16)));
+    assert_eq!((kept.quantised, dequantised.quantised), (Some(QuantFormat::Q4_K), None));
+    let (kept, dequantised) = (kept.weight_bytes as f64, dequantised.weight_bytes as f64);
+    // The vocabulary of 101 fills the panels of the embedding and the head badly.
+    assert!(kept < 1.1 * file_bytes as f64 && kept < dequantised / 3.0, "{kept} of {file_bytes}, {dequantised}");
 }

@@ -121,7 +121,7 @@ pub(crate) struct ModelArgs {
     /// Names that clients may use for the base model, comma-separated. Default: the last part of --model-id (without .gguf)
     #[arg(long, env = "LORAMUX_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]
     pub(crate) served_model_name: Vec<String>,
-    /// Storage of weights, KV cache and adapters
+    /// Storage of weights, KV cache and adapters. auto: as the files have it; on a CPU the weights of a .gguf stay quantised
     #[arg(long, env = "LORAMUX_DTYPE", value_enum, default_value = "auto")]
     pub(crate) dtype: DtypeChoice,
     /// What to read the weights from

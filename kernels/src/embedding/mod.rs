@@ -16,18 +16,31 @@ use crate::rows::Rows;
 /// # Errors
 /// [`OpError::Limit`] if a token is not below `w.d_out()` or `out` has no room, [`OpError::Shape`] if the widths differ.
 pub fn embedding(out: &mut Rows, w: &PackedWeight, tokens: &[u32]) -> Result<(), OpError> {
-    same("embedding", "width of out", out.width(), w.d_in())?;
+    gather(out, w.d_out(), w.d_in(), tokens, |row, k| w.element(row, k))
+}
+
+/// As [`embedding`], for a matrix `[d_out, d_in]` whose element `[row, k]` is `element(row, k)`.
+///
+/// # Errors
+/// As [`embedding`].
+pub(crate) fn gather(
+    out: &mut Rows,
+    d_out: usize,
+    width: usize,
+    tokens: &[u32],
+    element: impl Fn(usize, usize) -> f32 + Sync,
+) -> Result<(), OpError> {
+    same("embedding", "width of out", out.width(), width)?;
     for &token in tokens {
-        at_most("embedding", "token id", token as usize, w.d_out() - 1)?;
+        at_most("embedding", "token id", token as usize, d_out - 1)?;
     }
     out.set_rows(tokens.len())?;
-    let width = w.d_in();
     let rows = SharedMut::new(out.as_f32_mut());
     parallel::for_each(tokens.len(), tokens.len() * width * 8, |t| {
         // SAFETY: row `t` of `out`, which no other unit writes.
         let row = unsafe { std::slice::from_raw_parts_mut(rows.at(t * width), width) };
         for (k, value) in row.iter_mut().enumerate() {
-            *value = w.element(tokens[t] as usize, k);
+            *value = element(tokens[t] as usize, k);
         }
     });
     Ok(())

@@ -7,10 +7,9 @@ use super::stack::{DecoderOps, NormAt, Site};
 use crate::spec::DecoderSpec;
 use crate::weights::{CpuStore, Weights};
 use loramux_kernels::{
-    AdapterTable, Adapters, Arena, AttnSpec, END_TILE, HeadWork, KvLayout, LoraScratch, LoraSite, OpError,
-    PackedWeight, Rows, Slice, WorkList, add_rms_norm, embedding, linear, lora_embed_rows, lora_embed_shrink,
-    lora_expand, lora_gain_shift, lora_identity_shrink, lora_shrink, paged_attention, project, rms_norm, rope_store,
-    silu_mul,
+    AdapterTable, Adapters, Arena, AttnSpec, END_TILE, HeadWork, KvLayout, LoraScratch, LoraSite, Matrix, OpError,
+    Rows, Slice, WorkList, add_rms_norm, lora_embed_rows, lora_embed_shrink, lora_expand, lora_gain_shift,
+    lora_identity_shrink, lora_shrink, paged_attention, rms_norm, rope_store, silu_mul,
 };
 
 /// The products that LoRA can act on: the four projections of a layer with the columns of each slice in their output, the
@@ -83,7 +82,7 @@ impl DecoderOps for CpuOps<'_> {
     fn embed(&mut self) -> Result<(), OpError> {
         let Batch { tokens, positions, work, .. } = self.batch;
         let Workspace { residual, rope, lora, .. } = &mut *self.space;
-        embedding(residual, &self.weights.embedding, tokens)?;
+        self.weights.embedding.embedding(residual, tokens)?;
         if work.acts_on_embedding() {
             let site = &self.sites.embed;
             lora_gain_shift(residual, self.arena, self.table, 0, site, work)?;
@@ -120,7 +119,7 @@ impl DecoderOps for CpuOps<'_> {
             Site::Down => (&mut space.projected, &space.activated, &weights.down, None, &self.sites.down),
         };
         let (arena, table, work) = (&*self.arena, self.table, &self.batch.work);
-        project(y, x, weight, bias, Adapters { v: &mut space.lora, arena, table, layer, site: lora, work })
+        weight.project(y, x, bias, Adapters { v: &mut space.lora, arena, table, layer, site: lora, work })
     }
 
     fn rope_store(&mut self, layer: usize) -> Result<(), OpError> {
@@ -141,7 +140,7 @@ impl DecoderOps for CpuOps<'_> {
 
 /// The head's product for the rows whose logits are wanted, and what their adapters change of it.
 pub(super) struct HeadOps<'a> {
-    pub(super) weight: &'a PackedWeight,
+    pub(super) weight: &'a Matrix,
     pub(super) sites: &'a Sites,
     pub(super) arena: &'a Arena,
     pub(super) table: &'a AdapterTable,
@@ -154,7 +153,7 @@ impl HeadOps<'_> {
     /// `logits = picked W^T` and the deltas; row `i` of `picked` is row `rows[i]` of the step that `step` is of.
     pub(super) fn logits(self, logits: &mut Rows, picked: &Rows, rows: &[u32], step: &WorkList) -> Result<(), OpError> {
         let Self { weight, sites, arena, table, work, lora } = self;
-        linear(logits, picked, weight, None)?;
+        weight.linear(logits, picked, None)?;
         work.select(table, step, rows, HeadWork::Pairs)?;
         if !work.is_empty() {
             for (tile, site) in sites.head.iter().enumerate() {

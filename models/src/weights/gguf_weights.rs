@@ -9,7 +9,7 @@ use crate::families::{GgufArchitecture, TensorKind};
 use crate::spec::{DecoderSpec, RopeScaling, RopeSpec};
 use candle_core::Device;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use loramux_kernels::Dtype;
+use loramux_kernels::{Dtype, QuantFormat};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::io::{Read, Seek, SeekFrom};
@@ -197,6 +197,23 @@ impl WeightSource for GgufWeights {
         }
     }
 
+    fn quant_format(&self, expected: &Expected) -> Option<QuantFormat> {
+        quant_format(self.gguf.tensors.get(&expected.id.gguf())?.dtype)
+    }
+
+    fn read_blocks(&mut self, expected: &Expected) -> Result<Vec<u8>, ModelError> {
+        let info = self.gguf.tensors.get(&expected.id.gguf()).expect("`check` saw every expected tensor").clone();
+        let blocks = read_bytes(&mut self.gguf, &info)?;
+        self.done_bytes += info.bytes;
+        if !self.is_permuted(expected.id.kind) {
+            return Ok(blocks);
+        }
+        // A row is whole blocks, so rows move as they are.
+        let row_bytes = blocks.len() / expected.shape[0].max(1);
+        let heads = expected.shape[0] / self.spec.head_dim;
+        Ok(halves_from_pairs(&blocks, heads, self.spec.head_dim, row_bytes))
+    }
+
     fn read(&mut self, expected: &Expected) -> Result<TensorData, ModelError> {
         let info = self.gguf.tensors.get(&expected.id.gguf()).expect("`check` saw every expected tensor").clone();
         let data = read_tensor(&mut self.gguf, &info)?;
@@ -240,7 +257,7 @@ fn part_of(info: &TensorInfo, expected: &Expected, rows: Range<usize>) -> Tensor
 
 /// llama.cpp rotates neighbouring rows, so its converter stores the rows of each head as pairs (0, d/2), (1, d/2 + 1),
 /// ...; this puts them back into two halves. `values` is `[heads * head_dim, width]`.
-fn halves_from_pairs(values: &[f32], heads: usize, head_dim: usize, width: usize) -> Vec<f32> {
+fn halves_from_pairs<T: Copy>(values: &[T], heads: usize, head_dim: usize, width: usize) -> Vec<T> {
     let mut out = Vec::with_capacity(values.len());
     for head in 0..heads {
         for row in 0..head_dim {
@@ -252,21 +269,47 @@ fn halves_from_pairs(values: &[f32], heads: usize, head_dim: usize, width: usize
     out
 }
 
+/// The formats that the CPU's products take as they are.
+const fn quant_format(dtype: GgmlDType) -> Option<QuantFormat> {
+    match dtype {
+        GgmlDType::Q4_0 => Some(QuantFormat::Q4_0),
+        GgmlDType::Q4_1 => Some(QuantFormat::Q4_1),
+        GgmlDType::Q5_0 => Some(QuantFormat::Q5_0),
+        GgmlDType::Q5_1 => Some(QuantFormat::Q5_1),
+        GgmlDType::Q8_0 => Some(QuantFormat::Q8_0),
+        GgmlDType::Q4K => Some(QuantFormat::Q4_K),
+        GgmlDType::Q5K => Some(QuantFormat::Q5_K),
+        GgmlDType::Q6K => Some(QuantFormat::Q6_K),
+        _ => None,
+    }
+}
+
+/// Reads one tensor as it is stored. Bounded by the file's size: the header check put the tensor inside the file.
+fn read_bytes(gguf: &mut GgufFile, info: &TensorInfo) -> Result<Vec<u8>, ModelError> {
+    seek(gguf, info)?;
+    let mut bytes = vec![0; info.bytes as usize];
+    read_exact(gguf, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn seek(gguf: &mut GgufFile, info: &TensorInfo) -> Result<(), ModelError> {
+    let place = SeekFrom::Start(info.start);
+    gguf.file.seek(place).map(drop).map_err(|source| ModelError::Io { path: gguf.path.clone(), source })
+}
+
 /// Reads and, if quantised, dequantises one tensor.
 fn read_tensor(gguf: &mut GgufFile, info: &TensorInfo) -> Result<TensorData, ModelError> {
-    gguf.file.seek(SeekFrom::Start(info.start)).map_err(|source| ModelError::Io { path: gguf.path.clone(), source })?;
     let element = match info.dtype {
         GgmlDType::F32 => Some(Element::F32),
         GgmlDType::F16 => Some(Element::F16),
         GgmlDType::BF16 => Some(Element::Bf16),
         _ => None,
     };
-    // Bounded by the file's size: the header check put the tensor inside the file.
     if let Some(element) = element {
-        let mut bytes = vec![0; info.bytes as usize];
-        read_exact(gguf, &mut bytes)?;
+        let bytes = read_bytes(gguf, info)?;
         return Ok(TensorData::decode(&element, &bytes).expect("the three float types are served"));
     }
+    seek(gguf, info)?;
     let count: usize = info.shape.iter().product();
     let mut values = Vec::with_capacity(count);
     let block_bytes = info.dtype.type_size();

@@ -8,18 +8,21 @@ pub(crate) mod gguf_header;
 pub(crate) mod gguf_tokenizer;
 pub(crate) mod gguf_weights;
 pub(crate) mod safetensors;
+mod store;
 
 use crate::error::ModelError;
 use crate::families::{TensorId, TensorKind};
 use crate::files::{self, FileFault};
 use crate::spec::DecoderSpec;
-use loramux_kernels::{Dtype, HostData, PackedWeight, WeightPart};
+use loramux_kernels::{Dtype, HostData, QuantFormat, QuantPart, WeightPart};
 use safetensors::TensorData;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub use base::BaseFiles;
 pub(crate) use base::BaseReader;
+pub use store::{CpuStore, WeightStore};
 
 /// Where weights come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,7 +41,8 @@ pub enum LoadFormat {
 /// How to load a model.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LoadOptions {
-    /// Storage type of the weights. `None`: f32 for a checkpoint in f32, else bf16.
+    /// Storage type of the weights. `None`: f32 for a checkpoint in f32, else bf16; and quantised matrices stay as the file has
+    /// them where the store can hold them.
     pub dtype: Option<Dtype>,
     /// Where the weights come from.
     pub format: LoadFormat,
@@ -63,8 +67,10 @@ pub struct Model<S: WeightStore = CpuStore> {
     pub spec: DecoderSpec,
     /// Packed tensors.
     pub weights: Weights<S>,
-    /// Storage type of the weights.
+    /// Storage type of the weights that are not quantised.
     pub dtype: Dtype,
+    /// The format that most bytes of quantised weights are in; `None` if no weight is.
+    pub quantised: Option<QuantFormat>,
     /// Memory of the packed weights in bytes.
     pub weight_bytes: u64,
     /// Number of parameters; a tied head counts once.
@@ -103,54 +109,14 @@ pub struct LayerWeights<S: WeightStore> {
     pub down: S::Matrix,
 }
 
-/// Where weights go once they are read: the CPU's packed form, or a device's memory.
-pub trait WeightStore {
-    /// A weight matrix.
-    type Matrix;
-    /// A norm's weight or a bias, in f32.
-    type Vector;
-
-    /// Stores `parts`, concatenated along `d_out`, and returns their bytes too.
-    ///
-    /// # Errors
-    /// [`ModelError`] if there is no room, or the store cannot hold the shape.
-    fn matrix(&mut self, parts: &[WeightPart]) -> Result<(Self::Matrix, u64), ModelError>;
-
-    /// Stores a vector.
-    ///
-    /// # Errors
-    /// [`ModelError`] if there is no room.
-    fn vector(&mut self, values: Vec<f32>) -> Result<Self::Vector, ModelError>;
-}
-
-/// Packs weights for the CPU's kernels.
-#[derive(Clone, Copy, Debug)]
-pub struct CpuStore {
-    dtype: Dtype,
-}
-
-impl WeightStore for CpuStore {
-    type Matrix = PackedWeight;
-    type Vector = Vec<f32>;
-
-    fn matrix(&mut self, parts: &[WeightPart]) -> Result<(PackedWeight, u64), ModelError> {
-        let packed = PackedWeight::pack(self.dtype, parts)?;
-        let bytes = packed.bytes() as u64;
-        Ok((packed, bytes))
-    }
-
-    fn vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, ModelError> {
-        Ok(values)
-    }
-}
-
 /// Loads a model from a Hugging Face directory or a GGUF file, calling `progress` after each group of tensors.
 ///
 /// # Errors
 /// [`ModelError`]; names and shapes of all tensors are checked before any is read, so a missing or unread tensor
 /// is reported at once and with the full list.
 pub fn load(path: &Path, options: &LoadOptions, progress: &mut dyn FnMut(Progress)) -> Result<Model, ModelError> {
-    load_into(path, options, progress, |_, dtype| Ok(CpuStore { dtype }))
+    let keeps_quantised = options.dtype.is_none();
+    load_into(path, options, progress, |_, dtype| Ok(CpuStore { dtype, keeps_quantised }))
 }
 
 /// As [`load`], into the store that `store` makes for the model's shape and the storage type asked for.
@@ -185,6 +151,15 @@ pub(crate) trait WeightSource {
     fn done_bytes(&self) -> u64;
     /// Checks that exactly `expected` is there, each in its shape.
     fn check(&self, expected: &[Expected]) -> Result<(), ModelError>;
+    /// The format of one matrix of those checked, if [`WeightSource::read_blocks`] can read it.
+    fn quant_format(&self, expected: &Expected) -> Option<QuantFormat> {
+        let _ = expected;
+        None
+    }
+    /// Reads the blocks of one matrix that has a [`WeightSource::quant_format`].
+    fn read_blocks(&mut self, expected: &Expected) -> Result<Vec<u8>, ModelError> {
+        Err(ModelError::invalid(expected.id.hugging_face(), "is not quantised"))
+    }
     /// Reads one tensor of those checked.
     fn read(&mut self, expected: &Expected) -> Result<TensorData, ModelError>;
     /// Reads some rows (of a vector: elements) of one tensor of those checked, in f32, and little more than these.
@@ -254,11 +229,13 @@ fn build<S: WeightStore>(
     let parameters = expected.iter().map(Expected::count).sum();
     let dtype = dtype.unwrap_or_else(|| source.natural_dtype());
     let store = store(&spec, dtype)?;
-    let mut packer = Packer { source, spec: &spec, store, weight_bytes: 0, progress };
+    let quant_bytes = BTreeMap::new();
+    let mut packer = Packer { source, spec: &spec, store, weight_bytes: 0, quant_bytes, progress };
     let weights = packer.weights()?;
-    let weight_bytes = packer.weight_bytes;
+    let Packer { weight_bytes, quant_bytes, .. } = packer;
+    let quantised = quant_bytes.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(format, _)| format);
     let content_id = source.content_id();
-    Ok(Model { spec, weights, dtype, weight_bytes, parameters, content_id })
+    Ok(Model { spec, weights, dtype, quantised, weight_bytes, parameters, content_id })
 }
 
 /// Reads tensors in the order of the forward pass and packs them.
@@ -267,6 +244,8 @@ struct Packer<'a, S> {
     spec: &'a DecoderSpec,
     store: S,
     weight_bytes: u64,
+    /// Bytes of the file by format, of what stays quantised.
+    quant_bytes: BTreeMap<QuantFormat, u64>,
     progress: &'a mut dyn FnMut(Progress),
 }
 
@@ -299,12 +278,22 @@ impl<S: WeightStore> Packer<'_, S> {
         Ok(weights)
     }
 
+    fn expected(&self, layer: usize, kind: TensorKind) -> Expected {
+        Expected { id: TensorId::in_layer(layer, kind), shape: shape(self.spec, kind) }
+    }
+
     fn read(&mut self, layer: usize, kind: TensorKind) -> Result<TensorData, ModelError> {
-        let id = TensorId::in_layer(layer, kind);
-        self.source.read(&Expected { id, shape: shape(self.spec, kind) })
+        let expected = self.expected(layer, kind);
+        self.source.read(&expected)
     }
 
     fn matrix(&mut self, layer: usize, kinds: &[TensorKind]) -> Result<S::Matrix, ModelError> {
+        let format = |kind: &TensorKind| self.source.quant_format(&self.expected(layer, *kind));
+        if let Some(formats) = kinds.iter().map(format).collect::<Option<Vec<_>>>()
+            && self.store.takes_quantised(&formats)
+        {
+            return self.quantised(layer, kinds, &formats);
+        }
         let tensors = kinds.iter().map(|&kind| self.read(layer, kind)).collect::<Result<Vec<_>, _>>()?;
         let parts: Vec<WeightPart> = kinds
             .iter()
@@ -315,6 +304,29 @@ impl<S: WeightStore> Packer<'_, S> {
             })
             .collect();
         let (matrix, bytes) = self.store.matrix(&parts)?;
+        self.weight_bytes += bytes;
+        Ok(matrix)
+    }
+
+    fn quantised(
+        &mut self,
+        layer: usize,
+        kinds: &[TensorKind],
+        formats: &[QuantFormat],
+    ) -> Result<S::Matrix, ModelError> {
+        let mut blocks = Vec::new();
+        for (&kind, &format) in kinds.iter().zip(formats) {
+            let expected = self.expected(layer, kind);
+            let data = self.source.read_blocks(&expected)?;
+            *self.quant_bytes.entry(format).or_default() += data.len() as u64;
+            blocks.push((data, expected.shape));
+        }
+        let parts: Vec<QuantPart> = blocks
+            .iter()
+            .zip(formats)
+            .map(|((data, shape), &format)| QuantPart { data, format, d_out: shape[0], d_in: shape[1] })
+            .collect();
+        let (matrix, bytes) = self.store.quantised(&parts)?;
         self.weight_bytes += bytes;
         Ok(matrix)
     }

@@ -34,7 +34,8 @@ fn argmax(logits: &[f32]) -> u32 {
 
 /// What a storage type may change: the golden run is float32.
 pub(crate) struct Tolerance {
-    pub(crate) dtype: Dtype,
+    /// `None`: the file's own, which may be quantised.
+    pub(crate) dtype: Option<Dtype>,
     pub(crate) kv: ArenaDtype,
     /// Steps with a smaller gap between the two best logits may go either way.
     pub(crate) margin: f64,
@@ -60,13 +61,13 @@ pub(crate) fn tokens(cases: &[Case]) -> usize {
 
 /// Runs every case greedily in one batch. Returns how many tokens were compared.
 pub(crate) fn check(model: &Path, adapters: &Path, cases: &[Case], tolerance: &Tolerance) -> usize {
-    let mut runner = Runner::new(model, Some(tolerance.dtype), 2 << 20, 600).with_kv(tolerance.kv);
+    let mut runner = Runner::new(model, tolerance.dtype, 2 << 20, 600).with_kv(tolerance.kv);
     let slots = publish_all(&mut runner, adapters, cases);
     let mut sequences: Vec<Sequence> = cases
         .iter()
         .map(|case| Sequence::new(&case.prompt, &case.adapter.iter().map(|name| slots[name]).collect::<Vec<_>>()))
         .collect();
-    let (mut going, mut compared, mut worst) = (vec![true; cases.len()], 0, 0.0f32);
+    let (mut going, mut compared, mut worst, mut widest) = (vec![true; cases.len()], 0, 0.0f32, 0.0f64);
     let steps = cases.iter().map(|case| case.output.len()).max().expect("a case");
     for step in 0..steps {
         let mut chunks: Vec<(&mut Sequence, usize)> = sequences
@@ -99,16 +100,23 @@ pub(crate) fn check(model: &Path, adapters: &Path, cases: &[Case], tolerance: &T
             } else {
                 let margin = case.margin[step];
                 assert!(margin < tolerance.margin, "{what}: {token} instead of {}, margin {margin}", case.output[step]);
+                widest = widest.max(margin);
                 going[i] = false;
             }
         }
     }
-    println!("{tolerance}: {compared} of {} tokens equal, worst logprob difference {worst:.2e}", tokens(cases));
+    let all = tokens(cases);
+    println!(
+        "{tolerance}: {compared} of {all} tokens equal, worst logprob difference {worst:.2e}, widest margin {widest:.2}"
+    );
     compared
 }
 
 impl std::fmt::Display for Tolerance {
     fn fmt(&self, formatter: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(formatter, "weights {:?}, cache {:?}", self.dtype, self.kv)
+        match self.dtype {
+            Some(dtype) => write!(formatter, "weights {dtype:?}, cache {:?}", self.kv),
+            None => write!(formatter, "weights as stored, cache {:?}", self.kv),
+        }
     }
 }

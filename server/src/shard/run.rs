@@ -114,7 +114,7 @@ impl Executor {
         let model = loramux_models::load(&options.model, &load, &mut |p| {
             progress(&p.what, p.done_bytes, p.total_bytes);
         })?;
-        let (dtype, content_id) = (model.dtype, model.content_id);
+        let (dtype, quantised, content_id) = (model.dtype, model.quantised, model.content_id);
         let (parameters, weight_bytes) = (model.parameters, model.weight_bytes);
         let asked = options.context_tokens_max.map_or(usize::MAX, |tokens| tokens as usize);
         let context = model.spec.context.min(asked);
@@ -133,9 +133,10 @@ impl Executor {
             model_id: options.model_id.clone(),
             architecture: decoder.spec().family.clone(),
             device: format!("cpu ({} threads)", loramux_kernels::threads()),
-            dtype: match dtype {
-                Dtype::F32 => "float32".into(),
-                Dtype::Bf16 => "bfloat16".into(),
+            dtype: match (quantised, dtype) {
+                (Some(format), _) => format.name().into(),
+                (None, Dtype::F32) => "float32".into(),
+                (None, Dtype::Bf16) => "bfloat16".into(),
             },
             vocab_size: decoder.spec().vocab as u32,
             context_tokens: context as u32,
