@@ -3,6 +3,9 @@
 use crate::parallel::{self, SharedMut};
 use crate::simd::{Isa, Kernel, LANES, Simd};
 
+/// Rows of a unit of work.
+const ROWS_PER_UNIT: usize = 4;
+
 /// The definition.
 #[cfg(test)]
 pub(super) fn reference(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
@@ -25,16 +28,51 @@ pub(super) fn rms_norm(isa: Isa, out: &mut [f32], x: &[f32], weight: &[f32], eps
         return;
     }
     let rows = x.len() / width;
-    const ROWS: usize = 16;
     let out = SharedMut::new(out);
-    parallel::for_each(rows.div_ceil(ROWS), x.len() / 4, |unit| {
-        let (first, end) = (unit * ROWS, ((unit + 1) * ROWS).min(rows));
-        for row in first..end {
+    parallel::for_each(rows.div_ceil(ROWS_PER_UNIT), x.len() / 4, |unit| {
+        for row in unit * ROWS_PER_UNIT..((unit + 1) * ROWS_PER_UNIT).min(rows) {
             // SAFETY: row `row` of `out`, which is as long as `x`; no other unit writes it.
             let out = unsafe { std::slice::from_raw_parts_mut(out.at(row * width), width) };
             isa.run(Norm { out, x: &x[row * width..][..width], weight, eps });
         }
     });
+}
+
+pub(super) fn add_rms_norm(isa: Isa, out: &mut [f32], residual: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    let width = weight.len();
+    if width == 0 {
+        return;
+    }
+    let rows = x.len() / width;
+    let (out, residual) = (SharedMut::new(out), SharedMut::new(residual));
+    parallel::for_each(rows.div_ceil(ROWS_PER_UNIT), x.len() / 3, |unit| {
+        for row in unit * ROWS_PER_UNIT..((unit + 1) * ROWS_PER_UNIT).min(rows) {
+            // SAFETY: row `row` of both, which are as long as `x`; no other unit has it.
+            let [out, residual] =
+                [out, residual].map(|all| unsafe { std::slice::from_raw_parts_mut(all.at(row * width), width) });
+            isa.run(Add { residual, x: &x[row * width..][..width] });
+            isa.run(Norm { out, x: residual, weight, eps });
+        }
+    });
+}
+
+/// `residual += x`, one row.
+struct Add<'a> {
+    residual: &'a mut [f32],
+    x: &'a [f32],
+}
+
+impl Kernel for Add<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (residual, x) in self.residual.chunks_mut(LANES).zip(self.x.chunks(LANES)) {
+            // SAFETY: the two chunks have the same length.
+            unsafe {
+                let sum = s.add(s.load_part(residual.as_ptr(), x.len()), s.load_part(x.as_ptr(), x.len()));
+                s.store_part(residual.as_mut_ptr(), sum, x.len());
+            }
+        }
+    }
 }
 
 /// One row.
