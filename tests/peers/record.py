@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -124,9 +125,9 @@ def one_round(server: Server, bench: Path, label: str, seed: int, to: Path, scal
     return json.loads(to.read_text())["results"][0]["rounds"][0]
 
 
-def start_all(found: list[Kind], out: Path, starts: int) -> tuple[list[Server], dict[str, list[float]]]:
-    """Starts each server alone, `starts` times (the last one stays), so that files are in the page cache and caches are made."""
-    servers, times = [], {}
+def start_all(found: list[Kind], out: Path, starts: int, servers: list[Server]) -> dict[str, list[float]]:
+    """Starts each server alone, `starts` times (the last one stays in `servers`); gives the seconds from start to ready."""
+    times: dict[str, list[float]] = {}
     for number, kind in enumerate(found):
         for again in range(starts):
             server = Server(kind, 8200 + number, out / f"{kind.name.replace(' ', '-')}.log")
@@ -137,7 +138,7 @@ def start_all(found: list[Kind], out: Path, starts: int) -> tuple[list[Server], 
             if again + 1 < starts:
                 server.stop()
         servers.append(server)
-    return servers, times
+    return times
 
 
 def measure(args, servers: list[Server], run: dict):
@@ -198,8 +199,10 @@ def main() -> int:
            "failures": [], "skipped": {(workload, server) for server, _, workload in pairs}, "scale": args.scale}
     found = kinds(places, [peer for peer in args.peers.split(",") if peer])
     servers: list[Server] = []
+    # A run that is told to stop ends its servers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        servers, times = start_all(found, args.out, args.starts)
+        times = start_all(found, args.out, args.starts, servers)
         checks = {server.kind.name: check_adapters(server) for server in servers}
         run["agreement"] = agreement(checks)
         print("\n".join(run["agreement"]), flush=True)
