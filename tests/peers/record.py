@@ -113,12 +113,13 @@ def agreement(checks: dict[str, dict], ours: str = "loramux") -> list[str]:
     return lines
 
 
-def one_round(server: Server, bench: Path, label: str, seed: int, to: Path, scale: float) -> dict:
+def one_round(server: Server, args, label: str, seed: int, to: Path) -> dict:
     workload = WORKLOADS[label][0]
     requests = int(workload.rpartition("requests=")[2])
-    workload = f"{workload.rpartition(':requests=')[0]}:requests={max(4, round(requests * scale))}:label={label}"
-    command = [str(bench), "bench", "--url", server.url, "--name", server.kind.name, "--workloads", workload, "--repeats", "1",
-               "--seed", str(seed), "--timeout", "900s", "--server-pid", str(server.process.pid), "--json", str(to), *server.kind.client]
+    workload = f"{workload.rpartition(':requests=')[0]}:requests={max(4, round(requests * args.scale))}:label={label}"
+    warmup = ["--warmup", str(args.warmup)] if args.warmup is not None else []
+    command = [str(args.bench), "bench", "--url", server.url, "--name", server.kind.name, "--workloads", workload, "--repeats", "1",
+               "--seed", str(seed), "--timeout", "900s", "--server-pid", str(server.process.pid), "--json", str(to), *warmup, *server.kind.client]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:
         raise RuntimeError(f"{server.kind.name} {label}: {ran.stdout[-2000:]}{ran.stderr[-2000:]}")
@@ -158,7 +159,7 @@ def measure(args, servers: list[Server], run: dict):
                 name = f"{label}-{server.kind.name.replace(' ', '-')}-{round_number}.json"
                 before = time.monotonic()
                 try:
-                    got = one_round(server, args.bench, label, 1000 * round_number + place, args.out / name, args.scale)
+                    got = one_round(server, args, label, 1000 * round_number + place, args.out / name)
                 except RuntimeError as error:
                     print(f"FAILED {error}", file=sys.stderr, flush=True)
                     run["failures"].append(str(error))
@@ -188,6 +189,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--starts", type=int, default=3, help="starts of each server; the first is not counted where there are more")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests; below 1 for a quick look")
+    parser.add_argument("--warmup", type=int, help="requests before each round; default: as many as run at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
