@@ -213,15 +213,17 @@ def main() -> int:
             run["servers"].append({"name": server.kind.name, "peer": server.kind.peer, "command": server.kind.command, "env": server.kind.env,
                                    "start_to_ready_s": times[server.kind.name], "idle_cpu": idle[server.kind.name], "memory": server.memory()})
         measure(args, servers, run)
+    finally:
+        # A run that was stopped reports what it has.
         for server, entry in zip(servers, run["servers"]):
             entry["memory"] = server.memory()
-        save(args.out, run)
-        text = targets.report(run)
-        (args.out / "report.md").write_text(text + "\n")
-        print(text)
-    finally:
         for server in servers:
             server.stop()
+        if run["rounds"]:
+            save(args.out, run)
+            text = targets.report(run)
+            (args.out / "report.md").write_text(text + "\n")
+            print(text, flush=True)
     return 1 if run["failures"] else 0
 
 
