@@ -129,9 +129,9 @@ def one_round(server: Server, args, label: str, seed: int, to: Path) -> dict:
 def start_all(found: list[Kind], out: Path, starts: int, servers: list[Server]) -> dict[str, list[float]]:
     """Starts each server alone, `starts` times (the last one stays in `servers`); gives the seconds from start to ready."""
     times: dict[str, list[float]] = {}
-    for number, kind in enumerate(found):
+    for kind in found:
         for again in range(starts):
-            server = Server(kind, 8200 + number, out / f"{kind.name.replace(' ', '-')}.log")
+            server = Server(kind, out / f"{kind.name.replace(' ', '-')}.log")
             # The first start only warms: it reads files from the disk, and may compile.
             if again or starts == 1:
                 times.setdefault(kind.name, []).append(server.start_to_ready_s)

@@ -6,6 +6,7 @@ Folders come from `Places`; `install.sh` fills them. oneDNN has no server: gemm.
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -93,8 +94,9 @@ def kinds(places: Places, peers: list[str]) -> list[Kind]:
 class Server:
     """A started server with all its processes, in a process group of its own."""
 
-    def __init__(self, kind: Kind, port: int, log: Path, ready_timeout_s: float = 600.0):
-        self.kind, self.port = kind, port
+    def __init__(self, kind: Kind, log: Path, ready_timeout_s: float = 600.0):
+        self.kind = kind
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         began = time.perf_counter()
         with open(log, "wb") as to:
@@ -163,6 +165,13 @@ class Server:
             self.process.wait()
         except ProcessLookupError:
             self.process.wait()
+
+
+def free_port() -> int:
+    """A fixed one might be another program's, which would then be measured in the server's place."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def ticks(pid: int) -> int:
