@@ -183,6 +183,7 @@ def main() -> int:
     parser.add_argument("--loramux", type=Path, required=True, help="binary to measure; a copy, so that no build replaces it")
     parser.add_argument("--bench", type=Path, help="binary with `bench`; default: --loramux")
     parser.add_argument("--machine", type=Path, help="program made from onednn/machine.cpp: measures the ceilings first")
+    parser.add_argument("--read-gb-s", type=float, help="read bandwidth of all cores, measured at a quiet time; wins over --machine's")
     parser.add_argument("--peers", default="vllm,llama.cpp", help="which to start")
     parser.add_argument("--workloads", help=f"of {','.join(WORKLOADS)}; default: all")
     parser.add_argument("--skip", default="", help="SERVER=WORKLOAD,.. that are left out, such as 'vllm lora=base'")
@@ -199,6 +200,8 @@ def main() -> int:
     pairs = [pair.rpartition("=") for pair in args.skip.split(",") if pair]
     run = {"schema": "loramux-peers/1", "started_unix_s": int(time.time()), "machine": machine(args.machine), "servers": [], "rounds": [],
            "failures": [], "skipped": {(workload, server) for server, _, workload in pairs}, "scale": args.scale}
+    if args.read_gb_s:
+        run["machine"]["read_gb_s"] = args.read_gb_s
     found = kinds(places, [peer for peer in args.peers.split(",") if peer])
     servers: list[Server] = []
     # A run that is told to stop ends its servers too.
