@@ -49,7 +49,8 @@ def main() -> int:
     args = parser.parse_args()
     ours, theirs = shlex.split(args.ours), [*shlex.split(args.onednn), "--out", "f32"]
     rows, missed = [], 0
-    print("| N x K | m | weights | ours GFLOP/s | oneDNN GFLOP/s | ratio | best ours | best oneDNN | ratio of best | |\n|---|---|---|---|---|---|---|---|---|---|")
+    print("| N x K | m | weights | ours GFLOP/s | oneDNN GFLOP/s | ratio | best ours | best oneDNN | ratio of best | |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for shape in args.shapes.split(","):
         n, k = map(int, shape.split("x"))
         for m in map(int, args.m.split(",")):

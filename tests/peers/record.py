@@ -164,7 +164,8 @@ def measure(args, servers: list[Server], run: dict):
                     print(f"FAILED {error}", file=sys.stderr, flush=True)
                     run["failures"].append(str(error))
                     continue
-                run["rounds"].append({"workload": label, "server": server.kind.name, "number": round_number, "others_busy": others_busy, "round": got})
+                run["rounds"].append({"workload": label, "server": server.kind.name, "number": round_number, "others_busy": others_busy,
+                                      "round": got})
                 print(f"{round_number} {label:16} {server.kind.name:16} {got['output_tokens_per_s']:8.1f} out tok/s "
                       f"{got['total_tokens_per_s']:8.0f} total tok/s  ttft {got['ttft_ms']['p50']:.0f} ms  others {100 * others_busy:.0f} %  "
                       f"{time.monotonic() - before:.0f} s", flush=True)

@@ -8,7 +8,8 @@ def cell(tok_s: float, ttft: float = 100.0, gap: float | None = 10.0) -> dict:
 
 
 def run(**tok_s: dict[str, list[float]]) -> dict:
-    servers = [("loramux", "loramux", 1.0, 900), ("vllm base", "vllm", 20.0, 3000), ("vllm lora", "vllm", 30.0, 4000), ("llama.cpp lora", "llama.cpp", 1, 500)]
+    servers = [("loramux", "loramux", 1.0, 900), ("vllm base", "vllm", 20.0, 3000), ("vllm lora", "vllm", 30.0, 4000),
+               ("llama.cpp lora", "llama.cpp", 1, 500)]
     rounds = [{"workload": workload.replace("_", "-"), "server": server, "others_busy": 0.5, "round": cell(value)}
               for workload, by_server in tok_s.items() for server, values in by_server.items() for value in values]
     return {"machine": {"read_gb_s": 80.0}, "rounds": rounds,
