@@ -112,7 +112,7 @@ impl PackedWeight {
         let lines = &self.lines[panel * self.panel_lines()..];
         match self.dtype {
             Dtype::F32 => f32::from_bits(lines[k].0[lane]),
-            Dtype::Bf16 if k % 2 == 0 => f32::from_bits(lines[k / 2].0[lane] << 16),
+            Dtype::Bf16 if k.is_multiple_of(2) => f32::from_bits(lines[k / 2].0[lane] << 16),
             Dtype::Bf16 => f32::from_bits(lines[k / 2].0[lane] & 0xffff_0000),
         }
     }

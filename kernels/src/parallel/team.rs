@@ -142,7 +142,7 @@ pub(super) fn run<F: Fn(usize) + Sync>(units: usize, body: &F) {
     // here.
     team.gate.0.fetch_and(!OPEN, Ordering::AcqRel);
     let mut looks = 0;
-    while team.gate.0.load(Ordering::Acquire) % OPEN > 0 {
+    while !team.gate.0.load(Ordering::Acquire).is_multiple_of(OPEN) {
         look_again(&mut looks);
     }
     let theirs = team.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
