@@ -138,6 +138,10 @@ fn run(options: &Options, text: &TextModel, front: Front) -> Vec<StepCost> {
         .enable_all()
         .build()
         .expect("a runtime");
+    {
+        let _inside = runtime.enter();
+        engine.carry_events_here();
+    }
     let dirs = std::env::temp_dir().join(format!("engine_step-{}", std::process::id()));
     let adapters = write_adapters(&dirs, options.sequences);
     for round in 0..options.rounds {

@@ -18,6 +18,7 @@ fn limits() -> SchedulerLimits {
         block_tokens: 16,
         slots_max: 512,
         step_tokens: 4096,
+        prefill_tokens_beside: u32::MAX,
         running_max: 512,
         queued_requests_max: 1024,
         queued_tokens_max: u64::MAX,
