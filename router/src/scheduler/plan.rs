@@ -2,7 +2,7 @@
 //!
 //! The budget of positions goes to decodes first, then to running prefills, then to sequences that start. A running
 //! prefill whose pair was served more than one that waits keeps to half of what is left, so no long prompt shuts the
-//! door. Memory is made writable in the order of start, so who is preempted has not been planned yet.
+//! door. Beside decodes, prompts keep to a bound of their own, so none delays the others' next tokens by much. Memory is made writable in the order of start, so who is preempted has not been planned yet.
 
 use loramux_proto::{AdapterRef, AdapterUpload, BlockCopy, Chunk, SeqStart, Step};
 
