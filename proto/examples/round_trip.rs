@@ -8,13 +8,15 @@ use loramux_proto::{AdapterRef, Chunk, FromShard, Sample, Step, StepResult, ToSh
 
 const ROUNDS: usize = 5000;
 
-fn step(sequences: u64, blocks: u32) -> ToShard {
+/// `whole`: as in the first chunks of all sequences; otherwise as in those that follow.
+fn step(sequences: u64, blocks: u32, whole: bool) -> ToShard {
     let chunk = |seq| Chunk {
         seq,
         start: blocks * 16 - 1,
         len: 1,
-        blocks: (0..blocks).collect(),
-        adapters: vec![AdapterRef { slot: seq as u32, generation: 1, scale: 1.0 }],
+        blocks: if whole { (0..blocks).collect() } else { Vec::new() },
+        blocks_from: if whole { 0 } else { blocks },
+        adapters: if whole { vec![AdapterRef { slot: seq as u32, generation: 1, scale: 1.0 }] } else { Vec::new() },
         sample: true,
         prompt_logprobs: false,
         mask: None,
@@ -37,11 +39,12 @@ fn echo(mut socket: UnixStream) {
 }
 
 fn main() -> std::io::Result<()> {
-    println!("sequences  context  bytes     p50 us  p99 us");
-    for (sequences, context) in [(1, 512), (16, 512), (64, 512), (256, 512)] {
+    println!("sequences  context  tables  bytes     p50 us  p99 us");
+    for (sequences, whole) in [1, 16, 64, 256].into_iter().flat_map(|n| [(n, true), (n, false)]) {
+        let context = 512;
         let (mut ours, theirs) = UnixStream::pair()?;
         let thread = std::thread::spawn(move || echo(theirs));
-        let message = step(sequences, context / 16);
+        let message = step(sequences, context / 16, whole);
         let (mut read, mut write) = (Vec::new(), Vec::new());
         let mut times_us = Vec::with_capacity(ROUNDS);
         for _ in 0..ROUNDS {
@@ -52,7 +55,8 @@ fn main() -> std::io::Result<()> {
         }
         times_us.sort_by(f64::total_cmp);
         let (p50, p99) = (times_us[ROUNDS / 2], times_us[ROUNDS * 99 / 100]);
-        println!("{sequences:>9}  {context:>7}  {:>8}  {p50:>6.1}  {p99:>6.1}", write.len());
+        let tables = if whole { "whole" } else { "new" };
+        println!("{sequences:>9}  {context:>7}  {tables:>6}  {:>8}  {p50:>6.1}  {p99:>6.1}", write.len());
         drop(ours);
         let _ = thread.join();
     }

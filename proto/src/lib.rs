@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod frame;
+mod tables;
 
 #[allow(missing_docs, clippy::all, reason = "prost writes it")]
 mod generated {
@@ -10,3 +11,4 @@ mod generated {
 }
 
 pub use generated::*;
+pub use tables::{Tables, UnknownTable};

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::task::{Context, Poll};
 
 use tokio::sync::{mpsc, oneshot};
 
 use super::adapters::{AdapterCheck, AdapterFailure, ForgetMode, MergeAsk, PinLevel, PinRefused, PreparedAdapter};
+use super::outbox::Carrier;
 use super::run::Message;
 use super::status::EngineStatus;
 use super::types::{ContentId, Failure, GenerateEvent, GenerateRequest};
@@ -27,6 +29,7 @@ pub(super) struct Shared {
     pub(super) draining: AtomicBool,
     pub(super) next_id: AtomicU64,
     pub(super) missing: OnceLock<MissingReport>,
+    pub(super) carrier: Arc<Carrier>,
 }
 
 /// A cheap, cloneable way to reach the engine thread.
@@ -131,6 +134,16 @@ impl EngineHandle {
         let _ = self.shared.missing.set(report);
     }
 
+    /// From now on a task of the current tokio runtime passes events on to their readers, so that the engine's thread wakes
+    /// one task for each step and not one for each stream. The runtime should outlive the readers. Only the first call
+    /// counts.
+    ///
+    /// # Panics
+    /// Outside of a runtime.
+    pub fn carry_events_here(&self) {
+        self.shared.carrier.start();
+    }
+
     /// A content that was reported missing does not come back: who needs it fails.
     pub fn give_up_adapter(&self, content: ContentId, reason: String) {
         let _ = self.inbox.send(Message::GiveUp { content, reason });
@@ -174,9 +187,14 @@ pub struct Generation {
 impl Generation {
     /// The next event; `None` after the last.
     pub async fn recv(&mut self) -> Option<GenerateEvent> {
-        let event = self.events.recv().await;
-        self.ended |= event.is_none();
-        event
+        std::future::poll_fn(|cx| self.poll_recv(cx)).await
+    }
+
+    /// [`Self::recv`] for those who poll themselves.
+    pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<GenerateEvent>> {
+        let polled = self.events.poll_recv(cx);
+        self.ended |= matches!(polled, Poll::Ready(None));
+        polled
     }
 
     /// Events that wait to be read.

@@ -9,6 +9,7 @@ mod contents;
 mod handle;
 mod keep;
 mod masks;
+mod outbox;
 mod prepare;
 mod reports;
 mod run;

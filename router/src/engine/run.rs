@@ -16,6 +16,7 @@ use super::asks::{Ask, Asks, Reply};
 use super::contents::{Contents, PinReply};
 use super::handle::{EngineHandle, Shared, queue_tokens};
 use super::masks::{self, Masks};
+use super::outbox::Outbox;
 use super::prepare::Parked;
 use super::shard::{ShardExit, ShardLauncher};
 use super::status::{ContentsView, EngineCounters, EngineStatus};
@@ -128,6 +129,7 @@ pub(super) struct Engine {
     pub(super) parked: Vec<Parked>,
     pub(super) asks: Asks,
     pub(super) masks: Masks,
+    pub(super) outbox: Outbox,
     /// What the shard took for its last step.
     pub(super) last_step: Duration,
     contents_view: ContentsView,
@@ -153,12 +155,14 @@ pub fn spawn(launcher: Box<dyn ShardLauncher>, options: EngineOptions) -> std::i
         draining: AtomicBool::new(false),
         next_id: AtomicU64::new(1),
         missing: std::sync::OnceLock::new(),
+        carrier: Arc::default(),
     });
     let handle = EngineHandle { shared: Arc::clone(&shared), inbox: inbox_sender.clone() };
     let (now, meters) = (Instant::now(), Arc::<EngineMeters>::default());
     let engine = Engine {
         inbox,
         masks: Masks::new(inbox_sender.clone(), Arc::clone(&meters)),
+        outbox: Outbox::new(Arc::clone(&shared.carrier)),
         last_step: Duration::ZERO,
         inbox_sender,
         shared,
@@ -187,8 +191,9 @@ impl Engine {
         let ended = self.run_until_told();
         self.shared.draining.store(true, Ordering::Relaxed);
         for (_, client) in self.clients.drain() {
-            let _ = client.events.send(GenerateEvent::Failed(Failure::Draining));
+            self.outbox.push(&client.events, GenerateEvent::Failed(Failure::Draining));
         }
+        self.outbox.send();
         self.link.end();
         self.publish();
         if let (Err(error), Some(started)) = (&ended, self.started.take()) {
@@ -221,6 +226,7 @@ impl Engine {
                 return Ok(());
             }
             self.step();
+            self.outbox.send(); // behind the step: the shard works while the events travel
             self.settle_drains();
             if self.published.elapsed() >= PUBLISH_EVERY || self.link.in_flight.is_empty() {
                 self.publish();
@@ -329,8 +335,7 @@ impl Engine {
             GenerateEvent::Failed(_) => failed = true,
             GenerateEvent::PromptLogprobs { .. } | GenerateEvent::Embedding { .. } => {}
         }
-        // A reader that left is cancelled by its own drop.
-        let _ = client.events.send(event);
+        self.outbox.push(&client.events, event);
         if failed {
             self.client_ended(id);
         } else if let Some(index) = finished {

@@ -189,6 +189,10 @@ impl Engine {
             block_tokens: info.block_tokens,
             slots_max: info.slots_max,
             step_tokens: self.options.step_tokens.min(info.step_tokens_max),
+            prefill_tokens_beside: match info.prefill_tokens_beside {
+                0 => info.step_tokens_max,
+                tokens => tokens,
+            },
             running_max: self.options.running_max.min(info.seqs_max),
             // The handle counts requests before they get here and refuses; these only back it up.
             queued_requests_max: self.options.queued_requests_max.saturating_mul(2),

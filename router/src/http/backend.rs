@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use futures_util::future::BoxFuture;
 
@@ -31,6 +32,8 @@ pub trait Backend: Send + Sync + 'static {
     fn prefetch_adapter(&self, content: ContentId);
     /// See [`EngineHandle::on_missing`].
     fn on_missing(&self, _report: MissingReport) {}
+    /// See [`EngineHandle::carry_events_here`].
+    fn carry_events_here(&self) {}
     /// See [`EngineHandle::give_up_adapter`].
     fn give_up_adapter(&self, _content: ContentId, _reason: String) {}
     /// See [`EngineHandle::forget_prefixes`].
@@ -44,7 +47,7 @@ pub trait Backend: Send + Sync + 'static {
 /// The events of one request. Dropping it cancels the request.
 pub trait Events: Send + Sync {
     /// The next event; `None` after the last.
-    fn recv(&mut self) -> BoxFuture<'_, Option<GenerateEvent>>;
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<GenerateEvent>>;
     /// Ends one sequence from this side.
     fn finish(&mut self, index: u32);
 }
@@ -86,6 +89,10 @@ impl Backend for EngineHandle {
         Self::on_missing(self, report);
     }
 
+    fn carry_events_here(&self) {
+        Self::carry_events_here(self);
+    }
+
     fn give_up_adapter(&self, content: ContentId, reason: String) {
         Self::give_up_adapter(self, content, reason);
     }
@@ -104,8 +111,8 @@ impl Backend for EngineHandle {
 }
 
 impl Events for Generation {
-    fn recv(&mut self) -> BoxFuture<'_, Option<GenerateEvent>> {
-        Box::pin(Self::recv(self))
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<GenerateEvent>> {
+        Self::poll_recv(self, cx)
     }
 
     fn finish(&mut self, index: u32) {

@@ -54,6 +54,7 @@ impl ConnectionAbort {
 /// The listener's address cannot be read.
 pub async fn serve(listener: TcpListener, app: App, shutdown: impl Future<Output = ()>) -> std::io::Result<()> {
     tracing::info!(address = %listener.local_addr()?, "listening");
+    app.engine.carry_events_here();
     app.preload();
     app.record();
     app.observer.start();

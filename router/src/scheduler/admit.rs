@@ -3,6 +3,7 @@
 use super::Scheduler;
 use super::adapters::Residency;
 use super::ids::{BlockId, SeqId, SeqKey};
+use super::limits::HELD_MAX;
 use super::plan::Draft;
 use super::prefix;
 use crate::engine::{FinishReason, Pooling};
@@ -22,15 +23,17 @@ impl Scheduler {
             self.admit_now(key, draft);
         }
         while hold.is_none() && self.can_admit(draft) {
-            let Some((_, key)) = self.queue.first_resident() else { break };
-            if !self.admit_now(key, draft) {
+            let Some(key) = self.queue.first_resident_but(&draft.held) else { break };
+            if self.waits_for_prefix(key) && draft.held.len() < HELD_MAX {
+                draft.held.push(key);
+            } else if !self.admit_now(key, draft) {
                 self.note_starving(key);
                 break;
             }
         }
         // Claims were promised their memory: they need not wait behind one that lacks it.
         for key in self.claims.clone() {
-            if self.can_admit(draft) && self.seq(key).suspect.is_none() {
+            if self.can_admit(draft) && self.seq(key).suspect.is_none() && !self.waits_for_prefix(key) {
                 self.admit_now(key, draft);
             }
         }
@@ -117,18 +120,51 @@ impl Scheduler {
         Some(Head { blocks, computed: prompt - 1, from_cache: false })
     }
 
+    /// It may begin with cached blocks. Hidden states of cached positions are not known any more.
+    fn may_use_cache(&self, key: SeqKey) -> bool {
+        let seq = self.seq(key);
+        let owes_logprobs = self.requests.get(&seq.job.id).is_some_and(super::requests::Request::owes_logprobs);
+        self.limits.prefix_caching && !owes_logprobs && seq.job.request.pooling != Some(Pooling::Mean)
+    }
+
+    /// Full blocks of its tokens without the last one, which is always computed; their keys are known then.
+    fn full_blocks(&mut self, key: SeqKey) -> usize {
+        let full = (self.seq(key).len_tokens() - 1) / self.limits.block_tokens as usize;
+        self.extend_prefix_keys(key, full);
+        full
+    }
+
+    /// Somebody who runs is about to compute most of what this sequence lacks: starting now would compute it twice.
+    ///
+    /// It waits for no longer than that takes, which it would have to wait for its own, too. Where the common part is the
+    /// smaller one, starting at once is sooner.
+    fn waits_for_prefix(&mut self, key: SeqKey) -> bool {
+        if self.seq(key).suspect.is_some() || !self.may_use_cache(key) || self.fork_source(key).is_some() {
+            return false;
+        }
+        let full = self.full_blocks(key);
+        let seq = self.seq(key);
+        let cached = seq.prefix_keys.iter().take(full).take_while(|key| self.pool.find(key).is_some()).count();
+        let wanted = seq.prefix_keys.get(cached..full).unwrap_or_default();
+        let block_tokens = self.limits.block_tokens as usize;
+        let lacking = seq.len_tokens() - cached * block_tokens;
+        let computes = |other: &SeqKey| {
+            let other = self.seq(*other);
+            let is_on_its_way = other.computed < other.prompt_tokens() && other.suspect.is_none() && !other.leaving;
+            let theirs = other.prefix_keys.get(cached..).filter(|_| is_on_its_way).unwrap_or_default();
+            let common = wanted.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+            common * block_tokens * 2 >= lacking
+        };
+        !wanted.is_empty() && self.running.iter().any(computes)
+    }
+
     /// The longest run of cached blocks that this sequence's tokens begin with. The last token is always computed.
     fn cached_head(&mut self, key: SeqKey) -> Head {
         let mut head = Head { blocks: Vec::new(), computed: 0, from_cache: true };
-        let seq = self.seq(key);
-        let owes_logprobs = self.requests.get(&seq.job.id).is_some_and(super::requests::Request::owes_logprobs);
-        // Hidden states of cached positions are not known any more.
-        let needs_all = owes_logprobs || seq.job.request.pooling == Some(Pooling::Mean);
-        if !self.limits.prefix_caching || needs_all {
+        if !self.may_use_cache(key) {
             return head;
         }
-        let full = (seq.len_tokens() - 1) / self.limits.block_tokens as usize;
-        self.extend_prefix_keys(key, full);
+        let full = self.full_blocks(key);
         let keys = &self.seq(key).prefix_keys[..full];
         head.blocks = keys.iter().map_while(|key| self.pool.find(key)).collect();
         head.computed = head.blocks.len() * self.limits.block_tokens as usize;

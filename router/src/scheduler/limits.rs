@@ -13,6 +13,8 @@ pub struct SchedulerLimits {
     pub slots_max: u32,
     /// Positions in one step.
     pub step_tokens: u32,
+    /// Of these, positions of prompts in a step that somebody decodes in: what a prompt may cost others between two tokens.
+    pub prefill_tokens_beside: u32,
     /// Sequences that hold device memory at a time.
     pub running_max: u32,
     /// Requests that were never admitted.
@@ -46,6 +48,8 @@ pub(super) const PINNED_PARTS: (u64, u64) = (3, 4);
 pub(super) const PIN_DEATHS_MAX: u32 = 2;
 /// Plans for which a waiting sequence may be passed over for lack of memory; then nobody else is admitted before it.
 pub(super) const STARVING_PLANS: u64 = 64;
+/// Waiting sequences that one plan leaves waiting for a prefix that somebody computes; more start as they are.
+pub(super) const HELD_MAX: usize = 64;
 /// Points of blame at which a request fails alone: two crashes of its own.
 pub(super) const STRIKES_MAX: u32 = 4;
 /// (tenant, adapter set) pairs without a request whose service is remembered.

@@ -148,6 +148,7 @@ impl Scheduler {
             let new = self.make_block().expect("counted as obtainable");
             let holding = self.seq_mut(key).holding_mut().expect("only a running sequence writes");
             let old = std::mem::replace(&mut holding.blocks[at], new);
+            holding.sent_blocks = holding.sent_blocks.min(at);
             if at * block_tokens < start {
                 // It begins with positions that are computed. The source stays until the copy was made.
                 draft.copies.push(BlockCopy { src: old.0, dst: new.0 });

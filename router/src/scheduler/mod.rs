@@ -24,7 +24,7 @@
 //! | `memory` | making room: eviction, preemption, copy-on-write |
 //! | `load` | which adapters are brought to the device, and for whom |
 //! | `keep` | adapters that are brought there for nobody: pinned, or ahead of need |
-//! | `admit` | Waiting -> Running, prefix hits, forks of `n` |
+//! | `admit` | Waiting -> Running, prefix hits, waiting for a prefix that is being computed, forks of `n` |
 //! | `plan`, `commit` | the two halves of a step |
 //! | `masks` | grammars: whose next token waits for a mask |
 //! | `replay` | death of the shard, and whose fault it was |

@@ -2,7 +2,7 @@
 //!
 //! The budget of positions goes to decodes first, then to running prefills, then to sequences that start. A running
 //! prefill whose pair was served more than one that waits keeps to half of what is left, so no long prompt shuts the
-//! door. Memory is made writable in the order of start, so who is preempted has not been planned yet.
+//! door. Beside decodes, prompts keep to a bound of their own, so none delays the others' next tokens by much. Memory is made writable in the order of start, so who is preempted has not been planned yet.
 
 use loramux_proto::{AdapterRef, AdapterUpload, BlockCopy, Chunk, SeqStart, Step};
 
@@ -24,6 +24,8 @@ pub(super) struct Draft {
     pub(super) uploads: Vec<Upload>,
     pub(super) upload_pages: u32,
     pub(super) solo: Option<SeqKey>,
+    /// Waiting sequences whose prefix somebody else is computing.
+    pub(super) held: Vec<SeqKey>,
     /// Blocks that running sequences still need for tokens they have.
     pub(super) outstanding_blocks: u64,
     /// Somebody gave up memory in this plan, or waits for it: nobody starts in it.
@@ -112,6 +114,12 @@ impl Scheduler {
     }
 
     fn plan_batch(&mut self, draft: &mut Draft) {
+        let decodes = self.decodes();
+        if decodes > 0 {
+            // Each running sequence gets a position, whatever the bound.
+            let beside = decodes.saturating_add(self.limits.prefill_tokens_beside as usize);
+            draft.budget = draft.budget.min(beside.max(self.running.len()));
+        }
         for (key, len) in self.share_budget(draft.budget) {
             if draft.stalled {
                 break;
@@ -131,6 +139,15 @@ impl Scheduler {
             self.prefetch(draft);
         }
         self.use_up_budget(draft);
+    }
+
+    /// Running sequences that want one position: their clients wait for the next token.
+    fn decodes(&self) -> usize {
+        let decodes = |key: &&SeqKey| {
+            let seq = self.seq(**key);
+            seq.suspect.is_none() && seq.pending().len() == 1 && seq.pending().start >= seq.prompt_tokens()
+        };
+        self.running.iter().filter(decodes).count()
     }
 
     fn outstanding_blocks(&self) -> u64 {
@@ -240,11 +257,14 @@ impl Scheduler {
             let start = seq.holding().is_some_and(|holding| !holding.announced).then(|| seq_start(seq));
             let holding = seq.holding_mut().expect("a member of a step runs");
             holding.announced = true;
+            let sent = holding.sent_blocks.min(blocks);
+            holding.sent_blocks = blocks;
             step.chunks.push(Chunk {
                 seq: holding.seq.0,
                 start: member.start as u32,
                 len: member.len as u32,
-                blocks: holding.blocks[..blocks].iter().map(|block| block.0).collect(),
+                blocks: holding.blocks[sent..blocks].iter().map(|block| block.0).collect(),
+                blocks_from: sent as u32,
                 adapters: holding.adapters.clone(),
                 sample: member.samples,
                 prompt_logprobs: logprobs,
@@ -254,6 +274,8 @@ impl Scheduler {
             step.starts.extend(start);
         }
         sort_by_adapters(&mut step.chunks);
+        // The shard knows them from the chunk before.
+        step.chunks.iter_mut().filter(|chunk| chunk.blocks_from > 0).for_each(|chunk| chunk.adapters = Vec::new());
         let loading = self.loading(solo);
         self.in_flight.push_back(InFlight { id: step.id, members, solo, loading, copy_sources });
         step

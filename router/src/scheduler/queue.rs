@@ -226,6 +226,12 @@ impl FairQueue {
         Some((served, self.entry(key).waiting.first()?.seq))
     }
 
+    /// The next sequence whose adapters are resident, least served pair first, that is not among `held`.
+    pub(super) fn first_resident_but(&self, held: &[SeqKey]) -> Option<SeqKey> {
+        let pairs = self.resident.iter().map(|(_, key)| &self.entry(*key).waiting);
+        pairs.flatten().map(|turn| turn.seq).find(|seq| !held.contains(seq))
+    }
+
     /// Next sequence of each pair that waits for an upload, least served first.
     pub(super) fn loading(&self) -> impl Iterator<Item = SeqKey> {
         self.loading.iter().filter_map(|(_, key)| Some(self.entry(*key).waiting.first()?.seq))

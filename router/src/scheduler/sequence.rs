@@ -57,6 +57,8 @@ pub(super) struct Holding {
     pub(super) adapters: Vec<AdapterRef>,
     /// The shard was told of it.
     pub(super) announced: bool,
+    /// Blocks from the front that the shard has in its table of this run.
+    pub(super) sent_blocks: usize,
     /// Full blocks that were offered to the prefix index.
     pub(super) published: usize,
 }
@@ -263,7 +265,8 @@ impl Sequence {
         };
         let adapters = self.job.request.adapters.iter().map(wire).collect();
         self.computed = computed;
-        self.stage = Stage::Running(Holding { seq, blocks, pins, adapters, announced: false, published });
+        self.stage =
+            Stage::Running(Holding { seq, blocks, pins, adapters, announced: false, sent_blocks: 0, published });
     }
 
     /// Gives back blocks and pins and keeps the tokens: the next admission computes them again. Returns the run that

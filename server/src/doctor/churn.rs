@@ -260,6 +260,7 @@ impl Churn {
                 prompt_logprobs: false,
                 mask: None,
                 pool: false,
+                blocks_from: 0,
             });
             self.expected.insert(seq, (adapter, text, blocks));
             seqs.push(seq);

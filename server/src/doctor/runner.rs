@@ -278,6 +278,7 @@ impl Runner {
                 prompt_logprobs: matches!(job.mode, Mode::PromptLogprobs { .. }),
                 mask: None,
                 pool: false,
+                blocks_from: 0,
             });
         }
         chunks

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use loramux_proto::{Fatal, FromShard, Info, Loading, Pong, Step, StepResult, ToShard, from_shard, to_shard};
+use loramux_proto::{Fatal, FromShard, Info, Loading, Pong, Step, StepResult, Tables, ToShard, from_shard, to_shard};
 
 use prepare::{PrepareThreads, Work};
 
@@ -89,13 +89,17 @@ fn try_serve(options: &ShardOptions, inbox: &Receiver<ToShard>, reply: &Reply) -
     let mut info = executor.info().clone();
     info.load_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
     reply(from_shard::Body::Info(info));
+    let mut tables = Tables::default();
     loop {
         let received = match executor.in_flight() {
             0 => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
             _ => inbox.recv_timeout(POLL_EVERY),
         };
         match received {
-            Ok(ToShard { body: Some(body) }) => {
+            Ok(ToShard { body: Some(mut body) }) => {
+                if let to_shard::Body::Step(step) = &mut body {
+                    tables.complete(step).map_err(|unknown| ShardFault::Malformed(unknown.to_string()).to_string())?;
+                }
                 if !handle(body, &mut *executor, &prepares, reply)? {
                     return Ok(());
                 }

@@ -25,6 +25,10 @@ const LOGIT_ROWS_MAX: usize = 64;
 /// Adapter slots at most, whatever the arena holds.
 const SLOTS_MAX: usize = 1 << 16;
 
+/// Positions of prompts beside decodes: products of so many rows are about as efficient as of more, and the step is short
+/// enough not to be seen as a gap in a stream.
+const PREFILL_TOKENS_BESIDE: u32 = 256;
+
 /// Why the shard cannot go on. A scheduler that obeys its own rules never causes one.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShardFault {
@@ -153,6 +157,7 @@ impl Executor {
             base_content_id: content_id.to_vec(),
             kernel_path: isa_name().to_owned(),
             pipeline_depth: 1,
+            prefill_tokens_beside: PREFILL_TOKENS_BESIDE,
             notes,
         };
         Ok(Self {

@@ -215,6 +215,7 @@ impl Engine {
             let waited = since.elapsed();
             let left = self.masks.worth_waiting(self.last_step).filter(|_| waited < WAIT_MAX);
             let Some(left) = left else { break };
+            self.outbox.send();
             match self.inbox.recv_timeout(left.min(WAIT_MAX - waited)) {
                 Ok(message) => {
                     if !self.handle(message)? {

@@ -208,7 +208,7 @@ impl Waiting {
     async fn end(mut self) -> Result<Vec<f32>, ApiError> {
         let mut embedding = None;
         loop {
-            match self.events.recv().await {
+            match std::future::poll_fn(|cx| self.events.poll_recv(cx)).await {
                 Some(GenerateEvent::Admitted { cached_tokens }) => self.clock.admitted(cached_tokens),
                 Some(GenerateEvent::Embedding { values }) => embedding = Some(values),
                 Some(GenerateEvent::Failed(failure)) => return Err(failure.into()),

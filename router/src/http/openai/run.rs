@@ -1,6 +1,7 @@
 //! One prompt under one set of adapters, in the engine. Dropping it cancels it.
 
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use loramux_proto::PositionLogprobs;
 
@@ -45,20 +46,26 @@ pub(crate) enum Progress {
 impl Run {
     /// The next thing worth telling; `None` when every sequence has ended.
     pub(crate) async fn next(&mut self) -> Option<Result<Progress, ApiError>> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// [`Self::next`] for those who poll themselves.
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Progress, ApiError>>> {
         loop {
             if self.sequences.iter().all(|sequence| sequence.ended) {
                 self.clock.finished(if self.all_stopped { Finished::Stop } else { Finished::Length });
-                return None;
+                return Poll::Ready(None);
             }
-            let Some(event) = self.events.recv().await else {
+            let Some(event) = ready!(self.events.poll_recv(cx)) else {
                 self.clock.failed(Cause::InternalError.row().code);
-                return Some(Err(ApiError::new(Cause::InternalError, "the engine ended before the request did")));
+                let error = ApiError::new(Cause::InternalError, "the engine ended before the request did");
+                return Poll::Ready(Some(Err(error)));
             };
             match event {
                 GenerateEvent::Admitted { cached_tokens } if !self.admitted => {
                     (self.admitted, self.cached_tokens) = (true, cached_tokens);
                     self.clock.admitted(cached_tokens);
-                    return Some(Ok(Progress::Admitted));
+                    return Poll::Ready(Some(Ok(Progress::Admitted)));
                 }
                 GenerateEvent::Admitted { .. } => {} // again, after a preemption
                 GenerateEvent::PromptLogprobs { positions } => self.prompt_logprobs.extend(positions),
@@ -69,19 +76,19 @@ impl Run {
                     if piece.end.is_some() {
                         self.events.finish(index);
                     }
-                    return Some(Ok(Progress::Piece { index: index as usize, piece }));
+                    return Poll::Ready(Some(Ok(Progress::Piece { index: index as usize, piece })));
                 }
                 GenerateEvent::Embedding { .. } => {} // nobody asks for one here
                 GenerateEvent::Finished { index, reason } => {
                     let Some(sequence) = open(&mut self.sequences, index) else { continue };
                     let piece = sequence.finished(reason);
                     self.all_stopped &= piece.end.as_ref().is_some_and(|end| end.reason == "stop");
-                    return Some(Ok(Progress::Piece { index: index as usize, piece }));
+                    return Poll::Ready(Some(Ok(Progress::Piece { index: index as usize, piece })));
                 }
                 GenerateEvent::Failed(failure) => {
                     let error = ApiError::from(failure);
                     self.clock.failed(error.cause.row().code);
-                    return Some(Err(error));
+                    return Poll::Ready(Some(Err(error)));
                 }
             }
         }

@@ -218,6 +218,6 @@ impl Producer {
             let event = event(&chunk);
             self.events.send(event).await?;
         }
-        self.events.send("data: [DONE]\n\n".into()).await
+        self.events.send("data: [DONE]\n\n").await
     }
 }

@@ -21,6 +21,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -180,19 +181,20 @@ impl Script {
 struct ScriptEvents {
     events: std::vec::IntoIter<GenerateEvent>,
     script: Arc<ScriptInner>,
+    /// The task gave way before the next event.
+    yielded: bool,
 }
 
 impl Events for ScriptEvents {
-    fn recv(&mut self) -> BoxFuture<'_, Option<GenerateEvent>> {
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<GenerateEvent>> {
+        self.yielded = !self.yielded;
+        if self.yielded {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let event = self.events.next();
         let hang = event.is_none() && self.script.hang.load(Ordering::SeqCst);
-        Box::pin(async move {
-            if hang {
-                std::future::pending::<()>().await;
-            }
-            tokio::task::yield_now().await;
-            event
-        })
+        if hang { Poll::Pending } else { Poll::Ready(event) }
     }
 
     fn finish(&mut self, index: u32) {
@@ -217,7 +219,7 @@ impl Backend for Script {
         }
         self.inner.seen.lock().unwrap().push(request);
         self.inner.open.fetch_add(1, Ordering::SeqCst);
-        Ok(Box::new(ScriptEvents { events: events.into_iter(), script: Arc::clone(&self.inner) }))
+        Ok(Box::new(ScriptEvents { events: events.into_iter(), script: Arc::clone(&self.inner), yielded: false }))
     }
 
     fn prepare_adapter(&self, dir: PathBuf) -> BoxFuture<'static, Result<PreparedAdapter, AdapterFailure>> {

@@ -143,6 +143,7 @@ fn time_plans(pipeline_depth: u32) {
         block_tokens: 16,
         slots_max: 64,
         step_tokens: 2048,
+        prefill_tokens_beside: u32::MAX,
         running_max: 256,
         queued_requests_max: 1000,
         context_tokens: 4096,

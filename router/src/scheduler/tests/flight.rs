@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use loramux_proto::{SeqFault, Step, StepResult};
+use loramux_proto::{SeqFault, Step, StepResult, Tables};
 
 use super::super::{RequestId, SchedulerLimits};
 use super::marker::owner_mark;
@@ -140,6 +140,7 @@ impl World {
         let events = self.scheduler.take_events();
         self.check_events(events);
         self.shard = new_shard(&self.limits);
+        self.tables = Tables::default();
         self.preparing.clear();
         for (content, _) in self.contents.clone() {
             self.prepare(content);

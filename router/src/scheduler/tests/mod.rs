@@ -12,6 +12,7 @@ mod oracle;
 mod pinning;
 mod pipeline;
 mod plans;
+mod prefill;
 mod shard;
 mod sim;
 mod units;

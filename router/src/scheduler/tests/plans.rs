@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use loramux_proto::{Sample, Sampling, SlotGeneration, Step, StepResult};
+use loramux_proto::{Sample, Sampling, SlotGeneration, Step, StepResult, Tables};
 
 use super::super::{NewRequest, RequestId, Scheduler, SchedulerLimits};
 use crate::engine::{AdapterUse, ContentId, Failure, FinishReason, GenerateEvent, GenerateRequest};
@@ -16,6 +16,7 @@ pub(super) fn limits() -> SchedulerLimits {
         block_tokens: 4,
         slots_max: 4,
         step_tokens: 32,
+        prefill_tokens_beside: u32::MAX,
         running_max: 8,
         queued_requests_max: 100,
         queued_tokens_max: u64::MAX,
@@ -56,11 +57,13 @@ pub(super) struct Bench {
     pub(super) scheduler: Scheduler,
     next: u64,
     pub(super) events: Vec<(u64, GenerateEvent)>,
+    /// What the shard knows of block tables.
+    tables: Tables,
 }
 
 impl Bench {
     pub(super) fn new(limits: SchedulerLimits) -> Self {
-        Self { scheduler: Scheduler::new(limits), next: 1, events: Vec::new() }
+        Self { scheduler: Scheduler::new(limits), next: 1, events: Vec::new(), tables: Tables::default() }
     }
 
     pub(super) fn submit(&mut self, request: GenerateRequest) -> u64 {
@@ -75,7 +78,10 @@ impl Bench {
     }
 
     pub(super) fn plan(&mut self) -> Option<Step> {
-        let step = self.scheduler.plan(0);
+        let mut step = self.scheduler.plan(0);
+        if let Some(step) = &mut step {
+            self.tables.complete(step).expect("the shard knows what was sent");
+        }
         self.take_events();
         self.scheduler.audit();
         step

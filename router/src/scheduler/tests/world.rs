@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use loramux_proto::Sampling;
+use loramux_proto::{Sampling, Tables};
 
 use super::super::{NewRequest, RequestId, Scheduler, SchedulerEvent, SchedulerLimits};
 use super::client::Client;
@@ -28,6 +28,8 @@ pub(super) struct World {
     pub(super) scheduler: Scheduler,
     pub(super) limits: SchedulerLimits,
     pub(super) shard: FakeShard,
+    /// What it knows of block tables.
+    pub(super) tables: Tables,
     /// Steps in flight, oldest first.
     pub(super) sent: VecDeque<Sent>,
     /// Open requests: an event for any other is a fault.
@@ -57,6 +59,7 @@ impl World {
             block_tokens: *rng.pick(&[1, 2, 4, 4, 8]),
             slots_max: rng.range(1, 4),
             step_tokens: *rng.pick(&[1, 3, 8, 16, 32, 64]),
+            prefill_tokens_beside: *rng.pick(&[0, 1, 5, u32::MAX]),
             running_max: rng.range(1, 8),
             queued_requests_max: rng.range(1, 24) as usize,
             queued_tokens_max: u64::from(rng.range(50, 2000)),
@@ -77,6 +80,7 @@ impl World {
             scheduler: Scheduler::new(limits.clone()),
             limits,
             shard,
+            tables: Tables::default(),
             sent: VecDeque::new(),
             clients: BTreeMap::new(),
             next_request: 1,
@@ -155,7 +159,10 @@ impl World {
         self.bring_contents();
         self.settle_drains();
         self.move_grammars();
-        let step = self.scheduler.plan(self.now_ms);
+        let mut step = self.scheduler.plan(self.now_ms);
+        if let Some(step) = &mut step {
+            self.tables.complete(step).expect("the shard knows what was sent");
+        }
         let events = self.scheduler.take_events();
         self.check_events(events);
         if self.totals.steps.is_multiple_of(AUDIT_PLAN_EVERY) {

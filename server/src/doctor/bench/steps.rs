@@ -351,5 +351,6 @@ fn chunk(seq: u64, start: usize, len: usize, blocks: &[u32], adapters: Vec<Adapt
         prompt_logprobs: false,
         mask: None,
         pool: false,
+        blocks_from: 0,
     }
 }

@@ -310,6 +310,7 @@ fn info(engine: &Engine, options: &ShardOptions, budget: &Budget, slots_max: usi
         seqs_max: options.seqs_max,
         kernel_path: device.arch.clone(),
         pipeline_depth: DEPTH as u32,
+        prefill_tokens_beside: 0, // a step of as many positions as one may hold is short here
         ..Info::default()
     }
 }

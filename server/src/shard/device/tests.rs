@@ -51,6 +51,7 @@ fn chunk(seq: u64, start: u32, len: u32, slots: &[u32]) -> Chunk {
         prompt_logprobs: false,
         mask: None,
         pool: false,
+        blocks_from: 0,
     }
 }
 
