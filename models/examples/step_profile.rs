@@ -146,6 +146,9 @@ fn step(shard: &mut Shard, batch: &Batch, rows: &[u32]) -> Result<Sample, Failur
     Ok(times)
 }
 
+/// The time of one kind of op.
+type OpTime = fn(&Sample) -> Duration;
+
 fn median(samples: &[Sample], of: impl Fn(&Sample) -> Duration) -> f64 {
     let mut all: Vec<f64> = samples.iter().map(|sample| of(sample).as_secs_f64() * 1e3).collect();
     all.sort_by(f64::total_cmp);
@@ -188,7 +191,7 @@ fn report(options: &Options, shard: &Shard, samples: &[Sample], rows: usize) {
         kv_bytes,
         4.0 * rows as f64 * options.context as f64 * (q * spec.layers) as f64,
     );
-    let small: [(&str, fn(&Sample) -> Duration); 5] = [
+    let small: [(&str, OpTime); 5] = [
         ("norms", |s| s.ops.norms),
         ("rope_store", |s| s.ops.rope_store),
         ("activation", |s| s.ops.activation),

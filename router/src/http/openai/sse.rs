@@ -68,6 +68,7 @@ pub(crate) struct Runs {
 }
 
 /// What a producer goes on with.
+#[expect(clippy::large_enum_variant, reason = "moved once; a box would be an allocation for each token")]
 enum Next {
     Step(Option<Step>),
     Gone,
