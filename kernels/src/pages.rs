@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn regions_are_shared_and_lines_are_zero_and_apart() {
-        let sizes = [1usize, 3, 1000, (REGION_BYTES >> 6) - 5, 7, 2 * REGION_BYTES >> 6];
+        let sizes = [1usize, 3, 1000, (REGION_BYTES >> 6) - 5, 7, (2 * REGION_BYTES) >> 6];
         let mut all: Vec<Lines> = sizes.iter().map(|&len| Lines::new(len).unwrap()).collect();
         for (i, lines) in all.iter_mut().enumerate() {
             assert_eq!((lines.len(), lines.as_ptr() as usize % 64), (sizes[i], 0));
