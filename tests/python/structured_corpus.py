@@ -261,6 +261,9 @@ def hostile_schemas():
     yield "multiple_zero", {"type": "integer", "multipleOf": 0}
     yield "multiple_tiny", {"type": "number", "multipleOf": 1e-15}
     yield "multiple_huge", {"type": "integer", "multipleOf": 4294967291}
+    yield "multiple_prime", {"type": "integer", "multipleOf": 65521}
+    yield "multiples_two_primes", {"type": "integer", "allOf": [{"multipleOf": 991}, {"multipleOf": 997}]}
+    yield "multiples_three_primes", {"type": "integer", "allOf": [{"multipleOf": n} for n in [31, 37, 41]]}
     yield "multiples_many", {"type": "integer", "allOf": [{"multipleOf": n} for n in [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37]]}
     yield "min_properties_huge", {"type": "object", "minProperties": 10**12}
     yield "pattern_exponential", {"type": "string", "pattern": "(a|b)*a(a|b){40}$"}

@@ -30,6 +30,11 @@ const INCOMPLETE_OPS: &[(&str, &str, &str)] = &[
     ("device", "cpu.rs", "no op: what the ops' forms for a device launch through, and the emulator"),
     ("device", "tests.rs", "tests lie beside what they test, in the same folder's files"),
     ("lora", "cpu.rs", "no op: how adapters are packed and found; the arithmetic is in lora_shrink and lora_expand"),
+    (
+        "projection",
+        "cpu.rs",
+        "no arithmetic of its own: linear, lora_gain_shift, lora_shrink and lora_expand in fewer regions",
+    ),
     ("sampler", "cpu.rs", "runs on the CPU whatever the device; one file for each stage"),
     ("simd", "cpu.rs", "no op: the vector primitives that the ops share, one file for each instruction set"),
 ];

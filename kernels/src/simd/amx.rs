@@ -219,7 +219,8 @@ mod tests {
     #[test]
     fn the_emulated_product_is_the_formula() {
         let number = |i: usize| ((i * 7 % 11) as f32) - 5.0;
-        let a = |m: usize, k: usize| if k.is_multiple_of(2) { number(m * 3 + k / 2) } else { number(m + 5 * (k / 2) + 1) };
+        let a =
+            |m: usize, k: usize| if k.is_multiple_of(2) { number(m * 3 + k / 2) } else { number(m + 5 * (k / 2) + 1) };
         // SAFETY: plain code.
         let got = unsafe { sample_product::<Emulated>() };
         for (m, row) in got.iter().enumerate() {

@@ -104,7 +104,7 @@ impl Client {
         }
         let request = request.body(planned.body.clone());
         let start_s = began.elapsed().as_secs_f64();
-        let mut answer = request.send().await.map_err(|error| Failure::of(&error))?;
+        let mut answer = send(request).await.map_err(|error| Failure::of(&error))?;
         let status = answer.status();
         if !status.is_success() {
             let text = answer.text().await.unwrap_or_default();
@@ -129,6 +129,17 @@ impl Client {
         let arrivals_s = reply.finish(planned.output_tokens)?;
         let (output_tokens, prompt_tokens) = (planned.output_tokens, planned.prompt_tokens);
         Ok(Answered { start_s, arrivals_s, end_s, output_tokens, prompt_tokens })
+    }
+}
+
+/// Sends once more what met a kept connection that the server had closed in the meantime: some close each after its reply.
+async fn send(request: reqwest::RequestBuilder) -> reqwest::Result<reqwest::Response> {
+    let again = request.try_clone();
+    match (request.send().await, again) {
+        (Err(error), Some(again)) if error.is_request() && !error.is_connect() && !error.is_timeout() => {
+            again.send().await
+        }
+        (outcome, _) => outcome,
     }
 }
 

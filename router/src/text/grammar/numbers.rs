@@ -131,10 +131,10 @@ mod tests {
 
     #[test]
     fn multiples_that_may_meet_must_stay_small() {
-        assert!(check_multiples(&[100_000.0]).is_ok());
-        assert!(check_multiples(&[100_000.0, 100_000.0]).is_ok());
-        assert!(check_multiples(&[2.0, 3.0, 0.25]).is_ok());
-        assert!(check_multiples(&[70_000.0, 3.0]).is_err());
-        assert!(check_multiples(&[1000.0, 0.001]).is_err());
+        let ok = |multiples: &[f64]| check_multiples(multiples).is_ok();
+        assert!(ok(&[]) && ok(&[1.0]) && ok(&[0.01]) && ok(&[1000.0]) && ok(&[2000.0]) && ok(&[12.5]));
+        assert!(ok(&[1000.0, 1000.0]) && ok(&[2.0, 3.0, 0.25]) && ok(&[6.0, 4.0]));
+        assert!(!ok(&[2001.0]) && !ok(&[65_521.0]) && !ok(&[100_000.0]));
+        assert!(!ok(&[991.0, 997.0]) && !ok(&[31.0, 37.0, 41.0]) && !ok(&[1000.0, 0.001]));
     }
 }
