@@ -9,14 +9,17 @@ use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, LANES, Line, Simd};
 use std::ops::Range;
 
-/// Columns of a slice that one unit of work takes.
+/// Columns of a slice that one unit of work takes: with few runs so few that all threads have some, with many runs a whole
+/// slice mostly, because each beginning waits for memory.
 const COLUMNS_PER_UNIT: usize = 512;
+const COLUMNS_PER_UNIT_OF_MANY: usize = 4096;
+const MANY_RUNS: usize = 8;
 /// Rows of a run that one unit of work takes.
 const ROWS_PER_UNIT: usize = 96;
 /// Rows of a tile at most.
 const TILE_ROWS: usize = 6;
 
-/// How far ahead of its use B is asked for, in lines.
+/// How far ahead of its use B is asked for, in lines; as much of the next run's B is asked for at the start of one.
 const LINES_AHEAD: usize = 64;
 
 /// Checked arguments of the op.
@@ -68,7 +71,8 @@ pub(super) fn reference(y: &mut Rows, expand: &Expand) {
 
 pub(crate) fn lora_expand(isa: Isa, y: &mut Rows, expand: &Expand) {
     let Expand { site, work, .. } = expand;
-    let column_parts: usize = site.cols.iter().map(|(_, d_out)| d_out.div_ceil(COLUMNS_PER_UNIT)).sum();
+    let columns_per_unit = if work.runs.len() < MANY_RUNS { COLUMNS_PER_UNIT } else { COLUMNS_PER_UNIT_OF_MANY };
+    let column_parts: usize = site.cols.iter().map(|(_, d_out)| d_out.div_ceil(columns_per_unit)).sum();
     let row_parts = work.runs.iter().map(|run| run.rows.len().div_ceil(ROWS_PER_UNIT)).max().unwrap_or(0);
     let columns: usize = site.cols.iter().map(|(_, d_out)| d_out).sum();
     let width = y.width();
@@ -79,10 +83,10 @@ pub(crate) fn lora_expand(isa: Isa, y: &mut Rows, expand: &Expand) {
         let rows = row_part * ROWS_PER_UNIT..((row_part + 1) * ROWS_PER_UNIT).min(run.rows.len());
         let mut part = unit % column_parts;
         for (slice, &(_, d_out)) in site.cols.iter().enumerate() {
-            let count = d_out.div_ceil(COLUMNS_PER_UNIT);
+            let count = d_out.div_ceil(columns_per_unit);
             if part < count {
-                let first = part * COLUMNS_PER_UNIT;
-                let columns = first..(first + COLUMNS_PER_UNIT).min(d_out);
+                let first = part * columns_per_unit;
+                let columns = first..(first + columns_per_unit).min(d_out);
                 return isa.run(Unit { expand, y, width, run, rows, slice, columns });
             }
             part -= count;
@@ -104,6 +108,13 @@ struct Unit<'a> {
 impl Kernel for Unit<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        if self.rows.len() == 1
+            && let Some((_, b, _)) = self.next_block()
+        {
+            for line in 0..LINES_AHEAD {
+                s.prefetch_far(b.as_ptr().wrapping_add(line * size_of::<Line>()));
+            }
+        }
         for item in self.run.items.clone() {
             let Some((dtype, b, scale)) = self.expand.b_block(item, self.slice) else { continue };
             let delta = Delta { unit: &self, item, b, scale };
@@ -111,6 +122,18 @@ impl Kernel for Unit<'_> {
                 Dtype::F32 => delta.rows::<S, Single>(s),
                 Dtype::Bf16 => delta.rows::<S, Pairs>(s),
             }
+        }
+    }
+}
+
+impl Unit<'_> {
+    /// The B that a thread most likely needs after this unit: of the next slice, or of the next run's first.
+    fn next_block(&self) -> Option<(Dtype, &[u8], f32)> {
+        let item = self.run.items.start;
+        match self.slice + 1 < self.expand.site.cols.len() {
+            true => self.expand.b_block(item, self.slice + 1),
+            false if self.run.items.end < self.expand.work.items.len() => self.expand.b_block(self.run.items.end, 0),
+            false => None,
         }
     }
 }

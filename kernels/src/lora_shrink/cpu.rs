@@ -16,7 +16,7 @@ const SLICES_PER_PASS: usize = 3;
 /// Chains of a sum, taken in turn: one alone would wait for itself when a row has an adapter of its own.
 const CHAINS: usize = 2;
 
-/// How far ahead of its use A is asked for, in lines.
+/// How far ahead of its use A is asked for, in lines; as much of the next item's A is asked for at the start of one.
 const LINES_AHEAD: usize = 32;
 
 /// Checked arguments of the op.
@@ -123,6 +123,13 @@ impl Kernel for Unit<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let slices = self.shrink.site.slices.len();
+        if self.end - self.first == 1 && self.item + 1 < self.shrink.work.items.len() {
+            for (_, a) in (0..slices).filter_map(|slice| self.shrink.a_block(self.item + 1, slice)) {
+                for line in 0..LINES_AHEAD {
+                    s.prefetch_far(a.as_ptr().wrapping_add(line * size_of::<Line>()));
+                }
+            }
+        }
         let mut found: [(usize, &[u8]); SLICES_PER_PASS] = [(0, &[]); SLICES_PER_PASS];
         let (mut count, mut dtype) = (0, Dtype::F32);
         for slice in 0..slices {

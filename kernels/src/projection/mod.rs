@@ -1,5 +1,5 @@
 //! A projection with its adapters: `y = x W^T (+ bias)`, gains and shifts, and each row's LoRA deltas. The bits of
-//! [`linear`](crate::linear), [`lora_gain_shift`], [`lora_shrink`](crate::lora_shrink()) and [`lora_expand`](crate::lora_expand()) one
+//! [`linear`](crate::linear()), [`lora_gain_shift`], [`lora_shrink`](crate::lora_shrink()) and [`lora_expand`](crate::lora_expand()) one
 //! after another, in fewer regions: the product and the first half of the deltas read the same x at the same time, so the
 //! adapters come from memory while the base's arithmetic goes on.
 

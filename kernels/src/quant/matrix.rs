@@ -63,7 +63,7 @@ impl Matrix {
     /// Reads row `tokens[t]` into row `t` of `out`, which gets one row per token.
     ///
     /// # Errors
-    /// Those of [`embedding`](crate::embedding).
+    /// Those of [`embedding`](crate::embedding()).
     pub fn embedding(&self, out: &mut Rows, tokens: &[u32]) -> Result<(), OpError> {
         match self {
             Self::Packed(weight) => embedding::embedding(out, weight, tokens),
