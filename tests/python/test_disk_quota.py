@@ -71,7 +71,7 @@ def test_ten_adapters_on_a_disk_for_three(faults, host_memory):
         old = server.shard_pid()
 
         async def all_at_once():
-            calls = [complete(server.address, f"a{i}", max_tokens=200, ignore_eos=True) for i in numbers]
+            calls = [complete(server.address, f"a{i}", max_tokens=1500, ignore_eos=True) for i in numbers]
             answers = asyncio.ensure_future(gather(calls))
             while server.metric("vllm:num_requests_running") < 1 and not answers.done():
                 await asyncio.sleep(0.005)

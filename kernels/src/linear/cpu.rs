@@ -1,11 +1,12 @@
 //! The definition, and how a product is cut into units of work.
 
 use super::input::{Input, pair_stride, takes_pairs, with_pairs};
-use super::pack::PackedWeight;
+use super::pack::{PANEL, PackedWeight};
 use super::tile;
 use crate::dtype::Dtype;
 use crate::parallel::{self, SharedMut};
 use crate::simd::Isa;
+use std::ops::Range;
 
 /// The definition for inputs as they are.
 #[cfg(test)]
@@ -96,10 +97,31 @@ impl<'a> Product<'a> {
     }
 
     pub(crate) fn run(&self, unit: usize) {
+        let (rows, panels) = self.block(unit);
+        tile::run(self, panels, rows);
+    }
+
+    /// Rows and panels of a unit.
+    fn block(&self, unit: usize) -> (Range<usize>, Range<usize>) {
         let (group, block) = (unit / self.row_blocks, unit % self.row_blocks);
         let first = group * self.group;
-        let panels = first..(first + self.group).min(self.w.panels());
         let rows = self.rows * block / self.row_blocks..self.rows * (block + 1) / self.row_blocks;
-        tile::run(self, panels, rows);
+        (rows, first..(first + self.group).min(self.w.panels()))
+    }
+
+    /// `y`.
+    pub(crate) const fn output(&self) -> SharedMut<f32> {
+        self.y
+    }
+
+    /// Rows and columns of `y` that a unit writes.
+    pub(crate) fn written(&self, unit: usize) -> (Range<usize>, Range<usize>) {
+        let (rows, panels) = self.block(unit);
+        (rows, panels.start * PANEL..(panels.end * PANEL).min(self.w.d_out()))
+    }
+
+    /// Elements of a row of `y`.
+    pub(crate) fn width(&self) -> usize {
+        self.w.d_out()
     }
 }

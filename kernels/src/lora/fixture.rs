@@ -19,8 +19,9 @@ fn extents(slice: Slice) -> (usize, usize) {
         Slice::Q => (40, 48),
         Slice::K | Slice::V => (40, 20),
         Slice::O => (48, 40),
-        Slice::Gate | Slice::Up => (40, 72),
-        _ => (72, 40),
+        // Whole vectors, but no whole tiles of them.
+        Slice::Gate | Slice::Up => (40, 80),
+        _ => (80, 40),
     }
 }
 

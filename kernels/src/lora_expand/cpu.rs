@@ -94,6 +94,87 @@ pub(crate) fn lora_expand(isa: Isa, y: &mut Rows, expand: &Expand) {
     });
 }
 
+/// What one item adds to one slice, looked up.
+#[derive(Clone, Copy)]
+pub(crate) struct Found<'a> {
+    run: usize,
+    item: usize,
+    slice: usize,
+    dtype: Dtype,
+    b: &'a [u8],
+    scale: f32,
+}
+
+impl<'a> Expand<'a> {
+    /// All deltas of the site, run after run and each in the order in which its items are added.
+    pub(crate) fn found(&'a self) -> Vec<Found<'a>> {
+        let slices = self.site.slices.len();
+        let runs = self.work.runs.iter().enumerate();
+        let all =
+            runs.flat_map(|(run, of)| of.items.clone().flat_map(move |item| (0..slices).map(move |s| (run, item, s))));
+        all.filter_map(|(run, item, slice)| {
+            let (dtype, b, scale) = self.b_block(item, slice)?;
+            Some(Found { run, item, slice, dtype, b, scale })
+        })
+        .collect()
+    }
+
+    /// Whether the slices begin where panels of 16 columns do, as [`Self::add_block`] needs it.
+    pub(crate) fn is_in_panels(&self) -> bool {
+        self.site.cols.iter().all(|(first, _)| first.is_multiple_of(LANES))
+    }
+
+    /// Adds the deltas to a block of `y`, whose columns begin at a multiple of 16 and end at one or with `y`.
+    ///
+    /// # Safety
+    /// Rows and columns must be in `y`, `[rows][width]`, and nobody else's.
+    pub(crate) unsafe fn add_block(
+        &self,
+        isa: Isa,
+        y: SharedMut<f32>,
+        width: usize,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        found: &[Found],
+    ) {
+        isa.run(Block { expand: self, y, width, rows, columns, found });
+    }
+}
+
+/// A block of y.
+struct Block<'a> {
+    expand: &'a Expand<'a>,
+    y: SharedMut<f32>,
+    width: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    found: &'a [Found<'a>],
+}
+
+impl Kernel for Block<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { expand, y, width, ref rows, ref columns, found } = self;
+        for delta in found {
+            let run = &expand.work.runs[delta.run];
+            let (first, d_out) = expand.site.cols[delta.slice];
+            let (top, bottom) = (rows.start.max(run.rows.start), rows.end.min(run.rows.end));
+            let (left, right) = (columns.start.max(first), columns.end.min(first + d_out));
+            if top >= bottom || left >= right {
+                continue;
+            }
+            let (rows, columns) = (top - run.rows.start..bottom - run.rows.start, left - first..right - first);
+            let unit = Unit { expand, y, width, run, rows, slice: delta.slice, columns };
+            let dtype = delta.dtype;
+            let delta = Delta { unit: &unit, item: delta.item, b: delta.b, scale: delta.scale };
+            match dtype {
+                Dtype::F32 => delta.rows::<S, Single>(s),
+                Dtype::Bf16 => delta.rows::<S, Pairs>(s),
+            }
+        }
+    }
+}
+
 /// Columns of one slice for rows of a run (counted from its first), all its items.
 struct Unit<'a> {
     expand: &'a Expand<'a>,

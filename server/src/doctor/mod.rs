@@ -31,11 +31,22 @@ pub(crate) fn main(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
     let machine = Machine::open(args);
     let report = match args.bench {
         Some(tier) => bench::report(&machine, args, tier),
-        None if args.full => full::report(&machine, args),
+        None if args.full => {
+            exact_inputs();
+            full::report(&machine, args)
+        }
         None => basic::report(&machine, args),
     };
     print(&report, args)?;
     Ok(if report.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The CPU is what a device is compared with, so its products take inputs as they are, in f32.
+fn exact_inputs() {
+    let exact = loramux_kernels::isa_names().into_iter().rev().find(|name| !name.ends_with("bf16"));
+    if let Some(Err(error)) = exact.map(loramux_kernels::set_isa) {
+        tracing::warn!("the CPU rounds inputs of products to bfloat16: {error}");
+    }
 }
 
 fn print(report: &Report, args: &DoctorArgs) -> anyhow::Result<()> {
