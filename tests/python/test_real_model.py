@@ -140,16 +140,17 @@ def test_the_template_and_tokenizer_are_the_models_own(bfloat16):
         assert tokens == case["prompt_ids"], label(case)
 
 
-def test_a_gguf_file_serves_what_the_directory_serves(data_dir):
-    """The directory was made from this file, so only the arithmetic of its quantised blocks may differ."""
+@pytest.mark.parametrize("dtype, margin, least", [("bfloat16", 0.2, 2), ("auto", 0.5, 1)])
+def test_a_gguf_file_serves_what_the_directory_serves(dtype, margin, least, data_dir):
+    """The directory was made from this file: dequantised, the weights are the same; quantised, inputs are rounded to 8 bits."""
     cases = [case for case in golden()["cases"] if case["kind"] == "chat" and case["adapter"] in (None, "pirate")]
-    with serve(os.environ["LORAMUX_REAL_GGUF"], "auto", data_dir) as server:
+    with serve(os.environ["LORAMUX_REAL_GGUF"], dtype, data_dir) as server:
         compared = 0
         for case in cases:
             reply = post(server.http, "/v1/chat/completions", model=case["adapter"] or "base", temperature=0, ignore_eos=True,
                          messages=[{"role": "user", "content": case["user"]}], max_tokens=len(case["output_ids"]), return_token_ids=True)
-            choice, steps = reply["choices"][0], sure_steps(case)
+            choice, steps = reply["choices"][0], sure_steps(case, margin)
             assert reply["usage"]["prompt_tokens"] == len(case["prompt_ids"]), label(case)
             assert choice["token_ids"][:steps] == case["output_ids"][:steps], label(case)
             compared += steps
-        assert compared > 4 * len(cases), "nearly nothing was compared"
+        assert compared > least * len(cases), "nearly nothing was compared"

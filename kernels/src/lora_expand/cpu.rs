@@ -128,6 +128,7 @@ impl<'a> Expand<'a> {
     ///
     /// # Safety
     /// Rows and columns must be in `y`, `[rows][width]`, and nobody else's.
+    #[expect(clippy::too_many_arguments, reason = "a place in y; a struct would only rename them")]
     pub(crate) unsafe fn add_block(
         &self,
         isa: Isa,
