@@ -52,7 +52,7 @@ pub use lora_embed::{lora_embed_rows, lora_embed_shrink};
 pub use lora_expand::lora_expand;
 pub use lora_gain_shift::lora_gain_shift;
 pub use lora_shrink::{lora_identity_shrink, lora_shrink};
-pub use norm::{add, add_rms_norm, rms_norm};
+pub use norm::{add_rms_norm, rms_norm};
 pub use parallel::{for_each, for_each_chunk, in_pool, set_threads, threads};
 pub use projection::{Adapters, project};
 pub use quant::{Matrix, QuantFormat, QuantPart, QuantWeight, quant_linear};

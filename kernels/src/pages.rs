@@ -32,6 +32,7 @@ impl Pages {
         use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
         let refused = || OpError::OutOfMemory { what, bytes };
         let all = bytes.max(1).checked_add(HUGE_BYTES).ok_or_else(refused)?;
+        // An arena may be larger than what is free: it grows only as it is used.
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: new memory at an address of the system's choice.
         let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), all, ProtFlags::READ | ProtFlags::WRITE, flags) };

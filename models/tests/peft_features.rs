@@ -153,7 +153,7 @@ fn every_feature_alone_and_together_equals_transformers_and_peft() {
     }
 }
 
-/// Base in bfloat16, adapters in half precision: the golden run is float32, and the rounded base alone differs from it.
+/// Base and adapters in bfloat16: the golden run is float32, and the rounded base alone differs from it.
 #[test]
 fn with_rounded_storage_the_features_stay_as_close_as_the_base() {
     for model in MODELS {

@@ -35,25 +35,9 @@ pub fn rms_norm(out: &mut Rows, x: &Rows, weight: &[f32], eps: f32) -> Result<()
 pub fn add_rms_norm(out: &mut Rows, residual: &mut Rows, x: &Rows, weight: &[f32], eps: f32) -> Result<(), OpError> {
     same("rms_norm", "width of out", out.width(), residual.width())?;
     same("rms_norm", "weight", weight.len(), residual.width())?;
-    check_add(residual, x)?;
+    same("add_rms_norm", "width of residual", residual.width(), x.width())?;
+    same("add_rms_norm", "rows of residual", residual.rows(), x.rows())?;
     out.set_rows(residual.rows())?;
     cpu::add_rms_norm(Isa::best(), out.as_f32_mut(), residual.as_f32_mut(), x.as_f32(), weight, eps);
-    Ok(())
-}
-
-fn check_add(residual: &Rows, x: &Rows) -> Result<(), OpError> {
-    same("add", "width of residual", residual.width(), x.width())?;
-    same("add", "rows of residual", residual.rows(), x.rows())
-}
-
-/// `residual += x`.
-///
-/// # Errors
-/// [`OpError::Shape`] if the shapes differ.
-pub fn add(residual: &mut Rows, x: &Rows) -> Result<(), OpError> {
-    check_add(residual, x)?;
-    for (residual, x) in residual.as_f32_mut().iter_mut().zip(x.as_f32()) {
-        *residual += x;
-    }
     Ok(())
 }

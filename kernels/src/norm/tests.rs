@@ -55,7 +55,8 @@ fn shapes_that_disagree_are_refused() {
     assert!(matches!(rms_norm(&mut Rows::zeros(2, 9), &x, &[1.0; 8], 0.0), Err(OpError::Shape { .. })));
     assert!(matches!(rms_norm(&mut Rows::zeros(2, 8), &x, &[1.0; 7], 0.0), Err(OpError::Shape { .. })));
     assert!(matches!(rms_norm(&mut Rows::zeros(1, 8), &x, &[1.0; 8], 0.0), Err(OpError::Limit { .. })));
-    assert!(matches!(add(&mut Rows::zeros(1, 8), &x), Err(OpError::Shape { .. })));
+    let refused = add_rms_norm(&mut Rows::zeros(2, 8), &mut Rows::zeros(1, 8), &x, &[1.0; 8], 0.0);
+    assert!(matches!(refused, Err(OpError::Shape { .. })));
 }
 
 #[test]

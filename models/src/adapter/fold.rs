@@ -231,7 +231,7 @@ pub(super) fn write_whole(
         delta.iter_mut().zip(&before).for_each(|(after, before)| *after -= before);
         if let Some(value) = delta.iter().find(|value| value.abs() > value_max || !value.is_finite()) {
             return Err(AdapterError::weights(format!(
-                "tensor `{}` differs from the base by {value}, which half precision cannot hold; use --dtype float32",
+                "tensor `{}` differs from the base by {value}, which float16 cannot hold; use --dtype bfloat16",
                 matrix.name
             )));
         }

@@ -91,7 +91,7 @@ fn check_fits_half(part: &LoraPart) -> Result<(), AdapterError> {
     match part.a.iter().chain(part.b).find(|&&value| !f16::from_f32(value).is_finite()) {
         None => Ok(()),
         Some(value) => Err(AdapterError::weights(format!(
-            "layer {} {:?} has the value {value}, which half precision cannot hold; use --dtype float32",
+            "layer {} {:?} has the value {value}, which float16 cannot hold; use --dtype bfloat16",
             part.layer, part.slice
         ))),
     }
