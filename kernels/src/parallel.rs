@@ -4,8 +4,10 @@
 //! microseconds before they sleep, so that a region costs a cache line's way to another core and not a wake-up; an idle
 //! process burns nothing.
 
+mod first;
 mod team;
 
+pub(crate) use first::First;
 pub use team::{in_pool, set_threads, threads};
 
 /// Work below this, in nanoseconds of one core, is done by the caller: handing it over costs about as much.
@@ -41,6 +43,11 @@ unsafe impl<T: Send> Sync for SharedMut<T> {}
 impl<T> SharedMut<T> {
     pub(crate) fn new(values: &mut [T]) -> Self {
         Self(values.as_mut_ptr())
+    }
+
+    /// Of values that are only read.
+    pub(crate) fn of_read(values: &[T]) -> Self {
+        Self(values.as_ptr().cast_mut())
     }
 
     /// # Safety

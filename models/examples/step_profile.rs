@@ -116,7 +116,13 @@ fn batch(shard: &Shard, options: &Options, start: usize, len: usize) -> Result<B
     }
     let each: Vec<[SlotScale; 1]> =
         (0..options.rows).filter_map(|i| Some([*shard.adapters.get(i % shard.adapters.len().max(1))?])).collect();
-    let segments = each.iter().enumerate().map(|(i, adapters)| Segment { rows: i * len..(i + 1) * len, adapters });
+    // As a server does: neighbours with the same adapter are one segment.
+    let mut first = 0;
+    let segments = each.chunk_by(|a, b| a == b).map(|same| {
+        let rows = first * len..(first + same.len()) * len;
+        first += same.len();
+        Segment { rows, adapters: &same[0] }
+    });
     batch.work.build(&shard.table, segments)?;
     Ok(batch)
 }

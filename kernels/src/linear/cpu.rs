@@ -101,6 +101,30 @@ impl<'a> Product<'a> {
         tile::run(self, panels, rows);
     }
 
+    /// Asks for the first lines of a unit's weights.
+    pub(crate) fn fetch(&self, unit: usize) {
+        let (_, panels) = self.block(unit);
+        tile::fetch(self, panels.start..(panels.start + self.tile_panels).min(panels.end));
+    }
+
+    /// Units of one of `parts` of the columns, and the columns.
+    pub(crate) fn part(&self, part: usize, parts: usize) -> (Range<usize>, Range<usize>) {
+        let group = |part: usize| self.groups * part / parts;
+        let column = |group: usize| (group * self.group * PANEL).min(self.w.d_out());
+        let (first, end) = (group(part), group(part + 1));
+        (first * self.row_blocks..end * self.row_blocks, column(first)..column(end))
+    }
+
+    /// How many parts of the columns can have work.
+    pub(crate) const fn parts_max(&self) -> usize {
+        self.groups
+    }
+
+    /// The instruction set.
+    pub(crate) const fn isa(&self) -> Isa {
+        self.isa
+    }
+
     /// Rows and panels of a unit.
     fn block(&self, unit: usize) -> (Range<usize>, Range<usize>) {
         let (group, block) = (unit / self.row_blocks, unit % self.row_blocks);

@@ -36,6 +36,31 @@ pub(super) fn run(product: &Product, panels: Range<usize>, rows: Range<usize>) {
     }
 }
 
+/// Lines of a panel that [`fetch`] asks for.
+const LINES_FETCHED: usize = 32;
+
+/// Asks for the first lines of each panel.
+pub(super) fn fetch(product: &Product, panels: Range<usize>) {
+    product.isa.run(Fetch { product, panels });
+}
+
+struct Fetch<'a> {
+    product: &'a Product<'a>,
+    panels: Range<usize>,
+}
+
+impl Kernel for Fetch<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let w = self.product.w;
+        for panel in self.panels {
+            for line in w.lines()[panel * w.panel_lines()..].iter().take(LINES_FETCHED.min(w.panel_lines())) {
+                s.prefetch_far(std::ptr::from_ref(line).cast());
+            }
+        }
+    }
+}
+
 struct Group<'a> {
     product: &'a Product<'a>,
     panels: Range<usize>,

@@ -7,6 +7,7 @@ use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, Run, WorkList, b_elements}
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, LANES, Line, Simd};
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Columns of a slice that one unit of work takes: with few runs so few that all threads have some, with many runs a whole
@@ -19,18 +20,53 @@ const ROWS_PER_UNIT: usize = 96;
 /// Rows of a tile at most.
 const TILE_ROWS: usize = 6;
 
-/// How far ahead of its use B is asked for, in lines; as much of the next run's B is asked for at the start of one.
+/// Up to so many rows, B's way from memory is the work.
+const ROWS_FETCHED_AHEAD: usize = 4;
+/// How far ahead of its use B is asked for where nothing else comes next, in lines.
 const LINES_AHEAD: usize = 64;
 
 /// Checked arguments of the op.
 #[derive(Clone, Copy)]
 pub(crate) struct Expand<'a> {
-    pub(crate) v: &'a [f32],
+    pub(crate) v: Halves<'a>,
     pub(crate) arena: &'a Arena,
     pub(crate) table: &'a AdapterTable,
     pub(crate) layer: usize,
     pub(crate) site: &'a LoraSite,
     pub(crate) work: &'a WorkList,
+}
+
+/// `v: [planes][slices][16]`, whose rows other threads may write while a row that is done is read.
+#[derive(Clone, Copy)]
+pub(crate) struct Halves<'a> {
+    values: SharedMut<f32>,
+    count: usize,
+    of: PhantomData<&'a [f32]>,
+}
+
+impl<'a> Halves<'a> {
+    /// Of values that are being written.
+    pub(crate) fn new(values: &'a mut [f32]) -> Self {
+        Self { values: SharedMut::new(values), count: values.len() / RANK_BLOCK, of: PhantomData }
+    }
+
+    /// Of values that are all written.
+    pub(crate) fn done(values: &'a [f32]) -> Self {
+        Self { values: SharedMut::of_read(values), count: values.len() / RANK_BLOCK, of: PhantomData }
+    }
+
+    /// Where they are written.
+    pub(crate) const fn values(self) -> SharedMut<f32> {
+        self.values
+    }
+
+    /// The 16 ranks of a plane's slice. Nobody may write them any more.
+    #[inline(always)]
+    pub(crate) fn of(&self, index: usize) -> &'a [f32; RANK_BLOCK] {
+        assert!(index < self.count);
+        // SAFETY: inside the slice this was made from; who reads has waited until these are written.
+        unsafe { &*self.values.at(index * RANK_BLOCK).cast() }
+    }
 }
 
 impl Expand<'_> {
@@ -51,7 +87,7 @@ pub(super) fn reference(y: &mut Rows, expand: &Expand) {
         for (slice, &(first, d_out)) in expand.site.cols.iter().enumerate() {
             let Some((dtype, b, scale)) = expand.b_block(index, slice) else { continue };
             for t in 0..item.rows as usize {
-                let v = &expand.v[((item.plane as usize + t) * slices + slice) * RANK_BLOCK..][..RANK_BLOCK];
+                let v = expand.v.of((item.plane as usize + t) * slices + slice);
                 for o in 0..d_out {
                     let weight = |r: usize| crate::lora::b_at(dtype, b, r, o);
                     let d = match dtype {
@@ -119,9 +155,29 @@ impl<'a> Expand<'a> {
         .collect()
     }
 
-    /// Whether the slices begin where panels of 16 columns do, as [`Self::add_block`] needs it.
-    pub(crate) fn is_in_panels(&self) -> bool {
-        self.site.cols.iter().all(|(first, _)| first.is_multiple_of(LANES))
+    /// Asks for what [`Self::add_block`] will read.
+    pub(crate) fn fetch_block(&self, isa: Isa, rows: &Range<usize>, columns: &Range<usize>, found: &[Found]) {
+        isa.run(FetchBlock { expand: self, rows, columns, found });
+    }
+
+    /// Adds all deltas of a run to columns of `y` that begin at a multiple of 16 and end at one or with `y`.
+    ///
+    /// # Safety
+    /// Rows and columns must be in `y`, `[rows][width]`, and nobody else's; the run's v must be done.
+    pub(crate) unsafe fn add_columns(
+        &self,
+        isa: Isa,
+        y: SharedMut<f32>,
+        width: usize,
+        run: usize,
+        columns: &Range<usize>,
+    ) {
+        for slice in 0..self.site.slices.len() {
+            let rows = self.work.runs[run].rows.clone();
+            if let Some((rows, columns)) = self.meet(run, slice, &rows, columns) {
+                isa.run(Unit { expand: self, y, width, run: &self.work.runs[run], rows, slice, columns });
+            }
+        }
     }
 
     /// Adds the deltas to a block of `y`, whose columns begin at a multiple of 16 and end at one or with `y`.
@@ -142,6 +198,29 @@ impl<'a> Expand<'a> {
     }
 }
 
+/// Asks for B of a block of y.
+struct FetchBlock<'a> {
+    expand: &'a Expand<'a>,
+    rows: &'a Range<usize>,
+    columns: &'a Range<usize>,
+    found: &'a [Found<'a>],
+}
+
+impl Kernel for FetchBlock<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for found in self.found {
+            let Some((_, columns)) = self.expand.meet(found.run, found.slice, self.rows, self.columns) else {
+                continue;
+            };
+            let column_bytes = RANK_BLOCK * found.dtype.bytes();
+            for at in (columns.start * column_bytes..columns.end * column_bytes).step_by(size_of::<Line>()) {
+                s.prefetch_far(found.b.as_ptr().wrapping_add(at));
+            }
+        }
+    }
+}
+
 /// A block of y.
 struct Block<'a> {
     expand: &'a Expand<'a>,
@@ -156,23 +235,30 @@ impl Kernel for Block<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { expand, y, width, ref rows, ref columns, found } = self;
-        for delta in found {
-            let run = &expand.work.runs[delta.run];
-            let (first, d_out) = expand.site.cols[delta.slice];
-            let (top, bottom) = (rows.start.max(run.rows.start), rows.end.min(run.rows.end));
-            let (left, right) = (columns.start.max(first), columns.end.min(first + d_out));
-            if top >= bottom || left >= right {
-                continue;
-            }
-            let (rows, columns) = (top - run.rows.start..bottom - run.rows.start, left - first..right - first);
-            let unit = Unit { expand, y, width, run, rows, slice: delta.slice, columns };
-            let dtype = delta.dtype;
-            let delta = Delta { unit: &unit, item: delta.item, b: delta.b, scale: delta.scale };
-            match dtype {
-                Dtype::F32 => delta.rows::<S, Single>(s),
-                Dtype::Bf16 => delta.rows::<S, Pairs>(s),
-            }
+        for &Found { run, item, slice, dtype, b, scale } in found {
+            let Some((rows, columns)) = expand.meet(run, slice, rows, columns) else { continue };
+            let (row, column) = (expand.work.runs[run].rows.start, expand.site.cols[slice].0);
+            let to = Target { y, width, row, column, scale };
+            Delta { expand, item, slice, rows, columns, b, ahead: further(b) }.run(s, dtype, to);
         }
+    }
+}
+
+impl Expand<'_> {
+    /// What a block of y has of a run's rows and a slice's columns, counted from their firsts.
+    #[inline(always)]
+    fn meet(
+        &self,
+        run: usize,
+        slice: usize,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+    ) -> Option<(Range<usize>, Range<usize>)> {
+        let run = &self.work.runs[run].rows;
+        let (first, d_out) = self.site.cols[slice];
+        let (top, bottom) = (rows.start.max(run.start), rows.end.min(run.end));
+        let (left, right) = (columns.start.max(first), columns.end.min(first + d_out));
+        (top < bottom && left < right).then(|| (top - run.start..bottom - run.start, left - first..right - first))
     }
 }
 
@@ -190,42 +276,44 @@ struct Unit<'a> {
 impl Kernel for Unit<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        if self.rows.len() == 1
-            && let Some((_, b, _)) = self.next_block()
-        {
-            for line in 0..LINES_AHEAD {
-                s.prefetch_far(b.as_ptr().wrapping_add(line * size_of::<Line>()));
-            }
-        }
-        for item in self.run.items.clone() {
-            let Some((dtype, b, scale)) = self.expand.b_block(item, self.slice) else { continue };
-            let delta = Delta { unit: &self, item, b, scale };
-            match dtype {
-                Dtype::F32 => delta.rows::<S, Single>(s),
-                Dtype::Bf16 => delta.rows::<S, Pairs>(s),
-            }
+        let Self { expand, y, width, run, slice, .. } = self;
+        for item in run.items.clone() {
+            let Some((dtype, b, scale)) = expand.b_block(item, slice) else { continue };
+            let to = Target { y, width, row: run.rows.start, column: expand.site.cols[slice].0, scale };
+            let (rows, columns) = (self.rows.clone(), self.columns.clone());
+            let next = (item + 1 < expand.work.items.len()).then(|| expand.b_block(item + 1, slice)).flatten();
+            let ahead = next.map_or_else(|| further(b), |(_, b, _)| b.as_ptr());
+            Delta { expand, item, slice, rows, columns, b, ahead }.run(s, dtype, to);
         }
     }
 }
 
-impl Unit<'_> {
-    /// The B that a thread most likely needs after this unit: of the next slice, or of the next run's first.
-    fn next_block(&self) -> Option<(Dtype, &[u8], f32)> {
-        let item = self.run.items.start;
-        match self.slice + 1 < self.expand.site.cols.len() {
-            true => self.expand.b_block(item, self.slice + 1),
-            false if self.run.items.end < self.expand.work.items.len() => self.expand.b_block(self.run.items.end, 0),
-            false => None,
-        }
-    }
-}
-
-/// What one item adds to a unit.
-struct Delta<'a> {
-    unit: &'a Unit<'a>,
-    item: usize,
-    b: &'a [u8],
+/// Where sums are added, scaled: `y: [rows][width]`.
+#[derive(Clone, Copy)]
+struct Target {
+    y: SharedMut<f32>,
+    width: usize,
+    /// First row of the item and first column of the slice.
+    row: usize,
+    column: usize,
     scale: f32,
+}
+
+/// The sums of one item and slice: rows counted from the item's first, columns from the slice's.
+struct Delta<'a> {
+    expand: &'a Expand<'a>,
+    item: usize,
+    slice: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    b: &'a [u8],
+    /// What is asked for while B is read: as much of it.
+    ahead: *const u8,
+}
+
+/// What to ask for where nothing else comes next.
+fn further(b: &[u8]) -> *const u8 {
+    b.as_ptr().wrapping_add(LINES_AHEAD * size_of::<Line>())
 }
 
 /// The v of a tile's rows as [`Operands`] read them.
@@ -233,22 +321,30 @@ type Inputs = [[u32; RANK_BLOCK]; TILE_ROWS];
 
 impl Delta<'_> {
     #[inline(always)]
-    fn rows<S: Simd, O: Operands>(&self, s: S) {
+    fn run<S: Simd>(&self, s: S, dtype: Dtype, to: Target) {
+        match dtype {
+            Dtype::F32 => self.all::<S, Single>(s, &to),
+            Dtype::Bf16 => self.all::<S, Pairs>(s, &to),
+        }
+    }
+
+    #[inline(always)]
+    fn all<S: Simd, O: Operands>(&self, s: S, to: &Target) {
         let rows_max = if S::TILE_ROWS > 3 { TILE_ROWS } else { S::TILE_ROWS };
-        let mut row = self.unit.rows.start;
-        while row < self.unit.rows.end {
-            let rows = (self.unit.rows.end - row).min(rows_max);
+        let mut row = self.rows.start;
+        while row < self.rows.end {
+            let rows = (self.rows.end - row).min(rows_max);
             let mut v: Inputs = [[0; RANK_BLOCK]; TILE_ROWS];
             for (t, v) in v.iter_mut().enumerate().take(rows) {
                 self.inputs::<S, O>(s, row + t, v);
             }
             match rows {
-                1 => self.columns::<S, O, 1>(s, row, &v),
-                2 => self.columns::<S, O, 2>(s, row, &v),
-                3 => self.columns::<S, O, 3>(s, row, &v),
-                4 => self.columns::<S, O, 4>(s, row, &v),
-                5 => self.columns::<S, O, 5>(s, row, &v),
-                _ => self.columns::<S, O, 6>(s, row, &v),
+                1 => self.tiles::<S, O, 1>(s, to, row, &v),
+                2 => self.tiles::<S, O, 2>(s, to, row, &v),
+                3 => self.tiles::<S, O, 3>(s, to, row, &v),
+                4 => self.tiles::<S, O, 4>(s, to, row, &v),
+                5 => self.tiles::<S, O, 5>(s, to, row, &v),
+                _ => self.tiles::<S, O, 6>(s, to, row, &v),
             }
             row += rows;
         }
@@ -256,9 +352,8 @@ impl Delta<'_> {
 
     #[inline(always)]
     fn inputs<S: Simd, O: Operands>(&self, s: S, row: usize, out: &mut [u32; RANK_BLOCK]) {
-        let Unit { expand, slice, .. } = *self.unit;
-        let plane = expand.work.items[self.item].plane as usize + row;
-        let v = &expand.v[(plane * expand.site.slices.len() + slice) * RANK_BLOCK..][..RANK_BLOCK];
+        let plane = self.expand.work.items[self.item].plane as usize + row;
+        let v = self.expand.v.of(plane * self.expand.site.slices.len() + self.slice);
         // SAFETY: 16 f32 are read, and 16 f32 or bf16 are written.
         unsafe {
             let values = s.load(v.as_ptr());
@@ -271,17 +366,17 @@ impl Delta<'_> {
     }
 
     #[inline(always)]
-    fn columns<S: Simd, O: Operands, const M: usize>(&self, s: S, row: usize, v: &Inputs) {
-        let Range { start: mut column, end } = self.unit.columns;
+    fn tiles<S: Simd, O: Operands, const M: usize>(&self, s: S, to: &Target, row: usize, v: &Inputs) {
+        let Range { start: mut column, end } = self.columns;
         while column < end {
             if S::TILE_ROWS > 3 && column + 4 * LANES <= end {
-                self.tile::<S, O, M, 4>(s, row, column, v);
+                self.tile::<S, O, M, 4>(s, to, row, column, v);
                 column += 4 * LANES;
             } else if column + 2 * LANES <= end {
-                self.tile::<S, O, M, 2>(s, row, column, v);
+                self.tile::<S, O, M, 2>(s, to, row, column, v);
                 column += 2 * LANES;
             } else {
-                self.tile::<S, O, M, 1>(s, row, column, v);
+                self.tile::<S, O, M, 1>(s, to, row, column, v);
                 column += LANES;
             }
         }
@@ -289,26 +384,32 @@ impl Delta<'_> {
 
     /// `M` rows, `N` vectors of columns.
     #[inline(always)]
-    fn tile<S: Simd, O: Operands, const M: usize, const N: usize>(&self, s: S, row: usize, column: usize, v: &Inputs) {
+    fn tile<S: Simd, O: Operands, const M: usize, const N: usize>(
+        &self,
+        s: S,
+        to: &Target,
+        row: usize,
+        column: usize,
+        v: &Inputs,
+    ) {
         if const { M > S::TILE_ROWS } {
             return; // never asked for; spares the compiler the code
         }
-        let Unit { expand, y, width, run, slice, ref columns, .. } = *self.unit;
-        let (first, d_out) = expand.site.cols[slice];
+        let d_out = self.expand.site.cols[self.slice].1;
         let lines = RANK_BLOCK / O::INPUTS;
         let bytes = lines * size_of::<Line>();
         assert!(self.b.len() >= d_out.div_ceil(LANES) * bytes && column + (N - 1) * LANES < d_out);
         // SAFETY: `column` starts a panel, and `column + 16 n` is below d_out: all lines of these panels are in the block.
         let b: *const Line = unsafe { self.b.as_ptr().add(column / LANES * bytes) }.cast();
+        let ahead: *const Line = self.ahead.wrapping_add(column / LANES * bytes).cast();
         let mut acc = [[s.splat(0.0); N]; M];
         for line in 0..lines {
             // SAFETY: as above; a prefetch may go anywhere.
             let weights: [O::W<S>; N] = std::array::from_fn(|n| unsafe {
-                let at = b.add(n * lines + line);
-                if M == 1 {
-                    s.prefetch(at.wrapping_add(LINES_AHEAD).cast());
+                if M <= ROWS_FETCHED_AHEAD {
+                    s.prefetch_far(ahead.wrapping_add(n * lines + line).cast());
                 }
-                O::weights(s, at)
+                O::weights(s, b.add(n * lines + line))
             });
             for (acc, v) in acc.iter_mut().zip(v) {
                 // SAFETY: the line's inputs are among the 16 ranks.
@@ -318,14 +419,14 @@ impl Delta<'_> {
                 }
             }
         }
-        let scale = s.splat(self.scale);
+        let scale = s.splat(to.scale);
         for (m, acc) in acc.iter().enumerate() {
             for (n, acc) in acc.iter().enumerate() {
                 let column = column + n * LANES;
-                let count = (columns.end - column).min(LANES);
+                let count = (self.columns.end - column).min(LANES);
                 // SAFETY: row and columns are in `y` (`lora_expand` checked), and only this unit has them.
                 unsafe {
-                    let at = y.at((run.rows.start + row + m) * width + first + column);
+                    let at = to.y.at((to.row + row + m) * to.width + to.column + column);
                     s.store_part(at, s.fma(scale, *acc, s.load_part(at, count)), count);
                 }
             }

@@ -38,7 +38,11 @@ pub fn lora_expand(
     same(op, "slices of v", v.extents().1, site.slices.len())?;
     check_work(op, y.rows(), table, layer, site, work)?;
     check_columns(op, y, site)?;
-    cpu::lora_expand(Isa::best(), y, &cpu::Expand { v: v.values(), arena, table, layer, site, work });
+    cpu::lora_expand(
+        Isa::best(),
+        y,
+        &cpu::Expand { v: cpu::Halves::done(v.values()), arena, table, layer, site, work },
+    );
     Ok(())
 }
 

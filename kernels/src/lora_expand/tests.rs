@@ -23,7 +23,7 @@ fn every_instruction_set_equals_the_definition() {
                 let mut v = LoraScratch::default();
                 lora_shrink(&mut v, &x, &world.arena, &world.table, LAYER, &site, &work).unwrap();
                 let expand = cpu::Expand {
-                    v: v.values(),
+                    v: cpu::Halves::done(v.values()),
                     arena: &world.arena,
                     table: &world.table,
                     layer: LAYER,

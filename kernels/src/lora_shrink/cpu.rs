@@ -8,16 +8,20 @@ use crate::lora::{AdapterTable, LoraSite, RANK_BLOCK, WorkList, a_bytes};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, Line, Simd};
+use std::ops::Range;
 
-/// Rows of an item that one unit of work takes.
+/// Rows of an item that one unit of work takes: at most, and at least where items are few.
 const ROWS_PER_UNIT: usize = 48;
+const ROWS_PER_UNIT_MIN: usize = 8;
+/// Units a thread should get, where rows can be cut.
+const UNITS_PER_THREAD: usize = 2;
 /// Matrices that share a pass over x; more go in further passes.
 const SLICES_PER_PASS: usize = 3;
 /// Chains of a sum, taken in turn: one alone would wait for itself when a row has an adapter of its own.
 const CHAINS: usize = 2;
 
-/// How far ahead of its use A is asked for, in lines; as much of the next item's A is asked for at the start of one.
-const LINES_AHEAD: usize = 32;
+/// Up to so many rows, A's way from memory is the work: a thread asks for the next item's A as it goes through one.
+const ROWS_FETCHED_AHEAD: usize = 4;
 
 /// Checked arguments of the op.
 #[derive(Clone, Copy)]
@@ -40,14 +44,21 @@ impl Shrink<'_> {
         Some((dtype, self.arena.at_unit(desc.a_unit, a_bytes(dtype, self.site.d_in))))
     }
 
-    /// Units of [`Self::run`].
-    pub(crate) fn units(&self) -> usize {
-        self.work.items.len() * self.parts()
+    /// How the work is cut.
+    pub(crate) fn cut(&self) -> Cut {
+        let items = self.work.items.len();
+        let most = self.work.items.iter().map(|item| item.rows as usize).max().unwrap_or(0);
+        let wanted = (parallel::threads() * UNITS_PER_THREAD).div_ceil(items.max(1));
+        let rows = most.div_ceil(wanted).clamp(ROWS_PER_UNIT_MIN, ROWS_PER_UNIT);
+        let parts = most.div_ceil(rows);
+        Cut { rows, parts, units: items * parts }
     }
 
-    /// Units of an item: as many as the longest needs.
-    fn parts(&self) -> usize {
-        self.work.items.iter().map(|item| (item.rows as usize).div_ceil(ROWS_PER_UNIT)).max().unwrap_or(0)
+    /// Item and rows of it (counted from its first) of a unit; maybe none.
+    pub(crate) fn block(&self, cut: Cut, unit: usize) -> (usize, Range<usize>) {
+        let (item, part) = (unit / cut.parts, unit % cut.parts);
+        let rows = self.work.items[item].rows as usize;
+        (item, (part * cut.rows).min(rows)..((part + 1) * cut.rows).min(rows))
     }
 
     /// A guess on one core.
@@ -55,14 +66,20 @@ impl Shrink<'_> {
         self.work.planes * self.site.d_in * self.site.slices.len() / 3
     }
 
-    pub(crate) fn run(&self, isa: Isa, v: SharedMut<f32>, unit: usize) {
-        let (item, part) = (unit / self.parts(), unit % self.parts());
-        let rows = self.work.items[item].rows as usize;
-        let (first, end) = (part * ROWS_PER_UNIT, ((part + 1) * ROWS_PER_UNIT).min(rows));
+    pub(crate) fn run(&self, isa: Isa, v: SharedMut<f32>, cut: Cut, unit: usize) {
+        let (item, Range { start: first, end }) = self.block(cut, unit);
         if first < end {
             isa.run(Unit { shrink: self, v, item, first, end });
         }
     }
+}
+
+/// How the work is cut into units: an item's rows into `parts` of `rows`.
+#[derive(Clone, Copy)]
+pub(crate) struct Cut {
+    rows: usize,
+    parts: usize,
+    pub(crate) units: usize,
 }
 
 /// The definition.
@@ -101,7 +118,8 @@ pub(super) fn reference(v: &mut [f32], shrink: &Shrink) {
 pub(super) fn lora_shrink(isa: Isa, v: &mut [f32], shrink: &Shrink) {
     let v = SharedMut::new(v);
     let run = |shrink: &Shrink| {
-        parallel::for_each(shrink.units(), shrink.work_ns(), |unit| shrink.run(isa, v, unit));
+        let cut = shrink.cut();
+        parallel::for_each(cut.units, shrink.work_ns(), |unit| shrink.run(isa, v, cut, unit));
     };
     if shrink.table.takes_pairs(shrink.work) {
         with_pairs(shrink.x.as_f32(), shrink.site.d_in, |pairs| run(&Shrink { pairs, ..*shrink }));
@@ -123,13 +141,6 @@ impl Kernel for Unit<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let slices = self.shrink.site.slices.len();
-        if self.end - self.first == 1 && self.item + 1 < self.shrink.work.items.len() {
-            for (_, a) in (0..slices).filter_map(|slice| self.shrink.a_block(self.item + 1, slice)) {
-                for line in 0..LINES_AHEAD {
-                    s.prefetch_far(a.as_ptr().wrapping_add(line * size_of::<Line>()));
-                }
-            }
-        }
         let mut found: [(usize, &[u8]); SLICES_PER_PASS] = [(0, &[]); SLICES_PER_PASS];
         let (mut count, mut dtype) = (0, Dtype::F32);
         for slice in 0..slices {
@@ -185,6 +196,13 @@ impl Unit<'_> {
         }
     }
 
+    /// The A that this thread needs next: threads take items in turns.
+    fn ahead(&self, slice: usize) -> Option<*const Line> {
+        let next = self.item + parallel::threads();
+        let (_, a) = (next < self.shrink.work.items.len()).then(|| self.shrink.a_block(next, slice))??;
+        Some(a.as_ptr().cast())
+    }
+
     /// `M` rows against `N` A blocks.
     #[inline(always)]
     fn tile<S: Simd, O: Operands, const M: usize, const N: usize>(
@@ -207,6 +225,7 @@ impl Unit<'_> {
             assert!(blocks[n].1.len() >= lines * size_of::<Line>());
             blocks[n].1.as_ptr().cast()
         });
+        let ahead = std::array::from_fn(|n| self.ahead(blocks[n].0).unwrap_or(a[n]));
         let mut acc = [[[s.splat(0.0); CHAINS]; N]; M];
         // SAFETY: a block has a line for each step, as asserted, and a row of x `INPUTS` inputs for it: d_in of them, filled up
         // with zeros where they come in pairs.
@@ -214,12 +233,12 @@ impl Unit<'_> {
             let x = x.add(first_row * stride);
             let mut step = 0;
             while step + 1 < lines {
-                self.line::<S, O, M, N, 0>(s, x, stride, &a, step, &mut acc);
-                self.line::<S, O, M, N, 1>(s, x, stride, &a, step + 1, &mut acc);
+                self.line::<S, O, M, N, 0>(s, x, stride, (&a, &ahead), step, &mut acc);
+                self.line::<S, O, M, N, 1>(s, x, stride, (&a, &ahead), step + 1, &mut acc);
                 step += CHAINS;
             }
             if step < lines {
-                self.line::<S, O, M, N, 0>(s, x, stride, &a, step, &mut acc);
+                self.line::<S, O, M, N, 0>(s, x, stride, (&a, &ahead), step, &mut acc);
             }
         }
         for (m, acc) in acc.iter().enumerate() {
@@ -242,16 +261,16 @@ impl Unit<'_> {
         s: S,
         x: *const u32,
         stride: usize,
-        a: &[*const Line; N],
+        (a, ahead): (&[*const Line; N], &[*const Line; N]),
         step: usize,
         acc: &mut [[[S::V; CHAINS]; N]; M],
     ) {
         // SAFETY: the caller vouches for lines and inputs; a prefetch may go anywhere.
         unsafe {
             let weights: [O::W<S>; N] = std::array::from_fn(|n| O::weights(s, a[n].add(step)));
-            if M <= 2 {
-                for a in a {
-                    s.prefetch(a.wrapping_add(step + LINES_AHEAD).cast());
+            if M <= ROWS_FETCHED_AHEAD {
+                for ahead in ahead {
+                    s.prefetch_far(ahead.wrapping_add(step).cast());
                 }
             }
             for (m, acc) in acc.iter_mut().enumerate() {

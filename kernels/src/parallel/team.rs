@@ -153,7 +153,7 @@ pub(super) fn run<F: Fn(usize) + Sync>(units: usize, body: &F) {
 }
 
 /// A look that found nothing. When programs share the cores, the thread that is waited for may need this one's.
-fn look_again(looks: &mut usize) {
+pub(super) fn look_again(looks: &mut usize) {
     *looks += 1;
     if *looks > LOOKS { thread::yield_now() } else { std::hint::spin_loop() }
 }
