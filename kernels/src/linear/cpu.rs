@@ -39,9 +39,8 @@ pub(crate) struct Product<'a> {
     pub(super) rows: usize,
     pub(super) w: &'a PackedWeight,
     pub(super) bias: Option<&'a [f32]>,
-    /// Panels of a tile, and of a unit.
+    /// Panels of a tile and of a unit.
     tile_panels: usize,
-    group: usize,
     groups: usize,
     /// Blocks of rows of a group.
     row_blocks: usize,
@@ -49,9 +48,6 @@ pub(crate) struct Product<'a> {
 
 /// Rows below which a group is not cut.
 const ROWS_OF_BLOCK_MIN: usize = 32;
-/// From so many rows on, a unit has the panels of so many tiles.
-const ROWS_OF_WIDE_UNITS: usize = 96;
-const TILES_OF_WIDE_UNITS: usize = 4;
 /// Units a thread should get at least, where rows can be cut.
 const UNITS_PER_THREAD: usize = 3;
 
@@ -69,16 +65,14 @@ impl<'a> Product<'a> {
         let sizes = tile::group_sizes(isa, rows, matches!(x, Input::Pairs(_)));
         let rounds = |size: usize| w.panels().div_ceil(size).div_ceil(threads) * size;
         let tile_panels = sizes.iter().copied().min_by_key(|&size| rounds(size)).unwrap_or(1);
-        // Inputs of many rows are worth reading for several tiles' panels at once.
-        let group = tile_panels * if rows >= ROWS_OF_WIDE_UNITS { TILES_OF_WIDE_UNITS } else { 1 };
-        let groups = w.panels().div_ceil(group);
+        let groups = w.panels().div_ceil(tile_panels);
         let row_blocks = (threads * UNITS_PER_THREAD).div_ceil(groups).min(rows / ROWS_OF_BLOCK_MIN).max(1);
         assert!(y.len() == rows * w.d_out() && bias.is_none_or(|bias| bias.len() == w.d_out()));
         match x {
             Input::F32(x) => assert!(x.len() >= rows * w.d_in()),
             Input::Pairs(x) => assert!(x.len() >= rows * pair_stride(w.d_in()) && w.dtype() == Dtype::Bf16),
         }
-        Self { isa, y: SharedMut::new(y), x, rows, w, bias, tile_panels, group, groups, row_blocks }
+        Self { isa, y: SharedMut::new(y), x, rows, w, bias, tile_panels, groups, row_blocks }
     }
 
     /// Panels that tiles take together.
@@ -104,13 +98,13 @@ impl<'a> Product<'a> {
     /// Asks for the first lines of a unit's weights.
     pub(crate) fn fetch(&self, unit: usize) {
         let (_, panels) = self.block(unit);
-        tile::fetch(self, panels.start..(panels.start + self.tile_panels).min(panels.end));
+        tile::fetch(self, panels);
     }
 
     /// Units of one of `parts` of the columns, and the columns.
     pub(crate) fn part(&self, part: usize, parts: usize) -> (Range<usize>, Range<usize>) {
         let group = |part: usize| self.groups * part / parts;
-        let column = |group: usize| (group * self.group * PANEL).min(self.w.d_out());
+        let column = |group: usize| (group * self.tile_panels * PANEL).min(self.w.d_out());
         let (first, end) = (group(part), group(part + 1));
         (first * self.row_blocks..end * self.row_blocks, column(first)..column(end))
     }
@@ -128,9 +122,9 @@ impl<'a> Product<'a> {
     /// Rows and panels of a unit.
     fn block(&self, unit: usize) -> (Range<usize>, Range<usize>) {
         let (group, block) = (unit / self.row_blocks, unit % self.row_blocks);
-        let first = group * self.group;
+        let first = group * self.tile_panels;
         let rows = self.rows * block / self.row_blocks..self.rows * (block + 1) / self.row_blocks;
-        (rows, first..(first + self.group).min(self.w.panels()))
+        (rows, first..(first + self.tile_panels).min(self.w.panels()))
     }
 
     /// `y`.

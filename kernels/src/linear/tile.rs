@@ -8,10 +8,9 @@ use crate::dtype::Dtype;
 use crate::simd::{Isa, Kernel, LANES, Line, Simd};
 use std::ops::Range;
 
-/// Inputs taken at a time when there are several tiles of rows, and when there are many: what a unit needs of the weights
-/// stays in the second-level cache. Between two runs the sums wait in `y`; storing an f32 does not change it.
-const K_BLOCK: usize = 2048;
-const K_BLOCK_MANY: usize = 768;
+/// Inputs taken at a time when there are several tiles of rows: what a unit needs of the weights stays in the second-level
+/// cache. Between two runs the sums wait in `y`; storing an f32 does not change it.
+const K_BLOCK: usize = 4096;
 
 /// Up to so many rows the weights are fetched ahead of their use; beyond, arithmetic takes far longer than memory.
 const ROWS_FETCHED_AHEAD: usize = 64;
@@ -85,11 +84,7 @@ impl Group<'_> {
         let rows_max = O::rows_max::<S>();
         let tiles = self.rows.len().div_ceil(rows_max);
         let steps = w.d_in() / O::INPUTS;
-        let most = match self.rows.len() {
-            _ if tiles == 1 => steps,
-            rows if rows <= ROWS_FETCHED_AHEAD => K_BLOCK / O::INPUTS,
-            _ => K_BLOCK_MANY / O::INPUTS,
-        };
+        let most = if tiles == 1 { steps } else { K_BLOCK / O::INPUTS };
         let block = steps.div_ceil(steps.div_ceil(most.max(1)).max(1)).max(1);
         let group = self.product.group_panels();
         let mut first = 0;
