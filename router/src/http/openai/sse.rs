@@ -89,7 +89,6 @@ impl Waits {
 }
 
 /// What a producer goes on with.
-#[expect(clippy::large_enum_variant, reason = "moved once; a box would be an allocation for each token")]
 enum Next {
     Step(Option<Step>),
     ToldToEnd,
