@@ -58,8 +58,11 @@ impl Activity {
 
     fn moved(&self, arrived: bool) {
         let mut state = self.lock();
+        if state.running > 0 {
+            return; // idle time begins with the end of the last request
+        }
         state.last_moved = Instant::now();
-        if arrived && state.running == 0 {
+        if arrived {
             state.head_since.get_or_insert_with(Instant::now);
         }
     }

@@ -171,15 +171,22 @@ impl Server {
         });
         let io = TrackedIo::new(stream, activity.clone());
         let connection = builder(&limits).serve_connection(TokioIo::new(io), service).into_owned();
-        let connection = graceful.watch(connection);
+        // A task of its own: what ends a connection from outside is not looked at for each token.
+        let mut connection = tokio::spawn(graceful.watch(connection));
         tokio::spawn(async move {
-            tokio::select! {
-                result = connection => if let Err(error) = result {
-                    tracing::debug!(%address, "connection ended: {error}");
-                },
-                () = abort.0.notified() => tracing::debug!(%address, "connection ended: its client does not read"),
-                () = activity.expired(&limits) => tracing::debug!(%address, "connection ended: no whole request in time"),
-            }
+            let reason = tokio::select! {
+                result = &mut connection => {
+                    if let Ok(Err(error)) = result {
+                        tracing::debug!(%address, "connection ended: {error}");
+                    }
+                    return drop(permit);
+                }
+                () = abort.0.notified() => "its client does not read",
+                () = activity.expired(&limits) => "no whole request in time",
+            };
+            tracing::debug!(%address, "connection ended: {reason}");
+            connection.abort();
+            let _ = connection.await; // its place is taken until it is gone
             drop(permit);
         });
     }

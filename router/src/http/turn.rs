@@ -286,13 +286,12 @@ impl App {
     ) -> Result<Response, ApiError> {
         let mut runs = Runs::new(self, std::mem::take(&mut chat.runs));
         let first = runs.first().await?;
-        let (events, mut response) = EventSender::channel(self, parts.extensions.get::<ConnectionAbort>().cloned());
-        name_the_source(&mut response, self, &chat.variants);
+        let (events, stream) = EventSender::channel(self, parts.extensions.get::<ConnectionAbort>().cloned());
         let request_id = parts.extensions.get::<RequestId>().map_or_else(String::new, |id| id.0.clone());
         let reader = TurnReader::new(chat.shape);
-        tokio::spawn(
-            Producer { app: self.clone(), request_id, narrator, reader, events, runs }.run(first).in_current_span(),
-        );
+        let producer = Producer { app: self.clone(), request_id, narrator, reader, events, runs };
+        let mut response = stream.response(producer.run(first).in_current_span());
+        name_the_source(&mut response, self, &chat.variants);
         Ok(response)
     }
 }

@@ -244,7 +244,7 @@ impl Scheduler {
         let Draft { mut members, copies, uploads, solo, copy_sources, .. } = draft;
         step.copies = copies;
         step.uploads = uploads.into_iter().map(wire_upload).collect();
-        step.chunks.reserve(members.len());
+        let mut chunks = Vec::with_capacity(members.len());
         for member in &mut members {
             let logprobs = self.owes_logprobs(member);
             let blocks = self.limits.blocks_for(member.start + member.len);
@@ -259,23 +259,31 @@ impl Scheduler {
             holding.announced = true;
             let sent = holding.sent_blocks.min(blocks);
             holding.sent_blocks = blocks;
-            step.chunks.push(Chunk {
+            let chunk = Chunk {
                 seq: holding.seq.0,
                 start: member.start as u32,
                 len: member.len as u32,
                 blocks: holding.blocks[sent..blocks].iter().map(|block| block.0).collect(),
                 blocks_from: sent as u32,
-                adapters: holding.adapters.clone(),
+                adapters: std::mem::take(&mut holding.adapters), // lent, to be sorted by
                 sample: member.samples,
                 prompt_logprobs: logprobs,
                 mask,
                 pool,
-            });
+            };
+            chunks.push((member.key, chunk));
             step.starts.extend(start);
         }
-        sort_by_adapters(&mut step.chunks);
-        // The shard knows them from the chunk before.
-        step.chunks.iter_mut().filter(|chunk| chunk.blocks_from > 0).for_each(|chunk| chunk.adapters = Vec::new());
+        sort_by_adapters(&mut chunks);
+        step.chunks.reserve(chunks.len());
+        for (key, mut chunk) in chunks {
+            let adapters = std::mem::take(&mut chunk.adapters);
+            if chunk.blocks_from == 0 {
+                chunk.adapters.clone_from(&adapters); // else the shard knows them from the chunk before
+            }
+            self.seq_mut(key).holding_mut().expect("a member of a step runs").adapters = adapters;
+            step.chunks.push(chunk);
+        }
         let loading = self.loading(solo);
         self.in_flight.push_back(InFlight { id: step.id, members, solo, loading, copy_sources });
         step
@@ -295,9 +303,9 @@ impl Scheduler {
 }
 
 /// Each set of adapters becomes one contiguous segment; rows without an adapter come first.
-fn sort_by_adapters(chunks: &mut [Chunk]) {
+fn sort_by_adapters(chunks: &mut [(SeqKey, Chunk)]) {
     let parts = |used: &AdapterRef| (used.slot, used.generation, used.scale.to_bits());
-    chunks.sort_by(|a, b| a.adapters.iter().map(parts).cmp(b.adapters.iter().map(parts)));
+    chunks.sort_by(|(_, a), (_, b)| a.adapters.iter().map(parts).cmp(b.adapters.iter().map(parts)));
 }
 
 fn wire_upload(upload: Upload) -> AdapterUpload {

@@ -1,5 +1,6 @@
 //! LoRAX's stream: an event for each token, the last with the whole text and the details; no `[DONE]`.
 
+use axum::http::HeaderMap;
 use axum::response::Response;
 use serde::Serialize;
 use tracing::Instrument;
@@ -10,7 +11,7 @@ use super::token_texts::{TextToken, TokenTexts};
 use crate::http::error::ApiError;
 use crate::http::openai::run::{Progress, Run};
 use crate::http::openai::sequence::{End, Piece};
-use crate::http::openai::sse::{EventSender, Gone, Runs, Step, event};
+use crate::http::openai::sse::{EventSender, Gone, Runs, Step};
 use crate::http::server::ConnectionAbort;
 
 #[derive(Serialize)]
@@ -46,8 +47,9 @@ impl Shape {
     ) -> Result<Response, ApiError> {
         let mut runs = Runs::new(&self.app, runs);
         let first = runs.first().await?;
-        let (events, mut response) = EventSender::channel(&self.app, abort);
-        self.name_the_work(response.headers_mut());
+        let (events, stream) = EventSender::channel(&self.app, abort);
+        let mut headers = HeaderMap::new();
+        self.name_the_work(&mut headers);
         let producer = Producer {
             shape: self,
             request_id,
@@ -57,7 +59,8 @@ impl Shape {
             generated: String::new(),
             last: None,
         };
-        tokio::spawn(producer.run(first).in_current_span());
+        let mut response = stream.response(producer.run(first).in_current_span());
+        response.headers_mut().extend(headers);
         Ok(response)
     }
 }
@@ -155,6 +158,6 @@ impl Producer {
     ) -> Result<(), Gone> {
         let top_tokens = self.shape.asked.top_tokens.map(|k| self.shape.alternatives(&token.entry.top, k));
         let chunk = StreamResponse { token: self.shape.token(token), top_tokens, generated_text, details };
-        self.events.send(event(&chunk)).await
+        self.events.send_json(&chunk).await
     }
 }

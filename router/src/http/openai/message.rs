@@ -89,6 +89,11 @@ struct Tools {
 }
 
 impl MessageReader {
+    /// All text that comes from now on is content, as it comes.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.echo.is_none() && self.reasoning.is_none() && self.tools.is_none()
+    }
+
     /// Takes more text. What could still become the start of a tool call is held back.
     pub(crate) fn push(&mut self, text: &str) -> Vec<MessageDelta> {
         let mut out = self.echoed();

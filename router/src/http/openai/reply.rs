@@ -126,7 +126,7 @@ impl Shape {
     pub(crate) fn reply<'a, C>(
         &'a self,
         object: &'a str,
-        choices: Vec<C>,
+        choices: C,
         usage: Option<Option<Usage>>,
         prompt_token_ids: Option<&'a [u32]>,
     ) -> Reply<'a, C> {

@@ -103,7 +103,7 @@ impl SequenceText {
         }
         let mut text = String::new();
         self.detokenizer.push(token, &mut text);
-        let piece = self.matched(&text);
+        let piece = self.matched(text);
         entry.end = self.scalars;
         Piece { entry: Some(entry), ..piece }
     }
@@ -117,7 +117,7 @@ impl SequenceText {
     pub(crate) fn finished(&mut self, reason: FinishReason) -> Piece {
         let mut text = String::new();
         self.detokenizer.finish(&mut text);
-        let mut piece = self.matched(&text);
+        let mut piece = self.matched(text);
         if piece.end.is_none() {
             let held = self.matcher.finish();
             piece.shown += held.chars().count();
@@ -131,9 +131,14 @@ impl SequenceText {
     }
 
     /// What of `text`, and of what was held back before, can be given out.
-    fn matched(&mut self, text: &str) -> Piece {
-        self.scalars += text.chars().count();
-        match self.matcher.push(text, self.tokens >= self.rules.min_tokens.max(1)) {
+    fn matched(&mut self, text: String) -> Piece {
+        let scalars = text.chars().count();
+        self.scalars += scalars;
+        if self.rules.stop.is_empty() {
+            self.shown += scalars;
+            return Piece { text, shown: self.shown, ..Piece::default() };
+        }
+        match self.matcher.push(&text, self.tokens >= self.rules.min_tokens.max(1)) {
             StopOutcome::Clear(text) => {
                 self.shown += text.chars().count();
                 Piece { text, shown: self.shown, ..Piece::default() }

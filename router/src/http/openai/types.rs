@@ -37,7 +37,8 @@ pub(crate) struct Reply<'a, C> {
     pub(crate) object: &'a str,
     pub(crate) created: u64,
     pub(crate) model: &'a str,
-    pub(crate) choices: Vec<C>,
+    /// A list of choices.
+    pub(crate) choices: C,
     /// `Some(None)` is null: a chunk of a stream that asked for usage.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) usage: Option<Option<Usage>>,

@@ -1,5 +1,10 @@
-use super::*;
+use std::future::Future;
+
+use hyper::body::Body as HttpBody;
 use serde_json::json;
+
+use super::*;
+use crate::http::openai::sse::EventSender;
 
 #[tokio::test]
 async fn a_completion_stream_adds_up_to_the_whole_reply() {
@@ -240,4 +245,108 @@ async fn an_interval_makes_chunks_of_so_many_tokens() {
         let (status, _) = call(&app, "/v1/completions", json!({"prompt": "x", "stream_interval": bad})).await;
         assert_eq!(status, 400);
     }
+}
+
+#[tokio::test]
+async fn every_chunk_has_the_members_of_the_last_in_their_order() {
+    let reply = "a\"b\\\n\u{1}é\u{7f}😀";
+    for (path, mut body) in [
+        ("/v1/completions", json!({"prompt": "x"})),
+        ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "x"}]})),
+    ] {
+        for usage in [false, true] {
+            (body["max_tokens"], body["stream"]) = (json!(bytes_of(reply).len()), json!(true));
+            body["stream_options"] = json!({"include_usage": usage});
+            let app = app(&Script::new().reply(reply));
+            let text = text_of(send(&app, post(path, body.to_string())).await).await;
+            // The first chunk of a chat and the last of both are written in full.
+            let full =
+                text.split("\n\n").find(|event| event.contains("assistant") || event.contains("length")).unwrap();
+            let mut read = String::new();
+            for event in text.split("\n\n").filter(|event| event.contains("fingerprint") && !event.contains("[]")) {
+                let choice = &parse_events(event)[0]["choices"][0];
+                let piece = choice["text"].as_str().or(choice["delta"]["content"].as_str()).unwrap_or("");
+                read.push_str(piece);
+                if piece.is_empty() {
+                    continue;
+                }
+                let piece = serde_json::to_string(piece).unwrap();
+                let expected = match path {
+                    "/v1/completions" => {
+                        full.replace("\"length\"", "null").replace("\"text\":\"\"", &format!("\"text\":{piece}"))
+                    }
+                    _ => full.replace("\"role\":\"assistant\",\"content\":\"\"", &format!("\"content\":{piece}")),
+                };
+                assert_eq!(event, expected);
+            }
+            assert_eq!(read, reply);
+        }
+    }
+}
+
+/// A stream of `app` with a producer of the test's own.
+fn stream_of<P: Future<Output = ()> + Send + 'static>(app: &App, producer: impl FnOnce(EventSender) -> P) -> Body {
+    let (events, stream) = EventSender::channel(app, None);
+    stream.response(producer(events)).into_body()
+}
+
+async fn frame(body: &mut Body) -> Option<Result<String, String>> {
+    let frame = tokio::time::timeout(Duration::from_secs(20), body.frame()).await.expect("a frame in time")?;
+    Some(frame.map(|data| String::from_utf8(data.into_data().unwrap().to_vec()).unwrap()).map_err(|e| e.to_string()))
+}
+
+#[tokio::test]
+async fn what_is_there_goes_out_in_one_piece_and_the_end_with_it() {
+    let (go, told) = tokio::sync::oneshot::channel();
+    let mut body = stream_of(&app(&Script::new()), async move |events: EventSender| {
+        for event in ["a", "b"] {
+            assert!(events.send(event).await.is_ok());
+        }
+        told.await.unwrap();
+        assert!(events.send("c").await.is_ok());
+    });
+    assert_eq!(frame(&mut body).await.unwrap(), Ok("ab".into()));
+    assert!(!HttpBody::is_end_stream(&body));
+    go.send(()).unwrap();
+    assert_eq!(frame(&mut body).await.unwrap(), Ok("c".into()));
+    assert!(HttpBody::is_end_stream(&body), "so the last chunk and the end of the body are one write");
+    assert!(frame(&mut body).await.is_none());
+}
+
+#[tokio::test]
+async fn a_producer_that_panics_breaks_its_stream_alone() {
+    let mut body = stream_of(&app(&Script::new()), async |events: EventSender| {
+        assert!(events.send("a").await.is_ok());
+        panic!("scripted");
+    });
+    assert_eq!(frame(&mut body).await.unwrap(), Ok("a".into()));
+    assert!(frame(&mut body).await.unwrap().is_err(), "not an end that looks like one");
+}
+
+#[tokio::test]
+async fn a_reader_that_comes_back_in_time_misses_nothing() {
+    let mut config = RouterConfig::default();
+    (config.limits.stalled_events, config.limits.stalled_timeout) = (4, Duration::from_secs(4));
+    let sent = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&sent);
+    let mut body = stream_of(&app_with(&Script::new(), config), async move |events: EventSender| {
+        for at in 0..40 {
+            tokio::task::yield_now().await;
+            assert!(events.send(at.to_string()).await.is_ok());
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    // Twice: a watch that took over has to give way, and to take over again.
+    let mut read = String::new();
+    for _ in 0..2 {
+        let before = sent.load(Ordering::SeqCst);
+        while sent.load(Ordering::SeqCst) < before + 4 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        read += &frame(&mut body).await.unwrap().unwrap();
+    }
+    while let Some(more) = frame(&mut body).await {
+        read += &more.unwrap();
+    }
+    assert_eq!(read, (0..40).map(|at| at.to_string()).collect::<String>());
 }
