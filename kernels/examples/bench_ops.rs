@@ -1,10 +1,12 @@
-//! GB/s of what is bound by memory and GFLOP/s of what is bound by arithmetic, per op, at the shapes of SmolLM2-135M and
-//! Llama-3.2-1B. `cargo run --release -p loramux-kernels --example bench_ops`; a few seconds.
+//! GB/s and GFLOP/s of each op at the shapes of SmolLM2-135M and Llama-3.2-1B, and how much of the time is what its bytes or
+//! operations take at the machine's ceilings, which are measured first. Ops that find their data in caches may be above 100 %.
+//! `cargo run --release -p loramux-kernels --example bench_ops [linear] [attention] [lora] [small]`;
+//! some seconds.
 
 use loramux_kernels::{
-    AdapterImage, AdapterTable, Arena, ArenaDtype, AttnChunk, AttnSpec, Dtype, HostData, KvLayout, KvSlot, LoraPart,
-    LoraScratch, LoraSite, PackedWeight, RopeAngles, Rows, Segment, Slice, SlotScale, WeightPart, WorkList, in_pool,
-    isa_name, linear, lora_expand, lora_shrink, paged_attention, rms_norm, rope_store, sampler, silu_mul,
+    AdapterImage, AdapterTable, Adapters, Arena, ArenaDtype, AttnChunk, AttnSpec, Ceilings, Dtype, HostData, KvLayout,
+    KvSlot, LoraPart, LoraScratch, LoraSite, PackedWeight, RopeAngles, Rows, Segment, Slice, SlotScale, WeightPart,
+    WorkList, in_pool, isa_name, linear, paged_attention, project, rms_norm, rope_store, sampler, silu_mul, threads,
 };
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -60,12 +62,46 @@ fn rows(rows: usize, width: usize) -> Rows {
     out
 }
 
-fn report(op: &str, seconds: f64, bytes: usize, flops: usize) {
-    let (us, gb, gflop) = (seconds * 1e6, bytes as f64 / seconds / 1e9, flops as f64 / seconds / 1e9);
-    println!("  {op:<34} {us:>10.1} us {gb:>8.1} GB/s {gflop:>8.1} GFLOP/s");
+/// What multiplies in an op.
+#[derive(Clone, Copy, PartialEq)]
+enum Arithmetic {
+    F32,
+    /// Weights in bf16: pairs where the machine has them.
+    Weights,
 }
 
-fn bench_linear(model: Model) -> Result<(), Failure> {
+fn report(ceilings: Ceilings, op: &str, seconds: f64, bytes: usize, flops: usize, arithmetic: Arithmetic) {
+    let (us, gb, gflop) = (seconds * 1e6, bytes as f64 / seconds / 1e9, flops as f64 / seconds / 1e9);
+    let rate = match ceilings.pairs_per_second {
+        Some(pairs) if arithmetic == Arithmetic::Weights => pairs,
+        _ => ceilings.f32_per_second,
+    };
+    let bound = (bytes as f64 / ceilings.bytes_per_second).max(flops as f64 / rate);
+    let part = 100.0 * bound / seconds;
+    println!("  {op:<34} {us:>10.1} us {gb:>8.1} GB/s {gflop:>8.1} GFLOP/s {part:>6.0} %");
+}
+
+/// Seconds of `first` and by how much `second` takes longer: medians of calls in turn.
+fn time_more(
+    mut first: impl FnMut(usize) -> Result<(), Failure>,
+    mut second: impl FnMut(usize) -> Result<(), Failure>,
+) -> Result<(f64, f64), Failure> {
+    let (started, mut n, mut base, mut more) = (Instant::now(), 0, Vec::new(), Vec::new());
+    while n < 8 || started.elapsed() < 4 * PATIENCE {
+        let before = Instant::now();
+        first(n)?;
+        let between = Instant::now();
+        second(n)?;
+        base.push((between - before).as_secs_f64());
+        more.push(between.elapsed().as_secs_f64() - base[n]);
+        n += 1;
+    }
+    base.sort_by(f64::total_cmp);
+    more.sort_by(f64::total_cmp);
+    Ok((base[n / 2], more[n / 2]))
+}
+
+fn bench_linear(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
     let Model { hidden, intermediate, heads, kv_heads, vocab, .. } = model;
     let sites = [
         ("qkv", (heads + 2 * kv_heads) * HEAD_DIM, hidden),
@@ -82,13 +118,14 @@ fn bench_linear(model: Model) -> Result<(), Failure> {
         for m in if name == "head" { &[1, 8][..] } else { &[1, 4, 16, 256] } {
             let (x, mut y) = (rows(*m, d_in), Rows::zeros(*m, d_out));
             let seconds = time(|n| Ok(linear(&mut y, &x, &weights[n % copies], None)?))?;
-            report(&format!("linear {name} {d_out}x{d_in} M={m}"), seconds, weights[0].bytes(), 2 * m * d_in * d_out);
+            let op = format!("linear {name} {d_out}x{d_in} M={m}");
+            report(ceilings, &op, seconds, weights[0].bytes(), 2 * m * d_in * d_out, Arithmetic::Weights);
         }
     }
     Ok(())
 }
 
-fn bench_attention(model: Model) -> Result<(), Failure> {
+fn bench_attention(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
     let Model { heads, kv_heads, .. } = model;
     let mut layout =
         KvLayout { layers: 1, kv_heads, head_dim: HEAD_DIM, block_tokens: 16, dtype: ArenaDtype::F16, page_bytes: 0 };
@@ -101,7 +138,7 @@ fn bench_attention(model: Model) -> Result<(), Failure> {
     rope.fill(&(0..context as u32).collect::<Vec<_>>())?;
     let slots: Vec<KvSlot> = (0..context as u32).map(|p| KvSlot { block: p / 16, offset: p % 16 }).collect();
     let seconds = time(|_| Ok(rope_store(&mut qkv, heads, &rope, &mut arena, &layout, 0, &slots)?))?;
-    report("rope_store 2048 rows", seconds, 4 * context * width, 0);
+    report(ceilings, "rope_store 2048 rows", seconds, 4 * context * width, 0, Arithmetic::F32);
     let table: Vec<u32> = (0..context as u32 / 16).collect();
     let spec = AttnSpec { heads, scale: 0.125, window: None };
     let mut out = Rows::zeros(context, heads * HEAD_DIM);
@@ -112,71 +149,111 @@ fn bench_attention(model: Model) -> Result<(), Failure> {
         let seconds = time(|_| Ok(paged_attention(&mut out, &qkv, &arena, &layout, 0, &spec, &chunks, &table)?))?;
         let pairs = len * start + len * (len + 1) / 2;
         let bytes = (start + len) * kv_heads * HEAD_DIM * 4;
-        report(&format!("attention {len} rows at {start}"), seconds, bytes, 4 * pairs * heads * HEAD_DIM);
+        report(
+            ceilings,
+            &format!("attention {len} rows at {start}"),
+            seconds,
+            bytes,
+            4 * pairs * heads * HEAD_DIM,
+            Arithmetic::F32,
+        );
     }
     Ok(())
 }
 
-fn bench_lora(model: Model) -> Result<(), Failure> {
+/// Adapters of the benchmark.
+const ADAPTERS: usize = 16;
+
+/// What the adapters add to a product: time, bytes and operations are theirs alone. Weights and adapters come from memory.
+fn bench_lora(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
     let Model { hidden, intermediate, heads, kv_heads, .. } = model;
     let (q, kv) = (heads * HEAD_DIM, kv_heads * HEAD_DIM);
     let sites = [
         LoraSite { slices: &[Slice::Q, Slice::K, Slice::V], cols: vec![(0, q), (q, kv), (q + kv, kv)], d_in: hidden },
+        LoraSite {
+            slices: &[Slice::Gate, Slice::Up],
+            cols: vec![(0, intermediate), (intermediate, intermediate)],
+            d_in: hidden,
+        },
         LoraSite { slices: &[Slice::Down], cols: vec![(0, hidden)], d_in: intermediate },
     ];
     for (site, rank) in sites.iter().flat_map(|site| [(site, 16), (site, 64)]) {
-        let (adapters, page_bytes) = (64, 2 << 20);
-        let (a, b) = (values(rank * site.d_in), values(rank * hidden.max(q)));
-        let part = |(&slice, &(_, d_out)): (&Slice, &(usize, usize))| LoraPart {
-            layer: 0,
-            slice,
-            rank,
-            a: &a,
-            b: &b[..rank * d_out],
-            d_in: site.d_in,
-            d_out,
-            scale: 0.1,
-        };
-        let parts: Vec<LoraPart> = site.slices.iter().zip(&site.cols).map(part).collect();
-        let image = AdapterImage::pack(Dtype::Bf16, page_bytes, 1, &parts)?;
-        let pages = image.pages_needed();
-        let mut arena = Arena::new(page_bytes, adapters * pages)?;
-        let mut table = AdapterTable::new(adapters);
-        let mut slots = Vec::new();
-        for slot in 0..adapters as u32 {
-            let ids: Vec<u32> = (slot * pages as u32..).take(pages).collect();
-            table.publish(&mut arena, slot, 1, &image, &ids)?;
-            slots.push([SlotScale { slot, generation: 1, scale: 1.0 }]);
-        }
         let width: usize = site.cols.iter().map(|(_, d_out)| d_out).sum();
-        for (name, rows_each, used) in [("1 row", 1, 1), ("64 distinct", 1, 64), ("256 rows of one", 256, 1)] {
+        let elements = rank * (site.d_in * site.slices.len() + width);
+        let (layers, page_bytes) = ((COLD_BYTES / 2 / (ADAPTERS * elements * 2)).max(2), 2 << 20);
+        let (mut arena, table, slots) = adapters(site, rank, layers, page_bytes)?;
+        let data = values(width * site.d_in);
+        let part = WeightPart { data: HostData::F32(&data), d_out: width, d_in: site.d_in };
+        let copies = (COLD_BYTES / 2 / (2 * data.len())).clamp(1, 32);
+        let weights: Vec<_> =
+            (0..copies).map(|_| PackedWeight::pack(Dtype::Bf16, &[part])).collect::<Result<_, _>>()?;
+        for (name, rows_each, used) in [("1 row", 1, 1), ("16 distinct", 1, 16), ("256 rows of one", 256, 1)] {
             let total = rows_each * used;
-            let (x, mut y, mut v) = (rows(total, site.d_in), rows(total, width), LoraScratch::default());
-            let mut work = WorkList::default();
+            let (x, mut y, mut z) = (rows(total, site.d_in), Rows::zeros(total, width), Rows::zeros(total, width));
+            let (mut v, mut work) = (LoraScratch::default(), WorkList::default());
             let segments = slots.iter().take(used).enumerate();
             let segments = segments.map(|(n, adapters)| Segment { rows: n * rows_each..(n + 1) * rows_each, adapters });
             work.build(&table, segments)?;
-            let elements = rank * (site.d_in * site.slices.len() + width);
-            let seconds = time(|_| {
-                lora_shrink(&mut v, &x, &arena, &table, 0, site, &work)?;
-                Ok(lora_expand(&mut y, &v, &arena, &table, 0, site, &work)?)
-            })?;
+            let arena = &mut arena;
+            let (_, more) = time_more(
+                |n| Ok(linear(&mut z, &x, &weights[2 * n % copies], None)?),
+                |n| {
+                    let (v, layer) = (&mut v, n % layers);
+                    let adapters = Adapters { v, arena, table: &table, layer, site, work: &work };
+                    Ok(project(&mut y, &x, &weights[(2 * n + 1) % copies], None, adapters)?)
+                },
+            )?;
             let op = format!("lora {:?} r{rank} {name}", site.slices[0]);
-            report(&op, seconds, used * elements * 2, 2 * total * elements);
+            report(ceilings, &op, more, used * elements * 2, 2 * total * elements, Arithmetic::Weights);
         }
     }
     Ok(())
 }
 
-fn bench_small(model: Model) -> Result<(), Failure> {
+/// An arena with [`ADAPTERS`] adapters of the site's matrices in `layers` layers.
+fn adapters(
+    site: &LoraSite,
+    rank: usize,
+    layers: usize,
+    page_bytes: usize,
+) -> Result<(Arena, AdapterTable, Vec<[SlotScale; 1]>), Failure> {
+    let widest = site.cols.iter().map(|(_, d_out)| *d_out).max().unwrap_or(0);
+    let (a, b) = (values(rank * site.d_in), values(rank * widest));
+    let part = |layer: usize, slice: Slice, d_out: usize| LoraPart {
+        layer,
+        slice,
+        rank,
+        a: &a,
+        b: &b[..rank * d_out],
+        d_in: site.d_in,
+        d_out,
+        scale: 0.1,
+    };
+    let of_layer = |layer| site.slices.iter().zip(&site.cols).map(move |(&slice, &(_, d_out))| (layer, slice, d_out));
+    let parts: Vec<LoraPart> =
+        (0..layers).flat_map(of_layer).map(|(layer, slice, d_out)| part(layer, slice, d_out)).collect();
+    let image = AdapterImage::pack(Dtype::Bf16, page_bytes, layers, &parts)?;
+    let pages = image.pages_needed();
+    let mut arena = Arena::new(page_bytes, ADAPTERS * pages)?;
+    let mut table = AdapterTable::new(ADAPTERS);
+    let mut slots = Vec::new();
+    for slot in 0..ADAPTERS as u32 {
+        let ids: Vec<u32> = (slot * pages as u32..).take(pages).collect();
+        table.publish(&mut arena, slot, 1, &image, &ids)?;
+        slots.push([SlotScale { slot, generation: 1, scale: 1.0 }]);
+    }
+    Ok((arena, table, slots))
+}
+
+fn bench_small(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
     let Model { hidden, intermediate, vocab, .. } = model;
     for m in [1, 256] {
         let (x, mut out, weight) = (rows(m, hidden), Rows::zeros(m, hidden), values(hidden));
         let seconds = time(|_| Ok(rms_norm(&mut out, &x, &weight, 1e-5)?))?;
-        report(&format!("rms_norm M={m}"), seconds, 8 * m * hidden, 0);
+        report(ceilings, &format!("rms_norm M={m}"), seconds, 8 * m * hidden, 0, Arithmetic::F32);
         let (x, mut out) = (rows(m, 2 * intermediate), Rows::zeros(m, intermediate));
         let seconds = time(|_| Ok(silu_mul(&mut out, &x)?))?;
-        report(&format!("silu_mul M={m}"), seconds, 12 * m * intermediate, 0);
+        report(ceilings, &format!("silu_mul M={m}"), seconds, 12 * m * intermediate, 0, Arithmetic::F32);
     }
     let logits: Vec<f32> = values(vocab).iter().map(|v| v * 12.0).collect();
     let mut scratch = sampler::SampleScratch::default();
@@ -195,24 +272,41 @@ fn bench_small(model: Model) -> Result<(), Failure> {
             black_box(sampler::sample(&mut row, &params, &history, n as u64, &mut scratch)?);
             Ok(())
         })?;
-        report(&format!("sample {name}"), seconds, 4 * vocab, 0);
+        report(ceilings, &format!("sample {name}"), seconds, 4 * vocab, 0, Arithmetic::F32);
     }
     let seconds = time(|_| {
         black_box(sampler::top_logprobs(&logits, 5));
         Ok(())
     })?;
-    report("top_logprobs 5", seconds, 4 * vocab, 0);
+    report(ceilings, "top_logprobs 5", seconds, 4 * vocab, 0, Arithmetic::F32);
     Ok(())
 }
 
+type Bench = fn(Model, Ceilings) -> Result<(), Failure>;
+const OPS: [(&str, Bench); 4] =
+    [("linear", bench_linear), ("attention", bench_attention), ("lora", bench_lora), ("small", bench_small)];
+
 fn main() -> Result<(), Failure> {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(unknown) = wanted.iter().find(|wanted| OPS.iter().all(|(name, _)| name != wanted)) {
+        return Err(format!(
+            "unknown ops {unknown}: give some of {}, or nothing",
+            OPS.map(|(name, _)| name).join(", ")
+        )
+        .into());
+    }
     in_pool(|| {
+        let ceilings = Ceilings::measure()?;
+        let pairs = ceilings.pairs_per_second.map_or("no".to_owned(), |pairs| format!("{:.0}", pairs / 1e9));
+        let (read, single) = (ceilings.bytes_per_second / 1e9, ceilings.f32_per_second / 1e9);
+        println!("{} threads: {read:.1} GB/s read, {single:.0} GFLOP/s of f32, {pairs} GFLOP/s of pairs", threads());
         for model in MODELS {
             println!("{} on {}", model.name, isa_name());
-            bench_linear(model)?;
-            bench_attention(model)?;
-            bench_lora(model)?;
-            bench_small(model)?;
+            for (name, bench) in OPS {
+                if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+                    bench(model, ceilings)?;
+                }
+            }
         }
         Ok(())
     })

@@ -9,6 +9,7 @@
 mod activation;
 mod arena;
 mod attention;
+mod ceilings;
 pub mod cuda;
 pub mod device;
 mod dtype;
@@ -38,6 +39,7 @@ mod unpack;
 pub use activation::silu_mul;
 pub use arena::Arena;
 pub use attention::{AttnChunk, AttnSpec, paged_attention};
+pub use ceilings::Ceilings;
 pub use dtype::{ArenaDtype, Dtype, HostData};
 pub use embedding::embedding;
 pub use error::OpError;

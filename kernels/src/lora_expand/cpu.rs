@@ -372,6 +372,9 @@ impl Delta<'_> {
             if S::TILE_ROWS > 3 && column + 4 * LANES <= end {
                 self.tile::<S, O, M, 4>(s, to, row, column, v);
                 column += 4 * LANES;
+            } else if S::TILE_ROWS > 3 && column + 3 * LANES <= end {
+                self.tile::<S, O, M, 3>(s, to, row, column, v);
+                column += 3 * LANES;
             } else if column + 2 * LANES <= end {
                 self.tile::<S, O, M, 2>(s, to, row, column, v);
                 column += 2 * LANES;

@@ -20,9 +20,6 @@ const SLICES_PER_PASS: usize = 3;
 /// Chains of a sum, taken in turn: one alone would wait for itself when a row has an adapter of its own.
 const CHAINS: usize = 2;
 
-/// Up to so many rows, A's way from memory is the work: a thread asks for the next item's A as it goes through one.
-const ROWS_FETCHED_AHEAD: usize = 4;
-
 /// Checked arguments of the op.
 #[derive(Clone, Copy)]
 pub(crate) struct Shrink<'a> {
@@ -196,13 +193,6 @@ impl Unit<'_> {
         }
     }
 
-    /// The A that this thread needs next: threads take items in turns.
-    fn ahead(&self, slice: usize) -> Option<*const Line> {
-        let next = self.item + parallel::threads();
-        let (_, a) = (next < self.shrink.work.items.len()).then(|| self.shrink.a_block(next, slice))??;
-        Some(a.as_ptr().cast())
-    }
-
     /// `M` rows against `N` A blocks.
     #[inline(always)]
     fn tile<S: Simd, O: Operands, const M: usize, const N: usize>(
@@ -225,7 +215,6 @@ impl Unit<'_> {
             assert!(blocks[n].1.len() >= lines * size_of::<Line>());
             blocks[n].1.as_ptr().cast()
         });
-        let ahead = std::array::from_fn(|n| self.ahead(blocks[n].0).unwrap_or(a[n]));
         let mut acc = [[[s.splat(0.0); CHAINS]; N]; M];
         // SAFETY: a block has a line for each step, as asserted, and a row of x `INPUTS` inputs for it: d_in of them, filled up
         // with zeros where they come in pairs.
@@ -233,12 +222,12 @@ impl Unit<'_> {
             let x = x.add(first_row * stride);
             let mut step = 0;
             while step + 1 < lines {
-                self.line::<S, O, M, N, 0>(s, x, stride, (&a, &ahead), step, &mut acc);
-                self.line::<S, O, M, N, 1>(s, x, stride, (&a, &ahead), step + 1, &mut acc);
+                self.line::<S, O, M, N, 0>(s, x, stride, &a, step, &mut acc);
+                self.line::<S, O, M, N, 1>(s, x, stride, &a, step + 1, &mut acc);
                 step += CHAINS;
             }
             if step < lines {
-                self.line::<S, O, M, N, 0>(s, x, stride, (&a, &ahead), step, &mut acc);
+                self.line::<S, O, M, N, 0>(s, x, stride, &a, step, &mut acc);
             }
         }
         for (m, acc) in acc.iter().enumerate() {
@@ -261,18 +250,13 @@ impl Unit<'_> {
         s: S,
         x: *const u32,
         stride: usize,
-        (a, ahead): (&[*const Line; N], &[*const Line; N]),
+        a: &[*const Line; N],
         step: usize,
         acc: &mut [[[S::V; CHAINS]; N]; M],
     ) {
         // SAFETY: the caller vouches for lines and inputs; a prefetch may go anywhere.
         unsafe {
             let weights: [O::W<S>; N] = std::array::from_fn(|n| O::weights(s, a[n].add(step)));
-            if M <= ROWS_FETCHED_AHEAD {
-                for ahead in ahead {
-                    s.prefetch_far(ahead.wrapping_add(step).cast());
-                }
-            }
             for (m, acc) in acc.iter_mut().enumerate() {
                 let x = O::inputs(s, x.add(m * stride + step));
                 for (acc, weights) in acc.iter_mut().zip(&weights) {
