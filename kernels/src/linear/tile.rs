@@ -12,8 +12,12 @@ use std::ops::Range;
 /// cache. Between two runs the sums wait in `y`; storing an f32 does not change it.
 const K_BLOCK: usize = 4096;
 
-/// Up to so many rows the weights are fetched ahead of their use; beyond, arithmetic takes far longer than memory.
-const ROWS_FETCHED_AHEAD: usize = 64;
+/// With so many rows the weights are asked for ahead of their use. With fewer, nothing is in the way of the processor's own
+/// guesses, which are better; with more, arithmetic takes far longer than memory.
+const ROWS_FETCHED_AHEAD: std::ops::RangeInclusive<usize> = 5..=64;
+
+/// Tiles of a unit whose weights are asked for ahead, at least: each asks for one of three panels, evenly over the unit's time.
+const TILES_FETCHED_AHEAD: usize = 3;
 
 /// How many panels may form a group, best first. Few rows take many, for enough independent sums and streams of memory.
 pub(super) const fn group_sizes(isa: Isa, rows: usize, pairs: bool) -> &'static [usize] {
@@ -82,7 +86,8 @@ impl Group<'_> {
     fn all<S: Simd, O: Operands>(&self, s: S, x: *const u32) {
         let w = self.product.w;
         let rows_max = O::rows_max::<S>();
-        let tiles = self.rows.len().div_ceil(rows_max);
+        let is_fetched_ahead = ROWS_FETCHED_AHEAD.contains(&self.rows.len());
+        let tiles = self.rows.len().div_ceil(rows_max).max(if is_fetched_ahead { TILES_FETCHED_AHEAD } else { 1 });
         let steps = w.d_in() / O::INPUTS;
         let most = if tiles == 1 { steps } else { K_BLOCK / O::INPUTS };
         let block = steps.div_ceil(steps.div_ceil(most.max(1)).max(1)).max(1);
@@ -94,7 +99,7 @@ impl Group<'_> {
                 // Tiles of nearly equal height: one of a single row would wait for its own sums.
                 let row = |tile: usize| self.rows.start + self.rows.len() * tile / tiles;
                 let (row, next) = (row(tile), row(tile + 1));
-                let ahead = if self.rows.len() <= ROWS_FETCHED_AHEAD { (tile, tiles) } else { (0, 0) };
+                let ahead = if is_fetched_ahead { (tile, tiles) } else { (0, 0) };
                 let part = Part { group: self, x, row, first, end, ahead };
                 let mut panel = self.panels.start;
                 while panel < self.panels.end {
