@@ -81,24 +81,22 @@ fn report(ceilings: Ceilings, op: &str, seconds: f64, bytes: usize, flops: usize
     println!("  {op:<34} {us:>10.1} us {gb:>8.1} GB/s {gflop:>8.1} GFLOP/s {part:>6.0} %");
 }
 
-/// Seconds of `first` and by how much `second` takes longer: medians of calls in turn.
+/// Seconds by which `second` takes longer than `first`: the median of calls in turn.
 fn time_more(
     mut first: impl FnMut(usize) -> Result<(), Failure>,
     mut second: impl FnMut(usize) -> Result<(), Failure>,
-) -> Result<(f64, f64), Failure> {
-    let (started, mut n, mut base, mut more) = (Instant::now(), 0, Vec::new(), Vec::new());
+) -> Result<f64, Failure> {
+    let (started, mut n, mut more) = (Instant::now(), 0, Vec::new());
     while n < 8 || started.elapsed() < 4 * PATIENCE {
         let before = Instant::now();
         first(n)?;
         let between = Instant::now();
         second(n)?;
-        base.push((between - before).as_secs_f64());
-        more.push(between.elapsed().as_secs_f64() - base[n]);
+        more.push(between.elapsed().as_secs_f64() - (between - before).as_secs_f64());
         n += 1;
     }
-    base.sort_by(f64::total_cmp);
     more.sort_by(f64::total_cmp);
-    Ok((base[n / 2], more[n / 2]))
+    Ok(more[n / 2])
 }
 
 fn bench_linear(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
@@ -195,7 +193,7 @@ fn bench_lora(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
             let segments = segments.map(|(n, adapters)| Segment { rows: n * rows_each..(n + 1) * rows_each, adapters });
             work.build(&table, segments)?;
             let arena = &mut arena;
-            let (_, more) = time_more(
+            let more = time_more(
                 |n| Ok(linear(&mut z, &x, &weights[2 * n % copies], None)?),
                 |n| {
                     let (v, layer) = (&mut v, n % layers);
