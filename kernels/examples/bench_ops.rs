@@ -126,7 +126,7 @@ fn bench_linear(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
 fn bench_attention(model: Model, ceilings: Ceilings) -> Result<(), Failure> {
     let Model { heads, kv_heads, .. } = model;
     let mut layout =
-        KvLayout { layers: 1, kv_heads, head_dim: HEAD_DIM, block_tokens: 16, dtype: ArenaDtype::F16, page_bytes: 0 };
+        KvLayout { layers: 1, kv_heads, head_dim: HEAD_DIM, block_tokens: 16, dtype: ArenaDtype::Bf16, page_bytes: 0 };
     layout.page_bytes = layout.block_bytes();
     let context = 2048;
     let mut arena = Arena::new(layout.page_bytes, context / 16)?;

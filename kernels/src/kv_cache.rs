@@ -5,10 +5,15 @@ use crate::dtype::ArenaDtype;
 use crate::error::{OpError, at_most};
 use crate::simd::LANES;
 
+/// Bytes of a word of the cache.
+pub(crate) const WORD_BYTES: usize = 4;
+
 /// Shape of the KV cache. Block `b` lies in page `b / blocks_per_page()`.
 ///
-/// Inside a block: layer, then K and V, then kv head. On the CPU a head's K is `[head_dim][block_tokens rounded up to 16]`
-/// (lanes of a score are tokens) and its V is `[block_tokens][head_dim rounded up to 16]` (lanes of an output are dimensions).
+/// Inside a block: layer, then K and V, then kv head. On the CPU all of it is words of 4 bytes: an f32, or two bf16, the first in
+/// the low half. A head's K is `[head_dim / elements of a word][block_tokens rounded up to 16]`: lanes of a score are tokens, a
+/// pair is two dimensions. Its V is `[block_tokens / elements of a word][head_dim rounded up to 16]`: lanes of an output are
+/// dimensions, a pair is two tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvLayout {
     /// Decoder layers.
@@ -29,7 +34,7 @@ impl KvLayout {
     /// Bytes of a block: all layers of `block_tokens` positions.
     #[must_use]
     pub const fn block_bytes(&self) -> usize {
-        self.layers * self.kv_heads * (self.k_head_elements() + self.v_head_elements()) * self.dtype.bytes()
+        self.layers * self.kv_heads * (self.k_words() + self.v_words()) * WORD_BYTES
     }
 
     /// Blocks in a page.
@@ -38,38 +43,54 @@ impl KvLayout {
         self.page_bytes / self.block_bytes()
     }
 
-    /// Row length of K.
+    /// Row length of K, in words.
     pub(crate) const fn k_stride(&self) -> usize {
         self.block_tokens.next_multiple_of(LANES)
     }
 
-    /// Row length of V.
+    /// Row length of V, in words.
     pub(crate) const fn v_stride(&self) -> usize {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    const fn k_head_elements(&self) -> usize {
-        self.k_stride() * self.head_dim
+    /// Words of a head's K in a block.
+    pub(crate) const fn k_words(&self) -> usize {
+        self.head_dim.div_ceil(self.dtype.per_word()) * self.k_stride()
     }
 
-    const fn v_head_elements(&self) -> usize {
-        self.block_tokens * self.v_stride()
+    /// Words of a head's V in a block.
+    pub(crate) const fn v_words(&self) -> usize {
+        self.block_tokens.div_ceil(self.dtype.per_word()) * self.v_stride()
     }
 
-    /// Offset of a head's K from the start of the block, in elements.
+    /// Offset of a head's K from the start of the block, in words.
     pub(crate) const fn k_offset(&self, layer: usize, kv_head: usize) -> usize {
-        layer * self.kv_heads * (self.k_head_elements() + self.v_head_elements()) + kv_head * self.k_head_elements()
+        layer * self.kv_heads * (self.k_words() + self.v_words()) + kv_head * self.k_words()
     }
 
-    /// Offset of a head's V from the start of the block, in elements.
+    /// Offset of a head's V from the start of the block, in words.
     pub(crate) const fn v_offset(&self, layer: usize, kv_head: usize) -> usize {
-        self.k_offset(layer, self.kv_heads) + kv_head * self.v_head_elements()
+        self.k_offset(layer, self.kv_heads) + kv_head * self.v_words()
     }
 
-    /// Offset of a block from the start of the arena, in elements.
+    /// Offset of a block from the start of the arena, in words.
     pub(crate) const fn block_offset(&self, block: u32) -> usize {
         let (block, per_page) = (block as usize, self.blocks_per_page());
-        ((block / per_page) * self.page_bytes + (block % per_page) * self.block_bytes()) / self.dtype.bytes()
+        ((block / per_page) * self.page_bytes + (block % per_page) * self.block_bytes()) / WORD_BYTES
+    }
+
+    /// Element `d` of a token's key in a head's K, in elements from its start.
+    #[cfg(test)]
+    pub(crate) const fn k_element(&self, d: usize, token: usize) -> usize {
+        let per = self.dtype.per_word();
+        (d / per * self.k_stride() + token) * per + d % per
+    }
+
+    /// Element `d` of a token's value in a head's V, in elements from its start.
+    #[cfg(test)]
+    pub(crate) const fn v_element(&self, d: usize, token: usize) -> usize {
+        let per = self.dtype.per_word();
+        (token / per * self.v_stride() + d) * per + token % per
     }
 
     /// Checks the layout itself and that `arena` has its pages; returns the number of blocks.
@@ -102,7 +123,7 @@ pub struct KvSlot {
 pub fn copy_block(arena: &mut Arena, layout: &KvLayout, src: u32, dst: u32) -> Result<(), OpError> {
     let blocks = layout.check("copy_block", arena)?;
     at_most("copy_block", "block id + 1", src.max(dst) as usize + 1, blocks)?;
-    let start = |block| layout.block_offset(block) * layout.dtype.bytes();
+    let start = |block| layout.block_offset(block) * WORD_BYTES;
     let (from, to) = (start(src), start(dst));
     arena.bytes_mut().copy_within(from..from + layout.block_bytes(), to);
     Ok(())
@@ -113,7 +134,7 @@ mod tests {
     use super::*;
 
     fn layout(head_dim: usize, block_tokens: usize) -> KvLayout {
-        KvLayout { layers: 2, kv_heads: 3, head_dim, block_tokens, dtype: ArenaDtype::F16, page_bytes: 64 << 10 }
+        KvLayout { layers: 2, kv_heads: 3, head_dim, block_tokens, dtype: ArenaDtype::Bf16, page_bytes: 64 << 10 }
     }
 
     #[test]
@@ -121,7 +142,7 @@ mod tests {
         let layout = layout(32, 16);
         let mut arena = Arena::new(layout.page_bytes, 2).unwrap();
         let (src, dst) = (1u32, layout.blocks_per_page() as u32 + 2);
-        let at = |block| layout.block_offset(block) * 2;
+        let at = |block| layout.block_offset(block) * WORD_BYTES;
         arena.bytes_mut()[at(src)..][..layout.block_bytes()].fill(9);
         copy_block(&mut arena, &layout, src, dst).unwrap();
         let nines = arena.bytes().iter().filter(|&&b| b == 9).count();
@@ -133,22 +154,22 @@ mod tests {
 
     #[test]
     fn parts_of_a_block_do_not_overlap() {
-        for (head_dim, block_tokens) in [(8, 4), (16, 16), (20, 32), (64, 24)] {
+        for (head_dim, block_tokens) in [(8, 4), (16, 16), (20, 32), (64, 24), (5, 3)] {
             let layout = layout(head_dim, block_tokens);
             let mut starts = Vec::new();
             for layer in 0..layout.layers {
                 for head in 0..layout.kv_heads {
-                    starts.push((layout.k_offset(layer, head), layout.k_head_elements()));
-                    starts.push((layout.v_offset(layer, head), layout.v_head_elements()));
+                    starts.push((layout.k_offset(layer, head), layout.k_words()));
+                    starts.push((layout.v_offset(layer, head), layout.v_words()));
                 }
             }
             starts.sort_unstable();
             let mut end = 0;
-            for (start, elements) in starts {
+            for (start, words) in starts {
                 assert_eq!(start, end, "head_dim {head_dim}");
-                end = start + elements;
+                end = start + words;
             }
-            assert_eq!(end * 2, layout.block_bytes());
+            assert_eq!(end * WORD_BYTES, layout.block_bytes());
         }
     }
 }

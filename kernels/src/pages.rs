@@ -59,6 +59,29 @@ impl Drop for Pages {
     }
 }
 
+/// Scratch that grows to the largest use and stays.
+pub(crate) struct Scratch(Option<Pages>);
+
+impl Scratch {
+    pub(crate) const EMPTY: Self = Self(None);
+
+    /// `len` words with whatever they hold.
+    ///
+    /// # Panics
+    /// If the system has no memory.
+    pub(crate) fn words(&mut self, len: usize) -> &mut [u32] {
+        let bytes = len.saturating_mul(size_of::<u32>());
+        if self.0.as_ref().is_none_or(|pages| pages.bytes < bytes) {
+            self.0 = None;
+            let bytes = bytes.checked_next_power_of_two().unwrap_or(bytes).max(HUGE_BYTES);
+            self.0 = Some(Pages::new("scratch", bytes).expect("the system has memory for a workspace"));
+        }
+        let pages = self.0.as_ref().map_or(std::ptr::dangling_mut(), |pages| pages.start.cast());
+        // SAFETY: the memory is zeroed or was written as words, has these bytes, and `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(pages, len) }
+    }
+}
+
 /// Lines in a region that others may share.
 pub(crate) struct Lines {
     region: Arc<Pages>,
@@ -133,6 +156,15 @@ mod tests {
         for (i, lines) in all.iter().enumerate() {
             assert!(lines.iter().all(|line| line.0 == [i as u32 + 1; 16]));
         }
+    }
+
+    #[test]
+    fn scratch_grows_and_keeps_what_fits() {
+        let mut scratch = Scratch::EMPTY;
+        assert!(scratch.words(0).is_empty());
+        scratch.words(1000)[999] = 7;
+        assert_eq!(scratch.words(1000)[999], 7);
+        assert_eq!(scratch.words(2 * HUGE_BYTES)[2 * HUGE_BYTES - 1], 0);
     }
 
     #[test]

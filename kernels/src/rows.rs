@@ -1,12 +1,15 @@
 //! Activations.
 
 use crate::error::{OpError, at_most};
+use crate::pages::Lines;
+use crate::simd::{LANES, Line};
 
-/// Activations `[rows, width]` in f32, row after row. Memory for `rows_max` rows is taken once; a step only sets how many
-/// of them count, so nothing is allocated while serving.
-#[derive(Clone, Debug, Default)]
+/// Activations `[rows, width]` in f32, row after row. Memory for `rows_max` rows is taken once, in huge pages where the system
+/// has them (rows of prompts are many megabytes, and each is on a page of its own otherwise); a step only sets how many of
+/// them count, so nothing is allocated while serving.
+#[derive(Debug)]
 pub struct Rows {
-    values: Vec<f32>,
+    values: Lines,
     rows: usize,
     width: usize,
     rows_max: usize,
@@ -16,11 +19,12 @@ impl Rows {
     /// `rows_max` rows of zeros, all of them counting.
     ///
     /// # Panics
-    /// If `rows_max * width` overflows.
+    /// If the system refuses that much.
     #[must_use]
     pub fn zeros(rows_max: usize, width: usize) -> Self {
-        let elements = rows_max.checked_mul(width).expect("the size of a workspace fits usize");
-        Self { values: vec![0.0; elements], rows: rows_max, width, rows_max }
+        let lines = rows_max.saturating_mul(width).div_ceil(LANES);
+        let values = Lines::new(lines).expect("the system has memory for a workspace");
+        Self { values, rows: rows_max, width, rows_max }
     }
 
     /// Rows that count.
@@ -54,13 +58,16 @@ impl Rows {
     /// The rows that count, `rows * width` elements.
     #[must_use]
     pub fn as_f32(&self) -> &[f32] {
-        &self.values[..self.rows * self.width]
+        // SAFETY: the lines have `rows_max * width` f32 or more, and `rows` is at most `rows_max`.
+        unsafe { std::slice::from_raw_parts(self.values.as_ptr().cast(), self.rows * self.width) }
     }
 
     /// The rows that count, `rows * width` elements.
     #[must_use]
     pub fn as_f32_mut(&mut self) -> &mut [f32] {
-        &mut self.values[..self.rows * self.width]
+        let (elements, lines): (usize, &mut [Line]) = (self.rows * self.width, self.values.as_mut());
+        // SAFETY: as above, and `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), elements) }
     }
 
     /// One row.
@@ -70,5 +77,20 @@ impl Rows {
     #[must_use]
     pub fn row(&self, row: usize) -> &[f32] {
         &self.as_f32()[row * self.width..][..self.width]
+    }
+}
+
+impl Default for Rows {
+    fn default() -> Self {
+        Self::zeros(0, 0)
+    }
+}
+
+impl Clone for Rows {
+    fn clone(&self) -> Self {
+        let mut clone = Self::zeros(self.rows_max, self.width);
+        clone.values.as_mut().copy_from_slice(&self.values);
+        clone.rows = self.rows;
+        clone
     }
 }

@@ -57,8 +57,8 @@ pub(crate) fn assert_close(got: &[f32], want: &[f64], tolerance: f64, what: &str
 pub(crate) fn decode(dtype: crate::ArenaDtype, bytes: &[u8]) -> Vec<f32> {
     match dtype {
         crate::ArenaDtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_ne_bytes(*b)).collect(),
-        crate::ArenaDtype::F16 => {
-            bytes.as_chunks::<2>().0.iter().map(|b| half::f16::from_ne_bytes(*b).to_f32()).collect()
+        crate::ArenaDtype::Bf16 => {
+            bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_ne_bytes(*b).to_f32()).collect()
         }
     }
 }

@@ -6,6 +6,9 @@
 //! second runs in 16 lanes by a key's place in its block and then by halves. So a row's bits depend on its own tokens and
 //! on `block_tokens`, not on chunks, batch mates or where its blocks lie.
 //!
+//! A cache of bf16 holds pairs, two dimensions of a key and two tokens' values, and meets pairs: `q` is rounded to bf16 in the
+//! first product and `w` in the sum above the line (not in that below); of a pair the second is added first.
+//!
 //! `qkv: [rows, (heads + 2 kv_heads) * head_dim]` (only q is read), `out: [rows, heads * head_dim]`.
 
 pub(crate) mod check;

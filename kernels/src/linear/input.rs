@@ -2,6 +2,7 @@
 
 use super::pack::{K_TILE, PackedWeight};
 use crate::dtype::Dtype;
+use crate::pages::Scratch;
 use crate::parallel;
 use crate::simd::{Isa, Kernel, LANES, Simd};
 use std::cell::RefCell;
@@ -11,7 +12,7 @@ const ROUND_ALONE: usize = 1 << 15;
 
 thread_local! {
     /// Rounded inputs of the product under way; grows to the largest and stays.
-    static ROUNDED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+    static ROUNDED: RefCell<Scratch> = const { RefCell::new(Scratch::EMPTY) };
 }
 
 /// Inputs as a product reads them.
@@ -35,15 +36,12 @@ pub(crate) const fn pair_stride(d_in: usize) -> usize {
 
 /// Calls `body` with `x: [rows][d_in]` rounded to `[rows][pair_stride(d_in)]` pairs.
 pub(crate) fn with_pairs<R>(x: &[f32], d_in: usize, body: impl FnOnce(&[u32]) -> R) -> R {
-    ROUNDED.with_borrow_mut(|pairs| {
+    ROUNDED.with_borrow_mut(|scratch| {
         let (rows, stride) = (x.len() / d_in, pair_stride(d_in));
-        if pairs.len() < rows * stride {
-            pairs.resize(rows * stride, 0);
-        }
-        let pairs = &mut pairs[..rows * stride];
+        let pairs = scratch.words(rows * stride);
         let work_ns = if x.len() < ROUND_ALONE { 0 } else { x.len() / 8 };
         parallel::for_each_chunk(pairs, stride, work_ns, |row, pairs| {
-            // The same bits on every instruction set.
+            // The same bits on every instruction set, but for subnormal numbers.
             Isa::best().run(Round { x: &x[row * d_in..][..d_in], pairs });
         });
         body(pairs)
@@ -66,7 +64,7 @@ impl Kernel for Round<'_> {
         while k < x.len() {
             let count = (x.len() - k).min(LANES);
             // SAFETY: `count` elements of x from k, and 16 of `pairs`, as asserted.
-            unsafe { s.store_bf16(out.add(k), s.load_part(x.as_ptr().add(k), count)) };
+            unsafe { s.store_pairs(out.add(k), s.load_part(x.as_ptr().add(k), count)) };
             k += LANES;
         }
         pairs[k / 2..].fill(0);

@@ -3,7 +3,7 @@
 use super::RopeAngles;
 use crate::arena::Arena;
 use crate::dtype::ArenaDtype;
-use crate::kv_cache::{KvLayout, KvSlot};
+use crate::kv_cache::{KvLayout, KvSlot, WORD_BYTES};
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, LANES, Simd};
@@ -79,26 +79,58 @@ impl Kernel for Row<'_> {
             }
         }
         let block = layout.block_offset(slots[t].block);
-        let offset = slots[t].offset as usize;
-        // SAFETY: `rope_store` checked slot and layer, so the places are in the arena; only this unit has this head.
-        unsafe {
-            match of {
-                Of::Queries => {}
-                Of::Keys(head) => {
-                    let first = block + layout.k_offset(layer, head) + offset;
-                    write(s, layout.dtype, cache, row, |d| first + d * layout.k_stride());
-                }
-                Of::Values(head) => {
-                    let first = block + layout.v_offset(layer, head) + offset * layout.v_stride();
-                    write(s, layout.dtype, cache, row, |d| first + d);
-                    // Whatever lay in the padding may be no number.
-                    for d in row.len()..layout.v_stride() {
-                        let bytes = layout.dtype.bytes();
-                        cache.at((first + d) * bytes).write_bytes(0, bytes);
-                    }
+        let token = slots[t].offset as usize;
+        let (in_block, head_words) = match of {
+            Of::Queries => return,
+            Of::Keys(head) => (layout.k_offset(layer, head), layout.k_words()),
+            Of::Values(head) => (layout.v_offset(layer, head), layout.v_words()),
+        };
+        // SAFETY: `rope_store` checked slot and layer, so the words are in the arena, on a boundary of 4; only this unit has this head.
+        let words = unsafe {
+            std::slice::from_raw_parts_mut(cache.at((block + in_block) * WORD_BYTES).cast::<u32>(), head_words)
+        };
+        match (of, layout.dtype) {
+            (Of::Queries, _) => {}
+            (Of::Keys(_), ArenaDtype::F32) => {
+                for (d, value) in row.iter().enumerate() {
+                    words[d * layout.k_stride() + token] = value.to_bits();
                 }
             }
+            (Of::Values(_), ArenaDtype::F32) => {
+                let words = &mut words[token * layout.v_stride()..][..layout.v_stride()];
+                words.fill(0); // whatever lay in the padding may be no number
+                for (word, value) in words.iter_mut().zip(row.iter()) {
+                    *word = value.to_bits();
+                }
+            }
+            (Of::Keys(_), ArenaDtype::Bf16) => in_bf16(s, row, |first, halves| {
+                for (i, pair) in halves.as_chunks::<2>().0.iter().enumerate().take((row.len() - first).div_ceil(2)) {
+                    let word = u32::from(pair[0]) | u32::from(pair[1]) << 16;
+                    words[(first / 2 + i) * layout.k_stride() + token] = word;
+                }
+            }),
+            (Of::Values(_), ArenaDtype::Bf16) => in_bf16(s, row, |first, halves| {
+                let words = &mut words[token / 2 * layout.v_stride()..][..layout.v_stride()][first..];
+                // The first of a pair clears the second: it is not written yet, and what lay there may be no number.
+                let (keep, shift) = if token.is_multiple_of(2) { (0, 0) } else { (0xffff, 16) };
+                for (word, half) in words.iter_mut().zip(halves) {
+                    *word = *word & keep | u32::from(*half) << shift;
+                }
+            }),
         }
+    }
+}
+
+/// Calls `write` with pieces of `values` rounded to bf16, zeros behind their end, and where in `values` each begins.
+#[inline(always)]
+fn in_bf16<S: Simd>(s: S, values: &[f32], mut write: impl FnMut(usize, &[u16; PIECE])) {
+    let mut halves = [0u16; PIECE];
+    for (piece, values) in values.chunks(PIECE).enumerate() {
+        for (values, halves) in values.chunks(LANES).zip(halves.chunks_mut(LANES)) {
+            // SAFETY: as many values as are loaded; 16 halves.
+            unsafe { s.store_bf16(halves.as_mut_ptr(), s.load_part(values.as_ptr(), values.len())) };
+        }
+        write(piece * PIECE, &halves);
     }
 }
 
@@ -117,31 +149,5 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cos: &[f32], sin: &[f32]) {
             s.store_part(high.as_mut_ptr().add(i), s.add(s.mul(b, cos), s.mul(a, sin)), count);
         }
         i += LANES;
-    }
-}
-
-/// Writes `values` to the cache, element `d` to place `at(d)`.
-///
-/// # Safety
-/// The places must be in the cache, and nobody else's.
-#[inline(always)]
-unsafe fn write<S: Simd>(s: S, dtype: ArenaDtype, cache: SharedMut<u8>, values: &[f32], at: impl Fn(usize) -> usize) {
-    if dtype == ArenaDtype::F32 {
-        for (d, value) in values.iter().enumerate() {
-            // SAFETY: the caller vouches for the place.
-            unsafe { cache.at(4 * at(d)).cast::<f32>().write_unaligned(*value) };
-        }
-        return;
-    }
-    let mut halves = [0u16; PIECE];
-    for (piece, values) in values.chunks(PIECE).enumerate() {
-        for (values, halves) in values.chunks(LANES).zip(halves.chunks_mut(LANES)) {
-            // SAFETY: as many values as are loaded; 16 halves.
-            unsafe { s.store_f16(halves.as_mut_ptr(), s.load_part(values.as_ptr(), values.len())) };
-        }
-        for (d, half) in halves.iter().enumerate().take(values.len()) {
-            // SAFETY: the caller vouches for the place.
-            unsafe { cache.at(2 * at(piece * PIECE + d)).cast::<u16>().write_unaligned(*half) };
-        }
     }
 }

@@ -4,6 +4,7 @@
 //! `h'[i] = h[i] cos a - h[i + rotary_dim / 2] sin a`, `h'[i + rotary_dim / 2] = h[i + rotary_dim / 2] cos a + h[i] sin a`
 //! (arXiv:2104.09864 in the half-split pairing of GPT-NeoX and Hugging Face). Elements from `rotary_dim` on pass through.
 //! `qkv: [rows, (heads + 2 kv_heads) * head_dim]` f32. q and k are rotated in place; k and v are rounded to the cache's type.
+//! Tokens of a sequence are written in their order: of a pair of values the first clears the second.
 
 pub(crate) mod check;
 pub(crate) mod check_lora;

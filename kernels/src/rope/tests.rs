@@ -1,29 +1,30 @@
 use super::*;
 use crate::dtype::ArenaDtype;
+use crate::kv_cache::WORD_BYTES;
 use crate::test_support::{Random, assert_close};
 
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 
 fn layout(head_dim: usize, dtype: ArenaDtype) -> KvLayout {
-    KvLayout { layers: 3, kv_heads: KV_HEADS, head_dim, block_tokens: 16, dtype, page_bytes: 64 << 10 }
+    KvLayout { layers: 3, kv_heads: KV_HEADS, head_dim, block_tokens: 16, dtype, page_bytes: 256 << 10 }
 }
 
 fn inv_freq(rotary_dim: usize) -> Vec<f32> {
     (0..rotary_dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary_dim as f32)).collect()
 }
 
-/// One element of the cache, counted from the start of the block.
-fn stored(arena: &Arena, layout: &KvLayout, block: u32, in_block: usize) -> f32 {
+/// One element of a head, `words` from the start of the block.
+fn stored(arena: &Arena, layout: &KvLayout, block: u32, words: usize, element: usize) -> f32 {
     let bytes = layout.dtype.bytes();
-    let at = (layout.block_offset(block) + in_block) * bytes;
+    let at = (layout.block_offset(block) + words) * WORD_BYTES + element * bytes;
     crate::test_support::decode(layout.dtype, &arena.bytes()[at..][..bytes])[0]
 }
 
 #[test]
 fn heads_turn_by_their_positions_and_keys_and_values_are_stored() {
     for (dtype, head_dim, rotary_dim) in
-        [(ArenaDtype::F32, 32, 32), (ArenaDtype::F16, 20, 20), (ArenaDtype::F16, 64, 16)]
+        [(ArenaDtype::F32, 32, 32), (ArenaDtype::Bf16, 21, 20), (ArenaDtype::Bf16, 64, 16), (ArenaDtype::Bf16, 300, 16)]
     {
         let layout = layout(head_dim, dtype);
         let mut arena = Arena::new(layout.page_bytes, 4).unwrap();
@@ -51,14 +52,16 @@ fn heads_turn_by_their_positions_and_keys_and_values_are_stored() {
                 let k = qkv.row(t)[(HEADS + head) * head_dim + d];
                 let v = before.row(t)[(HEADS + KV_HEADS + head) * head_dim + d];
                 let KvSlot { block, offset } = slots[t];
-                let k_at = layout.k_offset(1, head) + d * layout.k_stride() + offset as usize;
-                let v_at = layout.v_offset(1, head) + offset as usize * layout.v_stride() + d;
-                assert_eq!(stored(&arena, &layout, block, k_at), dtype.round(k));
-                assert_eq!(stored(&arena, &layout, block, v_at), dtype.round(v));
+                let (k_at, v_at) = (layout.k_element(d, offset as usize), layout.v_element(d, offset as usize));
+                assert_eq!(stored(&arena, &layout, block, layout.k_offset(1, head), k_at), dtype.round(k));
+                assert_eq!(stored(&arena, &layout, block, layout.v_offset(1, head), v_at), dtype.round(v));
             }
         }
         let written = arena.bytes().chunks(dtype.bytes()).filter(|b| b.iter().any(|&b| b != 0xff)).count();
-        assert_eq!(written, 3 * KV_HEADS * (head_dim + layout.v_stride()), "nothing else was written");
+        let k_elements = head_dim.next_multiple_of(dtype.per_word()); // an odd one's pair is zero
+        let v_rows: usize = slots.iter().map(|slot| if slot.offset % 2 == 0 { dtype.per_word() } else { 1 }).sum();
+        let v_elements = v_rows * layout.v_stride(); // the first of a pair of tokens clears the second
+        assert_eq!(written, KV_HEADS * (3 * k_elements + v_elements), "nothing else was written");
     }
 }
 

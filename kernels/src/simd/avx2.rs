@@ -101,11 +101,6 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn load_f16(self, p: *const u16) -> Self::V {
-        // SAFETY: the caller vouches for 32 bytes.
-        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))] }
-    }
-    #[inline(always)]
     fn halves(self, w: Self::V) -> [Self::V; 2] {
         [
             both!(i => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(w[i])))),
@@ -114,16 +109,6 @@ impl Simd for Avx2 {
                 _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(w[i]), mask))
             }),
         ]
-    }
-    #[inline(always)]
-    unsafe fn store_f16(self, p: *mut u16, a: Self::V) {
-        // The operand that may be NaN comes second: then it is the result.
-        let held = self.max(self.splat(-65504.0), self.min(self.splat(65504.0), a));
-        // SAFETY: the caller vouches for 32 bytes; an `Avx2` exists, and F16C was asked for with it.
-        unsafe {
-            _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(held[0]));
-            _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(held[1]));
-        }
     }
     #[inline(always)]
     fn prefetch(self, p: *const u8) {

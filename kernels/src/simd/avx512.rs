@@ -96,11 +96,6 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_storeu_ps(p, a) }
     }
     #[inline(always)]
-    unsafe fn load_f16(self, p: *const u16) -> __m512 {
-        // SAFETY: the caller vouches for 32 bytes.
-        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-    }
-    #[inline(always)]
     fn halves(self, w: __m512) -> [__m512; 2] {
         op!({
             let words = _mm512_castps_si512(w);
@@ -122,13 +117,6 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
-    unsafe fn store_f16(self, p: *mut u16, a: __m512) {
-        // The operand that may be NaN comes second: then it is the result.
-        let held = self.max(self.splat(-65504.0), self.min(self.splat(65504.0), a));
-        // SAFETY: the caller vouches for 32 bytes; an `Avx512` exists.
-        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(held)) }
-    }
-    #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16, a: __m512) {
         // Rounding by hand, so that subnormal numbers stay what they are on every instruction set.
         // SAFETY: the caller vouches for 32 bytes; an `Avx512` exists.
@@ -139,6 +127,17 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
             let chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a), rounded, quiet);
             _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(chosen)));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_pairs(self, p: *mut u16, a: __m512) {
+        // SAFETY: the caller vouches for 32 bytes; with `BF16` the processor has the instruction, and both types are 32 bytes.
+        unsafe {
+            if const { !BF16 } {
+                return self.store_bf16(p, a);
+            }
+            let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(a));
+            _mm256_storeu_si256(p.cast(), rounded);
         }
     }
     #[inline(always)]

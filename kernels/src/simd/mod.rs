@@ -173,10 +173,6 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// 16 f32 must be writable at `p`.
     unsafe fn store(self, p: *mut f32, a: Self::V);
-    /// 16 IEEE half-precision values in order.
-    /// # Safety
-    /// 16 u16 must be readable at `p`.
-    unsafe fn load_f16(self, p: *const u16) -> Self::V;
     /// `a + x.1 * w.1 + x.0 * w.0` lane by lane, where `x` and the lanes of `w` are pairs of bf16: first in the
     /// low half. Where it is an instruction, subnormal numbers count as zero.
     #[inline(always)]
@@ -187,15 +183,6 @@ pub(crate) trait Simd: Copy {
     }
     /// The bf16 of 16 pairs: those of the low halves, then those of the high halves.
     fn halves(self, w: Self::V) -> [Self::V; 2];
-    /// 16 half-precision values, rounded to nearest even; what is beyond the largest finite one becomes it, NaN stays NaN.
-    /// # Safety
-    /// 16 u16 must be writable at `p`.
-    #[inline(always)]
-    unsafe fn store_f16(self, p: *mut u16, a: Self::V) {
-        let rounded = self.to_array(a).map(|value| crate::dtype::to_f16(value).to_bits());
-        // SAFETY: the caller vouches for 16 u16.
-        unsafe { p.cast::<[u16; LANES]>().write_unaligned(rounded) }
-    }
     /// 16 bf16, rounded to nearest even.
     /// # Safety
     /// 16 u16 must be writable at `p`.
@@ -204,6 +191,14 @@ pub(crate) trait Simd: Copy {
         let rounded = self.to_array(a).map(|value| half::bf16::from_f32(value).to_bits());
         // SAFETY: the caller vouches for 16 u16.
         unsafe { p.cast::<[u16; LANES]>().write_unaligned(rounded) }
+    }
+    /// As [`Self::store_bf16`], but subnormal numbers may become zero: for what [`Self::dot`] reads.
+    /// # Safety
+    /// 16 u16 must be writable at `p`.
+    #[inline(always)]
+    unsafe fn store_pairs(self, p: *mut u16, a: Self::V) {
+        // SAFETY: the caller vouches for 16 u16.
+        unsafe { self.store_bf16(p, a) }
     }
     /// 32 bf16 of a [`Line`]: the low halves, then the high halves.
     /// # Safety

@@ -70,12 +70,6 @@ impl Simd for Portable {
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(a) }
     }
     #[inline(always)]
-    unsafe fn load_f16(self, p: *const u16) -> Self::V {
-        // SAFETY: the caller vouches for 16 u16.
-        let halves = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
-        std::array::from_fn(|i| half::f16::from_bits(halves[i]).to_f32_const())
-    }
-    #[inline(always)]
     fn halves(self, w: Self::V) -> [Self::V; 2] {
         [w.map(|w| f32::from_bits(w.to_bits() << 16)), w.map(|w| f32::from_bits(w.to_bits() & 0xffff_0000))]
     }
