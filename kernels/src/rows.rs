@@ -2,14 +2,15 @@
 
 use crate::error::{OpError, at_most};
 use crate::pages::Lines;
-use crate::simd::{LANES, Line};
+use crate::simd::LANES;
 
 /// Activations `[rows, width]` in f32, row after row. Memory for `rows_max` rows is taken once, in huge pages where the system
 /// has them (rows of prompts are many megabytes, and each is on a page of its own otherwise); a step only sets how many of
 /// them count, so nothing is allocated while serving.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Rows {
-    values: Lines,
+    /// `None`: no elements.
+    values: Option<Lines>,
     rows: usize,
     width: usize,
     rows_max: usize,
@@ -23,7 +24,7 @@ impl Rows {
     #[must_use]
     pub fn zeros(rows_max: usize, width: usize) -> Self {
         let lines = rows_max.saturating_mul(width).div_ceil(LANES);
-        let values = Lines::new(lines).expect("the system has memory for a workspace");
+        let values = (lines > 0).then(|| Lines::new(lines).expect("the system has memory for a workspace"));
         Self { values, rows: rows_max, width, rows_max }
     }
 
@@ -59,15 +60,19 @@ impl Rows {
     #[must_use]
     pub fn as_f32(&self) -> &[f32] {
         // SAFETY: the lines have `rows_max * width` f32 or more, and `rows` is at most `rows_max`.
-        unsafe { std::slice::from_raw_parts(self.values.as_ptr().cast(), self.rows * self.width) }
+        self.values.as_ref().map_or(&[], |lines| unsafe {
+            std::slice::from_raw_parts(lines.as_ptr().cast(), self.rows * self.width)
+        })
     }
 
     /// The rows that count, `rows * width` elements.
     #[must_use]
     pub fn as_f32_mut(&mut self) -> &mut [f32] {
-        let (elements, lines): (usize, &mut [Line]) = (self.rows * self.width, self.values.as_mut());
+        let elements = self.rows * self.width;
         // SAFETY: as above, and `&mut self` makes the access exclusive.
-        unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), elements) }
+        self.values.as_mut().map_or(&mut [], |lines| unsafe {
+            std::slice::from_raw_parts_mut(lines.as_mut().as_mut_ptr().cast(), elements)
+        })
     }
 
     /// One row.
@@ -80,16 +85,12 @@ impl Rows {
     }
 }
 
-impl Default for Rows {
-    fn default() -> Self {
-        Self::zeros(0, 0)
-    }
-}
-
 impl Clone for Rows {
     fn clone(&self) -> Self {
         let mut clone = Self::zeros(self.rows_max, self.width);
-        clone.values.as_mut().copy_from_slice(&self.values);
+        if let (Some(to), Some(from)) = (&mut clone.values, &self.values) {
+            to.as_mut().copy_from_slice(from);
+        }
         clone.rows = self.rows;
         clone
     }
