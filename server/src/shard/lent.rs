@@ -87,17 +87,16 @@ impl LentPages {
     /// # Errors
     /// [`OpError::OutOfMemory`].
     pub(super) fn take_back(&mut self, arena: &Arena, page: u32) -> Result<(), OpError> {
-        let Some(lent) = self.by_page.get_mut(page as usize) else { return Ok(()) };
-        let Some(image) = lent.as_ref().and_then(|lent| lent.image.upgrade().map(|image| (image, lent.index))) else {
-            *lent = None;
-            return Ok(());
-        };
-        let (image, index) = image;
-        let bytes = copy_of(arena.page(page)?)?;
-        if let Some(place) = image.lendable().lock().unwrap_or_else(PoisonError::into_inner).get_mut(index) {
-            *place = PageAt::Host(bytes);
+        let Some(place) = self.by_page.get_mut(page as usize) else { return Ok(()) };
+        // Dropped from host memory meanwhile: nobody will ask for it.
+        let wanted = place.as_ref().and_then(|lent| lent.image.upgrade().map(|image| (image, lent.index)));
+        if let Some((image, index)) = wanted {
+            let bytes = copy_of(arena.page(page)?)?;
+            if let Some(at) = image.lendable().lock().unwrap_or_else(PoisonError::into_inner).get_mut(index) {
+                *at = PageAt::Host(bytes);
+            }
         }
-        *lent = None;
+        *place = None;
         Ok(())
     }
 
@@ -111,8 +110,7 @@ impl LentPages {
         slots: &[KvSlot],
         blocks_per_page: usize,
     ) -> Result<(), OpError> {
-        let pages = slots.iter().map(|slot| slot.block as usize / blocks_per_page);
-        pages.into_iter().try_for_each(|page| self.take_back(arena, page as u32))
+        slots.iter().try_for_each(|slot| self.take_back(arena, (slot.block as usize / blocks_per_page) as u32))
     }
 }
 
