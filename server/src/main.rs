@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use args::{Command, ShardArgs};
 
 fn main() -> ExitCode {
+    shard::map_large_buffers();
     config::no_implicit_hub_token();
     let cli = command_line::parse(&config::Env::read());
     let ended = match cli.command {

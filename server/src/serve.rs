@@ -76,6 +76,8 @@ pub(crate) fn main(args: ServeArgs) -> anyhow::Result<()> {
         )?
     };
     let app = App::with_registry(router_config(&config), text, backend, registry);
+    // Half of what reading a tokenizer takes is for the reading alone.
+    crate::shard::give_back_freed();
     let started = Started { runtime, listener, admin, app, config, env };
     started.serve(&engine, thread)
 }

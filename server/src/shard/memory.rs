@@ -1,4 +1,4 @@
-//! How much memory the arena gets.
+//! How much memory the arena gets, and that what was freed goes back to the system.
 
 /// Bytes the arena gets at most when nothing was asked for. Enough for hundreds of long sequences of a small model, and
 /// the memory is reserved, not touched: pages that no step used cost nothing.
@@ -36,6 +36,34 @@ pub(crate) fn available_bytes() -> Option<u64> {
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
     Some((kib << 10).min(limit.unwrap_or(u64::MAX)))
+}
+
+/// Buffers of at least so many bytes are mapped for themselves. glibc raises this to the largest buffer that was ever
+/// freed unless it is told: then those of one large adapter leave holes in its heaps for good.
+#[cfg(target_env = "gnu")]
+const OWN_MAPPING_BYTES: libc::c_int = 1 << 20;
+/// Free bytes at a heap's end that are kept.
+#[cfg(target_env = "gnu")]
+const HEAP_SLACK_BYTES: libc::c_int = 4 << 20;
+
+/// Makes large buffers go back to the system when they are freed. To be called once, before there are any.
+pub(crate) fn map_large_buffers() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets two numbers of the allocator, under its lock.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_MAPPING_BYTES);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, HEAP_SLACK_BYTES);
+    }
+}
+
+/// Gives back what was freed in small pieces, such as the tensors of an adapter that was read. Takes milliseconds, so it is
+/// for a thread that is about to wait.
+pub(crate) fn give_back_freed() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: tells the system which pages of the heaps hold nothing; each heap is locked meanwhile.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod device;
 pub(crate) mod in_process;
 mod inspect;
 pub(crate) mod launch;
+mod lent;
 mod memory;
 mod options;
 mod pooling;
@@ -27,7 +28,7 @@ use loramux_proto::{Fatal, FromShard, Info, Loading, Pong, Step, StepResult, Tab
 
 use prepare::{PrepareThreads, Work};
 
-pub(crate) use memory::host_adapter_bytes_auto;
+pub(crate) use memory::{give_back_freed, host_adapter_bytes_auto, map_large_buffers};
 pub(crate) use options::{CudaPaths, DeviceChoice, DtypeChoice, LoadFormatChoice, ShardOptions};
 pub(crate) use run::ShardFault;
 pub(crate) use slab::Slab;

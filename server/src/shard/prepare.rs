@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 
 use loramux_proto::{AdapterError, MergeAdapters, Merged, PrepareAdapter, Prepared, from_shard, prepared};
 
-use super::{Reply, Slab};
+use super::{Reply, Slab, memory};
 
 /// Threads for small adapters at most. More would only fight the kernels for cores and the disk for bandwidth.
 const SMALL_THREADS_MAX: usize = 3;
@@ -89,7 +89,13 @@ impl PrepareThreads {
         }
         let (slab, reply) = (Arc::clone(slab), Arc::clone(reply));
         // Ends when the last thread that could pass it work has.
-        threads.spawn("prepare-large", move || large.iter().for_each(|work| reply(work.answer(&slab))))?;
+        let serve_large = move || {
+            large.iter().for_each(|work| {
+                reply(work.answer(&slab));
+                memory::give_back_freed();
+            });
+        };
+        threads.spawn("prepare-large", serve_large)?;
         Ok(threads)
     }
 
@@ -106,9 +112,7 @@ impl PrepareThreads {
 }
 
 fn serve_small(small: &Mutex<Receiver<Work>>, to_large: &SyncSender<Work>, slab: &Slab, reply: &Reply) {
-    loop {
-        let next = small.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(work) = next else { return };
+    while let Some(work) = next(small) {
         if work.is_large() {
             // The large thread ends after this one, so it is there.
             let _ = to_large.send(work);
@@ -116,6 +120,16 @@ fn serve_small(small: &Mutex<Receiver<Work>>, to_large: &SyncSender<Work>, slab:
             reply(work.answer(slab));
         }
     }
+}
+
+/// The next work; `None` when there will be no more. What the last work freed is given back before it waits.
+fn next(small: &Mutex<Receiver<Work>>) -> Option<Work> {
+    let receiver = || small.lock().unwrap_or_else(PoisonError::into_inner);
+    let waiting = receiver().try_recv();
+    waiting.ok().or_else(|| {
+        memory::give_back_freed();
+        receiver().recv().ok()
+    })
 }
 
 impl Drop for PrepareThreads {

@@ -11,6 +11,7 @@ use loramux_proto::{Info, SlotGeneration, Step, StepResult};
 
 use super::Execute;
 use super::batch::{BatchBuffers, BatchLimits, SeqState};
+use super::lent::LentPages;
 use super::memory;
 use super::options::{DtypeChoice, LoadFormatChoice, ShardOptions};
 use super::sampling::Sampler;
@@ -74,6 +75,8 @@ pub(crate) struct Executor {
     arena: Arena,
     table: AdapterTable,
     slab: Arc<Slab>,
+    /// What of the slab is in the arena alone.
+    lent: LentPages,
     sequences: HashMap<u64, SeqState>,
     buffers: BatchBuffers,
     limits: BatchLimits,
@@ -165,6 +168,7 @@ impl Executor {
             arena,
             table: AdapterTable::new(slots_max),
             slab,
+            lent: LentPages::new(pages),
             sequences: HashMap::new(),
             buffers: BatchBuffers::default(),
             limits: BatchLimits { layout, blocks_total, step_tokens_max, vocab },
@@ -181,6 +185,7 @@ impl Executor {
             self.sequences.remove(seq);
         }
         for copy in &step.copies {
+            self.lent.take_back(&self.arena, copy.dst / self.info.blocks_per_page.max(1))?;
             copy_block(&mut self.arena, &self.limits.layout, copy.src, copy.dst)?;
         }
         let mut result = StepResult { id: step.id, uploaded: self.upload(step)?, ..StepResult::default() };
@@ -189,6 +194,8 @@ impl Executor {
         }
         if !step.chunks.is_empty() {
             self.buffers.fill(step, &self.sequences, &self.table, &self.limits)?;
+            let blocks_per_page = self.limits.layout.blocks_per_page();
+            self.lent.take_back_written(&self.arena, &self.buffers.batch.kv_slots, blocks_per_page)?;
             in_pool(|| self.compute(&mut result))?;
             self.pool(step, &mut result)?;
             for sample in &result.samples {
@@ -235,6 +242,7 @@ impl Executor {
         for upload in &step.uploads {
             let unknown = || ShardFault::UnknownContent(upload.content_id.iter().map(|b| format!("{b:02x}")).collect());
             let image = self.slab.get(&upload.content_id).ok_or_else(unknown)?;
+            self.lent.upload(&mut self.arena, &image, &upload.pages)?;
             self.table.publish(&mut self.arena, upload.slot, upload.generation, image.image(), &upload.pages)?;
             uploaded.push(SlotGeneration { slot: upload.slot, generation: upload.generation });
         }

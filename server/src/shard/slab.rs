@@ -11,6 +11,8 @@ use loramux_models::adapter::{self, AdapterLimits, PeftAdapter};
 use loramux_models::{BaseFiles, DecoderSpec};
 use loramux_proto::{AdapterError, AdapterReport, PrepareAdapter, Prepared, prepared};
 
+use super::lent::PageAt;
+
 /// Pages of page-locked host memory, which a device copies from without the host's help. Taken once at start; images
 /// that find no free page stay in ordinary memory and are copied more slowly.
 #[derive(Debug)]
@@ -68,27 +70,55 @@ impl Drop for PinnedPages {
 /// An adapter ready to be copied to a device.
 #[derive(Debug)]
 pub(crate) struct SlabImage {
+    /// Without its pages, unless they are [`Kept::InImage`].
     image: AdapterImage,
-    /// Where its pages are, if not in `image`.
-    pinned: Option<PinnedPages>,
+    pages: Kept,
+}
+
+/// Where the pages of an image are.
+#[derive(Debug)]
+enum Kept {
+    /// For a device whose pool was full.
+    InImage,
+    Pinned(PinnedPages),
+    /// For the CPU, whose arena needs no second copy; see [`super::lent`].
+    Lent(Mutex<Vec<PageAt>>),
 }
 
 impl SlabImage {
-    fn new(mut image: AdapterImage, pool: Option<&Arc<PinnedPool>>) -> Self {
-        let Some(pool) = pool else { return Self { image, pinned: None } };
+    /// For a device: in page-locked memory if there is some.
+    fn pinned(mut image: AdapterImage, pool: Option<&Arc<PinnedPool>>) -> Self {
+        let Some(pool) = pool else { return Self { image, pages: Kept::InImage } };
         let bytes: Vec<u8> = image.take_bytes();
         match pool.store(&bytes) {
-            Some(pinned) => Self { image, pinned: Some(pinned) },
+            Some(pinned) => Self { image, pages: Kept::Pinned(pinned) },
             None => {
                 image.put_bytes(bytes);
-                Self { image, pinned: None }
+                Self { image, pages: Kept::InImage }
             }
         }
     }
 
-    /// For the CPU's table.
+    /// For the CPU: each page in memory of its own, which is free while the page is in the arena.
+    pub(super) fn lent(mut image: AdapterImage) -> Self {
+        let page_bytes = image.page_bytes();
+        let bytes = image.take_bytes();
+        let pages = bytes.chunks(page_bytes).map(|page| PageAt::Host(page.into())).collect();
+        Self { image, pages: Kept::Lent(Mutex::new(pages)) }
+    }
+
+    /// Where each block lies, for the CPU's table; its pages are not with it.
     pub(crate) fn image(&self) -> &AdapterImage {
         &self.image
+    }
+
+    /// Its pages, on the CPU; none on a device.
+    pub(super) fn lendable(&self) -> &Mutex<Vec<PageAt>> {
+        static NONE: Mutex<Vec<PageAt>> = Mutex::new(Vec::new());
+        match &self.pages {
+            Kept::Lent(pages) => pages,
+            Kept::InImage | Kept::Pinned(_) => &NONE,
+        }
     }
 
     pub(crate) fn pages_needed(&self) -> usize {
@@ -99,12 +129,13 @@ impl SlabImage {
         self.image.page_bytes()
     }
 
-    /// One page.
+    /// One page of an image for a device.
     pub(crate) fn page(&self, index: usize) -> &[u8] {
-        match &self.pinned {
+        match &self.pages {
             // SAFETY: a page of the pool that is this image's until it is dropped; nothing writes it.
-            Some(pinned) => unsafe { std::slice::from_raw_parts(pinned.at(index), pinned.pool.page_bytes) },
-            None => self.image.pages().nth(index).unwrap_or_default(),
+            Kept::Pinned(pinned) => unsafe { std::slice::from_raw_parts(pinned.at(index), pinned.pool.page_bytes) },
+            Kept::InImage => self.image.pages().nth(index).unwrap_or_default(),
+            Kept::Lent(_) => &[],
         }
     }
 
@@ -172,11 +203,18 @@ impl Slab {
         read.pack_onto(self.layout, self.page_bytes, &self.base)
     }
 
+    fn keep(&self, image: AdapterImage) -> SlabImage {
+        match self.layout {
+            ImageLayout::Cpu(_) => SlabImage::lent(image),
+            ImageLayout::Device(_) => SlabImage::pinned(image, self.pool.as_ref()),
+        }
+    }
+
     fn try_prepare(&self, request: &PrepareAdapter) -> Result<AdapterReport, adapter::AdapterError> {
         let read = adapter::read(Path::new(&request.dir), &self.spec, &limits(request.rank_max))?;
         let image = match self.get(&read.content_id) {
             Some(image) => image,
-            None => Arc::new(SlabImage::new(self.pack(&read)?, self.pool.as_ref())),
+            None => Arc::new(self.keep(self.pack(&read)?)),
         };
         let report = AdapterReport {
             content_id: read.content_id.to_vec(),

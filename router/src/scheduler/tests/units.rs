@@ -1,5 +1,6 @@
 //! The parts, each on its own: pages, prefix keys, slots.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::super::adapters::{AdapterTable, Residency};
@@ -21,6 +22,36 @@ fn blocks_come_from_the_fullest_page_so_pages_empty_out() {
     assert_eq!((pool.pages_free(), pool.role(1)), (1, Role::Free));
     assert_eq!(pool.take_block().expect("one").0, 1, "page 1 stays whole");
     pool.audit();
+}
+
+/// The arena's memory is the system's until it is written: what is resident is the most that was ever in use.
+#[test]
+fn a_page_that_nothing_was_in_is_taken_last() {
+    for seed in 0..200 {
+        let mut rng = Rng::new(seed);
+        let mut pool = PagePool::new(64, rng.range(1, 5));
+        let (mut blocks, mut adapters, mut touched, mut peak) = (Vec::new(), Vec::new(), BTreeSet::new(), 0);
+        for _ in 0..300 {
+            match rng.range(0, 3) {
+                0 => blocks.extend(pool.take_block()),
+                1 if !blocks.is_empty() => {
+                    let at = rng.next() as usize % blocks.len();
+                    pool.release(blocks.swap_remove(at));
+                }
+                2 => adapters.extend(pool.take_adapter_pages(rng.range(1, 4))),
+                3 if !adapters.is_empty() => {
+                    let at = rng.next() as usize % adapters.len();
+                    pool.give_adapter_pages(&adapters.swap_remove(at));
+                }
+                _ => {}
+            }
+            let in_use: Vec<u32> = (0..64).filter(|&page| pool.role(page) != Role::Free).collect();
+            peak = peak.max(in_use.len());
+            touched.extend(in_use);
+            assert_eq!(touched.len(), peak, "seed {seed}: a page was touched while another lay idle");
+        }
+        assert!(peak > 2, "seed {seed} used nothing");
+    }
 }
 
 #[test]
