@@ -62,3 +62,19 @@ pub(crate) fn decode(dtype: crate::ArenaDtype, bytes: &[u8]) -> Vec<f32> {
         }
     }
 }
+
+/// That `write` leaves `want` rounded to bf16 in `rows`, and zeros behind each row's end.
+#[track_caller]
+pub(crate) fn assert_pairs(rows: &mut Rows, want: &[f32], write: impl FnOnce(crate::rows::RowsOut)) {
+    rows.as_f32_mut().fill(f32::NAN);
+    rows.hold_pairs(true);
+    write(rows.out());
+    let pairs = rows.as_pairs().unwrap_or_default();
+    let stride = crate::linear::input::pair_stride(rows.width());
+    assert_eq!(pairs.len(), rows.rows() * stride);
+    for (pairs, want) in pairs.chunks(stride.max(1)).zip(want.chunks(rows.width().max(1))) {
+        let got = pairs.iter().flat_map(|pair| [*pair as u16, (pair >> 16) as u16]);
+        let rounded = want.iter().map(|value| half::bf16::from_f32(*value).to_bits());
+        assert!(got.eq(rounded.chain(std::iter::repeat_n(0, 2 * stride - want.len()))));
+    }
+}

@@ -4,8 +4,8 @@
 use super::{AttnChunk, AttnSpec};
 use crate::dtype::ArenaDtype;
 use crate::kv_cache::{KvLayout, WORD_BYTES};
-use crate::parallel::{self, SharedMut};
-use crate::rows::Rows;
+use crate::parallel;
+use crate::rows::{Rows, RowsOut};
 use crate::simd::{Isa, Kernel, LANES, Line, Simd, exp};
 use std::cell::RefCell;
 
@@ -110,7 +110,7 @@ pub(super) fn paged_attention(isa: Isa, out: &mut Rows, attention: &Attention) {
     let units = attention.chunks.iter().map(tiles).sum::<usize>() * attention.layout.kv_heads;
     let keys: usize = attention.chunks.iter().map(|chunk| chunk.len * (chunk.start + chunk.len)).sum();
     let work_ns = keys * attention.spec.heads * attention.layout.head_dim / 16;
-    let out = SharedMut::new(out.as_f32_mut());
+    let out = out.out();
     parallel::for_each(units, work_ns, |unit| {
         let (mut tile, kv_head) = (unit / attention.layout.kv_heads, unit % attention.layout.kv_heads);
         let mut chunks = attention.chunks.iter();
@@ -144,7 +144,7 @@ pub(super) fn paged_attention(isa: Isa, out: &mut Rows, attention: &Attention) {
 /// `count` positions of a chunk from its row `first` on, all heads of one kv head.
 struct Unit<'a> {
     attention: &'a Attention<'a>,
-    out: SharedMut<f32>,
+    out: RowsOut,
     chunk: &'a AttnChunk,
     kv_head: usize,
     first: usize,
@@ -403,7 +403,7 @@ impl<'a> Tile<'a> {
         if const { M > S::TILE_ROWS } {
             return; // never asked for; spares the compiler the code
         }
-        let Attention { arena, layout, spec, .. } = *self.unit.attention;
+        let Attention { arena, layout, .. } = *self.unit.attention;
         let (head_dim, v_stride, k_stride) = (layout.head_dim, layout.v_stride(), layout.k_stride());
         let positions_end = self.position + self.unit.count;
         let width = self.vectors * LANES;
@@ -431,11 +431,11 @@ impl<'a> Tile<'a> {
             let total = s.splat(totals[m]);
             for (n, acc) in acc.iter().enumerate() {
                 let column = d + n * LANES;
-                let row_start = (self.batch_row(row + m) * spec.heads + self.head(row + m)) * head_dim;
                 // Adding zero makes -0 into 0, so that keys masked by weight 0 leave no trace even in a sign.
                 let value = s.add(s.div(*acc, total), s.splat(0.0));
+                let (at, count) = (self.head(row + m) * head_dim + column, (head_dim - column).min(LANES));
                 // SAFETY: this head's columns of a row of this chunk: no other unit writes them.
-                unsafe { s.store_part(self.unit.out.at(row_start + column), value, head_dim - column) };
+                unsafe { self.unit.out.store(s, self.batch_row(row + m), at, value, count) };
             }
         }
     }

@@ -9,7 +9,8 @@
 //! A cache of bf16 holds pairs, two dimensions of a key and two tokens' values, and meets pairs: `q` is rounded to bf16 in the
 //! first product and `w` in the sum above the line (not in that below); of a pair the second is added first.
 //!
-//! `qkv: [rows, (heads + 2 kv_heads) * head_dim]` (only q is read), `out: [rows, heads * head_dim]`.
+//! `qkv: [rows, (heads + 2 kv_heads) * head_dim]` (only q is read), `out: [rows, heads * head_dim]`, f32 or
+//! pairs of bf16 ([`Rows::hold_pairs`]).
 
 pub(crate) mod check;
 mod cpu;

@@ -5,6 +5,7 @@ use super::pack::{PANEL, PackedWeight};
 use super::tile;
 use crate::dtype::Dtype;
 use crate::parallel::{self, SharedMut};
+use crate::rows::Rows;
 use crate::simd::Isa;
 use std::ops::Range;
 
@@ -19,16 +20,16 @@ pub(super) fn reference(y: &mut [f32], x: &[f32], w: &PackedWeight, bias: Option
     }
 }
 
-pub(super) fn linear(isa: Isa, y: &mut [f32], x: &[f32], w: &PackedWeight, bias: Option<&[f32]>) {
+pub(super) fn linear(isa: Isa, y: &mut [f32], x: &Rows, w: &PackedWeight, bias: Option<&[f32]>) {
     if y.is_empty() {
         return;
     }
-    let rows = x.len() / w.d_in();
+    let rows = x.rows();
     let mut run = |input: Input| {
         let product = Product::new(isa, y, input, rows, w, bias);
         parallel::for_each(product.units(), product.work_ns(), |unit| product.run(unit));
     };
-    if takes_pairs(isa, w) { with_pairs(x, w.d_in(), |pairs| run(Input::Pairs(pairs))) } else { run(Input::F32(x)) }
+    if takes_pairs(isa, w) { with_pairs(x, |pairs| run(Input::Pairs(pairs))) } else { run(Input::F32(x.as_f32())) }
 }
 
 /// A product, cut into units: the panels of a group times a block of rows.

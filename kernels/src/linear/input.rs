@@ -4,6 +4,7 @@ use super::pack::{K_TILE, PackedWeight};
 use crate::dtype::Dtype;
 use crate::pages::Scratch;
 use crate::parallel;
+use crate::rows::Rows;
 use crate::simd::{Isa, Kernel, LANES, Simd};
 use std::cell::RefCell;
 
@@ -34,8 +35,12 @@ pub(crate) const fn pair_stride(d_in: usize) -> usize {
     d_in.next_multiple_of(K_TILE) / 2
 }
 
-/// Calls `body` with `x: [rows][d_in]` rounded to `[rows][pair_stride(d_in)]` pairs.
-pub(crate) fn with_pairs<R>(x: &[f32], d_in: usize, body: impl FnOnce(&[u32]) -> R) -> R {
+/// Calls `body` with `x` rounded to `[rows][pair_stride(width)]` pairs, unless it holds them.
+pub(crate) fn with_pairs<R>(x: &Rows, body: impl FnOnce(&[u32]) -> R) -> R {
+    if let Some(pairs) = x.as_pairs() {
+        return body(pairs);
+    }
+    let (x, d_in) = (x.as_f32(), x.width());
     ROUNDED.with_borrow_mut(|scratch| {
         let (rows, stride) = (x.len() / d_in, pair_stride(d_in));
         let pairs = scratch.words(rows * stride);

@@ -4,7 +4,7 @@ use crate::dtype::{Dtype, HostData};
 use crate::error::{OpError, same};
 use crate::pages::Lines;
 use crate::parallel;
-use crate::simd::{LANES, Line};
+use crate::simd::{Isa, LANES, Line};
 use half::bf16;
 
 /// Outputs of a panel.
@@ -83,6 +83,12 @@ impl PackedWeight {
     #[must_use]
     pub const fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// Whether products with this weight read their inputs as pairs of bf16 on this machine.
+    #[must_use]
+    pub fn takes_pairs(&self) -> bool {
+        super::input::takes_pairs(Isa::best(), self)
     }
 
     /// Memory in bytes, padding included.

@@ -1,5 +1,6 @@
 use super::*;
 use crate::dtype::{Dtype, HostData};
+use crate::simd::LANES;
 use crate::test_support::{Random, assert_close, bits};
 
 fn packed(dtype: Dtype, values: &[f32], d_out: usize, d_in: usize) -> PackedWeight {
@@ -21,6 +22,47 @@ fn all() -> Vec<Isa> {
     all
 }
 
+fn rows_of(values: &[f32], width: usize) -> Rows {
+    let mut rows = Rows::zeros(values.len() / width, width);
+    rows.as_f32_mut().copy_from_slice(values);
+    rows
+}
+
+/// Writes rows as an op does.
+struct Write<'a>(crate::rows::RowsOut, &'a [f32]);
+
+impl crate::simd::Kernel for Write<'_> {
+    #[inline(always)]
+    fn run<S: crate::simd::Simd>(self, s: S) {
+        for (row, values) in self.1.chunks(self.0.width()).enumerate() {
+            for (i, values) in values.chunks(LANES).enumerate() {
+                // SAFETY: as many values as there are; nobody else has the rows.
+                unsafe { self.0.store(s, row, i * LANES, s.load_part(values.as_ptr(), values.len()), values.len()) };
+            }
+        }
+    }
+}
+
+#[test]
+fn inputs_that_hold_pairs_give_the_same_bits_and_are_for_weights_that_take_them() {
+    for (rows, d_out, d_in) in [(1, 40, 33), (3, 17, 64), (40, 64, 100)] {
+        let mut random = Random::new(7);
+        let (values, x) = (random.values(d_out * d_in), random.values(rows * d_in));
+        let (mut want, mut got) = (Rows::zeros(rows, d_out), Rows::zeros(rows, d_out));
+        let w = packed(Dtype::Bf16, &values, d_out, d_in);
+        linear(&mut want, &rows_of(&x, d_in), &w, None).unwrap();
+        let mut pairs = Rows::zeros(rows, d_in);
+        pairs.hold_pairs(true);
+        Isa::best().run(Write(pairs.out(), &x));
+        if w.takes_pairs() {
+            linear(&mut got, &pairs, &w, None).unwrap();
+            assert_eq!(bits(got.as_f32()), bits(want.as_f32()));
+        }
+        let single = packed(Dtype::F32, &values, d_out, d_in);
+        assert!(matches!(linear(&mut got, &pairs, &single, None), Err(OpError::Shape { .. })));
+    }
+}
+
 #[test]
 fn every_instruction_set_and_batch_size_equals_the_definition() {
     for (seed, (d_out, d_in)) in SHAPES.into_iter().enumerate() {
@@ -35,7 +77,7 @@ fn every_instruction_set_and_batch_size_equals_the_definition() {
                     cpu::reference(&mut want, &x, &w, bias);
                     for isa in Isa::available().into_iter().filter(|isa| dtype == Dtype::F32 || !isa.takes_pairs()) {
                         let mut got = vec![f32::NAN; rows * d_out];
-                        cpu::linear(isa, &mut got, &x, &w, bias);
+                        cpu::linear(isa, &mut got, &rows_of(&x, d_in), &w, bias);
                         let bias = bias.is_some();
                         assert_eq!(bits(&got), bits(&want), "{isa:?} {dtype:?} {rows}x{d_in}x{d_out} bias {bias}");
                     }
@@ -61,7 +103,7 @@ fn products_of_pairs_equal_the_definition_for_rounded_inputs() {
                 let mut first: Vec<f32> = Vec::new();
                 for rows in ROWS {
                     let mut got = vec![f32::NAN; rows * d_out];
-                    cpu::linear(isa, &mut got, &x[..rows * d_in], &w, bias);
+                    cpu::linear(isa, &mut got, &rows_of(&x[..rows * d_in], d_in), &w, bias);
                     // Orders of sums differ between instruction sets, within one they are the same for any number of rows.
                     assert_close(&got, &want[..rows * d_out], 2e-6 * (d_in as f64).sqrt(), "pairs");
                     let known = first.len().min(got.len());

@@ -8,6 +8,7 @@ use super::{SLICES, Slice};
 use crate::arena::{Arena, UNIT_BYTES};
 use crate::dtype::Dtype;
 use crate::error::{OpError, at_most, same};
+use crate::rows::{Rows, in_f32};
 
 /// One rank block of one matrix on the device.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -153,6 +154,12 @@ impl AdapterTable {
     pub(crate) fn takes_pairs(&self, work: &WorkList) -> bool {
         let dtype = |item: &Item| self.held(item.slot, item.generation).map(|slot| slot.dtype);
         work.items.iter().any(|item| dtype(item) == Ok(Dtype::Bf16))
+    }
+
+    /// Refuses rows that hold pairs if an adapter of the list does not multiply them.
+    pub(crate) fn check_inputs(&self, op: &'static str, x: &Rows, work: &WorkList) -> Result<(), OpError> {
+        let dtype = |item: &Item| self.held(item.slot, item.generation).map(|slot| slot.dtype);
+        if work.items.iter().any(|item| dtype(item) == Ok(Dtype::F32)) { in_f32(op, x) } else { Ok(()) }
     }
 
     /// Gains and shifts of a matrix; `None` where the adapter has none.

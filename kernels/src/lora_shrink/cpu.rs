@@ -119,7 +119,7 @@ pub(super) fn lora_shrink(isa: Isa, v: &mut [f32], shrink: &Shrink) {
         parallel::for_each(cut.units, shrink.work_ns(), |unit| shrink.run(isa, v, cut, unit));
     };
     if shrink.table.takes_pairs(shrink.work) {
-        with_pairs(shrink.x.as_f32(), shrink.site.d_in, |pairs| run(&Shrink { pairs, ..*shrink }));
+        with_pairs(shrink.x, |pairs| run(&Shrink { pairs, ..*shrink }));
     } else {
         run(shrink);
     }

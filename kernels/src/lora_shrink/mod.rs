@@ -35,6 +35,7 @@ pub fn lora_shrink(
 ) -> Result<(), OpError> {
     same("lora_shrink", "width of x", x.width(), site.d_in)?;
     check_work("lora_shrink", x.rows(), table, layer, site, work)?;
+    table.check_inputs("lora_shrink", x, work)?;
     let shrink = cpu::Shrink { x, pairs: &[], arena, table, layer, site, work };
     cpu::lora_shrink(Isa::best(), v.prepare(work.planes, site.slices.len()), &shrink);
     Ok(())

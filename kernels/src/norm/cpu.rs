@@ -1,6 +1,7 @@
 //! The definition and the vector form.
 
 use crate::parallel::{self, SharedMut};
+use crate::rows::RowsOut;
 use crate::simd::{Isa, Kernel, LANES, Simd};
 
 /// Rows of a unit of work.
@@ -22,36 +23,24 @@ pub(super) fn reference(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
     }
 }
 
-pub(super) fn rms_norm(isa: Isa, out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
-    let width = weight.len();
-    if width == 0 {
-        return;
-    }
-    let rows = x.len() / width;
-    let out = SharedMut::new(out);
+pub(super) fn rms_norm(isa: Isa, out: RowsOut, x: &[f32], weight: &[f32], eps: f32) {
+    let (rows, width) = (out.rows(), out.width());
     parallel::for_each(rows.div_ceil(ROWS_PER_UNIT), x.len() / 4, |unit| {
         for row in unit * ROWS_PER_UNIT..((unit + 1) * ROWS_PER_UNIT).min(rows) {
-            // SAFETY: row `row` of `out`, which is as long as `x`; no other unit writes it.
-            let out = unsafe { std::slice::from_raw_parts_mut(out.at(row * width), width) };
-            isa.run(Norm { out, x: &x[row * width..][..width], weight, eps });
+            isa.run(Norm { out, row, x: &x[row * width..][..width], weight, eps });
         }
     });
 }
 
-pub(super) fn add_rms_norm(isa: Isa, out: &mut [f32], residual: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
-    let width = weight.len();
-    if width == 0 {
-        return;
-    }
-    let rows = x.len() / width;
-    let (out, residual) = (SharedMut::new(out), SharedMut::new(residual));
+pub(super) fn add_rms_norm(isa: Isa, out: RowsOut, residual: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    let (rows, width) = (out.rows(), out.width());
+    let residual = SharedMut::new(residual);
     parallel::for_each(rows.div_ceil(ROWS_PER_UNIT), x.len() / 3, |unit| {
         for row in unit * ROWS_PER_UNIT..((unit + 1) * ROWS_PER_UNIT).min(rows) {
-            // SAFETY: row `row` of both, which are as long as `x`; no other unit has it.
-            let [out, residual] =
-                [out, residual].map(|all| unsafe { std::slice::from_raw_parts_mut(all.at(row * width), width) });
+            // SAFETY: row `row` of the residual, which is as long as `x`; no other unit has it.
+            let residual = unsafe { std::slice::from_raw_parts_mut(residual.at(row * width), width) };
             isa.run(Add { residual, x: &x[row * width..][..width] });
-            isa.run(Norm { out, x: residual, weight, eps });
+            isa.run(Norm { out, row, x: residual, weight, eps });
         }
     });
 }
@@ -77,7 +66,8 @@ impl Kernel for Add<'_> {
 
 /// One row.
 struct Norm<'a> {
-    out: &'a mut [f32],
+    out: RowsOut,
+    row: usize,
     x: &'a [f32],
     weight: &'a [f32],
     eps: f32,
@@ -86,7 +76,7 @@ struct Norm<'a> {
 impl Kernel for Norm<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { out, x, weight, eps } = self;
+        let Self { out, row, x, weight, eps } = self;
         let mut sum = s.splat(0.0);
         for x in x.chunks(LANES) {
             // SAFETY: the chunk has this many elements. Lanes after it are zero, and adding 0 * 0 changes no sum of squares.
@@ -94,11 +84,12 @@ impl Kernel for Norm<'_> {
             sum = s.fma(x, x, sum);
         }
         let r = s.splat(1.0 / (s.sum(sum) / x.len() as f32 + eps).sqrt());
-        for ((out, x), weight) in out.chunks_mut(LANES).zip(x.chunks(LANES)).zip(weight.chunks(LANES)) {
-            // SAFETY: the three chunks have the same length.
+        for (i, (x, weight)) in x.chunks(LANES).zip(weight.chunks(LANES)).enumerate() {
+            let count = x.len();
+            // SAFETY: the two chunks have the same length; the row is this unit's alone.
             unsafe {
-                let (x, weight) = (s.load_part(x.as_ptr(), x.len()), s.load_part(weight.as_ptr(), weight.len()));
-                s.store_part(out.as_mut_ptr(), s.mul(s.mul(x, r), weight), out.len());
+                let (x, weight) = (s.load_part(x.as_ptr(), count), s.load_part(weight.as_ptr(), count));
+                out.store(s, row, i * LANES, s.mul(s.mul(x, r), weight), count);
             }
         }
     }

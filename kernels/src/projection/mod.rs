@@ -55,6 +55,7 @@ pub fn project(
     }
     same("project", "width of x", x.width(), site.d_in)?;
     check_work("project", x.rows(), table, layer, site, work)?;
+    table.check_inputs("project", x, work)?;
     check_columns("project", y, site)?;
     let pairs_of_base = takes_pairs(isa, w);
     let rows = x.rows();
@@ -72,11 +73,7 @@ pub fn project(
         }
         whole != Whole::No
     };
-    let is_whole = if pairs_of_base || table.takes_pairs(work) {
-        with_pairs(x.as_f32(), x.width(), |pairs| run(pairs))
-    } else {
-        run(&[])
-    };
+    let is_whole = if pairs_of_base || table.takes_pairs(work) { with_pairs(x, |pairs| run(pairs)) } else { run(&[]) };
     if !is_whole {
         lora_gain_shift(y, arena, table, layer, site, work)?;
         let expand = Expand { v: Halves::done(v.values()), arena, table, layer, site, work };

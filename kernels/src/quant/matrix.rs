@@ -29,6 +29,15 @@ impl Matrix {
         }
     }
 
+    /// Whether its products read their inputs as pairs of bf16: see [`Rows::hold_pairs`].
+    #[must_use]
+    pub fn takes_pairs(&self) -> bool {
+        match self {
+            Self::Packed(weight) => weight.takes_pairs(),
+            Self::Quant(_) => false,
+        }
+    }
+
     /// `y = x W^T (+ bias)`; `y` gets the rows of `x`.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ pub use matrix::Matrix;
 pub use pack::{QuantPart, QuantWeight};
 
 use crate::error::{OpError, same};
-use crate::rows::Rows;
+use crate::rows::{Rows, in_f32};
 use isa::Isa;
 
 /// `y = x W^T (+ bias)`; `y` gets the rows of `x`.
@@ -39,6 +39,7 @@ pub fn quant_linear(y: &mut Rows, x: &Rows, w: &QuantWeight, bias: Option<&[f32]
     same("quant_linear", "width of x", x.width(), w.d_in())?;
     same("quant_linear", "width of y", y.width(), w.d_out())?;
     same("quant_linear", "bias", bias.map_or(w.d_out(), <[f32]>::len), w.d_out())?;
+    in_f32("quant_linear", x)?;
     y.set_rows(x.rows())?;
     cpu::linear(Isa::best(), y.as_f32_mut(), x.as_f32(), w, bias);
     Ok(())

@@ -5,7 +5,7 @@ use super::Workspace;
 use super::batch::Batch;
 use super::stack::{DecoderOps, NormAt, Site};
 use crate::spec::DecoderSpec;
-use crate::weights::{CpuStore, Weights};
+use crate::weights::{CpuStore, LayerWeights, Weights};
 use loramux_kernels::{
     AdapterTable, Adapters, Arena, AttnSpec, END_TILE, HeadWork, KvLayout, LoraScratch, LoraSite, Matrix, OpError,
     Rows, Slice, WorkList, add_rms_norm, lora_embed_rows, lora_embed_shrink, lora_expand, lora_gain_shift,
@@ -61,9 +61,16 @@ pub(super) struct CpuOps<'a> {
     pub(super) layout: &'a KvLayout,
     pub(super) attention: &'a AttnSpec,
     pub(super) sites: &'a Sites,
+    /// Whether the inputs of all projections are kept as pairs of bf16.
+    pub(super) rounds: bool,
     pub(super) rms_eps: f32,
     pub(super) arena: &'a mut Arena,
     pub(super) space: &'a mut Workspace,
+}
+
+/// Whether all projections of a layer read pairs of bf16.
+pub(super) fn takes_pairs(layer: &LayerWeights<CpuStore>) -> bool {
+    [&layer.qkv, &layer.output, &layer.gate_up, &layer.down].into_iter().all(Matrix::takes_pairs)
 }
 
 impl CpuOps<'_> {
@@ -95,6 +102,7 @@ impl DecoderOps for CpuOps<'_> {
 
     fn norm(&mut self, at: NormAt) -> Result<(), OpError> {
         let mut normed = std::mem::take(&mut self.space.normed);
+        normed.hold_pairs(self.rounds && at != NormAt::Final);
         let outcome = rms_norm(&mut normed, &self.space.residual, self.norm_weight(at), self.rms_eps);
         self.space.normed = normed;
         outcome
@@ -103,6 +111,7 @@ impl DecoderOps for CpuOps<'_> {
     fn add_norm(&mut self, at: NormAt) -> Result<(), OpError> {
         let (mut normed, mut residual) =
             (std::mem::take(&mut self.space.normed), std::mem::take(&mut self.space.residual));
+        normed.hold_pairs(self.rounds && at != NormAt::Final);
         let outcome =
             add_rms_norm(&mut normed, &mut residual, &self.space.projected, self.norm_weight(at), self.rms_eps);
         (self.space.normed, self.space.residual) = (normed, residual);
@@ -129,11 +138,13 @@ impl DecoderOps for CpuOps<'_> {
 
     fn attention(&mut self, layer: usize) -> Result<(), OpError> {
         let Workspace { attended, qkv, .. } = &mut *self.space;
+        attended.hold_pairs(self.rounds);
         let Batch { chunks, block_table, .. } = self.batch;
         paged_attention(attended, qkv, self.arena, self.layout, layer, self.attention, chunks, block_table)
     }
 
     fn activate(&mut self) -> Result<(), OpError> {
+        self.space.activated.hold_pairs(self.rounds);
         silu_mul(&mut self.space.activated, &self.space.gate_up)
     }
 }

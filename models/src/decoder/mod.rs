@@ -38,6 +38,8 @@ pub struct Decoder {
     dtype: Dtype,
     attention: AttnSpec,
     sites: Sites,
+    /// Whether what only projections read is kept as they read it.
+    rounds: bool,
     space: Workspace,
     picked: Rows,
     logits: Rows,
@@ -82,6 +84,7 @@ impl Decoder {
         Self {
             attention: AttnSpec { heads: spec.heads, scale, window: spec.window },
             sites: Sites::new(&spec),
+            rounds: dtype == Dtype::Bf16 && weights.layers.iter().all(cpu::takes_pairs),
             space: Workspace::new(&spec, limits.step_tokens_max),
             picked: Rows::zeros(limits.logits_rows_max, spec.hidden),
             logits: Rows::zeros(limits.logits_rows_max, spec.vocab),
@@ -145,14 +148,15 @@ impl Decoder {
         table: &AdapterTable,
         times: Option<&mut OpTimes>,
     ) -> Result<(), ModelError> {
-        let Self { spec, weights, attention, sites, space, .. } = self;
+        let Self { spec, weights, attention, sites, rounds, space, .. } = self;
         for (what, got) in [("positions", batch.positions.len()), ("KV slots", batch.kv_slots.len())] {
             if got != batch.rows() {
                 return Err(OpError::Shape { op: "decoder", what, got, want: batch.rows() }.into());
             }
         }
         let rms_eps = spec.rms_eps;
-        let mut ops = CpuOps { weights, batch, table, layout, attention, sites, rms_eps, arena, space };
+        let rounds = *rounds;
+        let mut ops = CpuOps { weights, batch, table, layout, attention, sites, rounds, rms_eps, arena, space };
         match times {
             Some(times) => run_layers(&mut Timed { ops, times }, spec.layers),
             None => run_layers(&mut ops, spec.layers),
