@@ -46,7 +46,9 @@ class Kind:
 def loramux(places: Places) -> Kind:
     adapters = [part for i, path in enumerate(places.adapters()) for part in ("--adapter", f"a{i}={path}")]
     command = [str(places.loramux), "--model-id", str(places.model), "--served-model-name", "base", "--host", "127.0.0.1",
-               "--admin-listen", "off", *adapters]
+               "--admin-listen", "off",
+               "--arena-bytes", "1GiB",  # KV and adapters; vLLM has as much for KV alone
+               *adapters]
     return Kind("loramux", "loramux", True, command, {}, ["--model", "base", "--models", f"a{{0..{ADAPTERS - 1}}}"])
 
 
