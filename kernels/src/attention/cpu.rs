@@ -1,4 +1,4 @@
-//! The definition and the vector form: plain softmax in three passes over a tile of rows, so that K and V are read once
+//! The vector form: plain softmax in three passes over a tile of rows, so that K and V are read once
 //! for several rows and no sum is ever rescaled.
 
 use super::{AttnChunk, AttnSpec};
