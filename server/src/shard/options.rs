@@ -109,7 +109,7 @@ impl std::fmt::Display for DeviceChoice {
 pub(crate) enum DtypeChoice {
     /// f32 for an f32 checkpoint on the CPU, else bf16
     Auto,
-    /// 2 bytes a value: weights in bf16; KV cache and adapters in f16 on the CPU, bf16 on a GPU; sums in f32
+    /// 2 bytes a value: weights, KV cache and adapters in bf16; sums in f32
     #[value(name = "bfloat16", alias = "bf16")]
     Bf16,
     /// 2 bytes a value, on a GPU only: everything stored in f16
