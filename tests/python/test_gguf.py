@@ -7,7 +7,8 @@ from loramux_server import REPOSITORY, Server
 from wire import post
 
 ADAPTER = REPOSITORY / "models/demo/adapters/sql"
-PROMPTS = {"base": "the quick brown fox", "sql": "List users"}
+# What the model is sure of: of two tokens that are as likely, rounding picks one.
+PROMPTS = {"base": "I am a small demo model. I know a little about", "sql": "List users"}
 
 
 def serve(path, dtype: str) -> Server:
