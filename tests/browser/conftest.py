@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests/python"))
 
-from loramux_server import Server  # noqa: E402
+from loramux_server import Server, slow_model  # noqa: E402, F401
 
 AXE = "4.11.0"
 LAPTOP, PHONE = (1280, 800), (360, 740)

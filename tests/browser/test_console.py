@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from conftest import LAPTOP, PHONE, Server, wait_for_text
+from conftest import LAPTOP, PHONE, Server, slow_model, wait_for_text
 
 HOSTILE = "<img src=x onerror=\"window.pwned=1\"><script>window.pwned=1</script>"
 VIEWS = ["overview", "adapters", "playground"]
@@ -145,7 +145,7 @@ def test_the_table_is_searched_and_sorted_by_the_server(server, tab):
     page.get_by_text("No adapter fits.").wait_for()
 
 
-def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
+def test_the_playground_streams_two_adapters_at_once(server, tab):
     page = tab(server.console).open("playground")
     left, right = (page.locator(f'section[aria-label="{side} model"]') for side in ("Left", "Right"))
     left.get_by_role("combobox").fill("pirate")
@@ -158,7 +158,18 @@ def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
     texts = [lane.locator(".answer").inner_text() for lane in (left, right)]
     assert all(texts) and texts[0] != texts[1]
 
-    # Pieces of both come in turns, and a click ends both.
+
+@pytest.fixture(scope="module")
+def slow(data_dir, tmp_path_factory):
+    """A model so slow that a page paints many times while it answers."""
+    with Server(*slow_model(tmp_path_factory.mktemp("slow")), data_dir=data_dir) as server:
+        yield server
+
+
+def test_in_the_playground_pieces_of_both_models_come_in_turns_and_a_click_ends_both(slow, tab):
+    page = tab(slow.base).open("playground")
+    for side in ("Left", "Right"):
+        page.locator(f'section[aria-label="{side} model"]').get_by_role("combobox").fill("demo")
     page.evaluate("""() => {
       window.order = [];
       for (const [i, answer] of document.querySelectorAll(".answer").entries())
@@ -174,7 +185,7 @@ def test_the_playground_streams_two_adapters_at_once_and_stops(server, tab):
     page.locator(".lane.is-running").first.wait_for(state="detached")
     order = page.evaluate("window.order")
     assert sum(a != b for a, b in zip(order, order[1:])) >= 2, order
-    server.wait_idle()
+    slow.wait_idle()
 
 
 def test_a_colour_follows_from_the_name_alone(server, tab):

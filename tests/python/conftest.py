@@ -1,13 +1,10 @@
 """Fixtures: one demo server for the session, and a way to start others. Failing tests print the servers' logs."""
 
-import json
-import shutil
-
 import openai
 import pytest
 
 import described
-from loramux_server import REPOSITORY, Server
+from loramux_server import Server, slow_model
 
 ADAPTERS = ["pirate", "haiku", "sql", "shout"]
 MODELS = ["demo", *ADAPTERS]
@@ -45,14 +42,7 @@ def start_server(data_dir):
 
 @pytest.fixture(scope="session")
 def slow_flags(tmp_path_factory) -> list[str]:
-    """Flags of a server whose steps take milliseconds on any machine: random weights, the demo's tokenizer."""
-    base, folder = REPOSITORY / "models/demo/base", tmp_path_factory.mktemp("slow")
-    config = json.loads((base / "config.json").read_text())
-    config |= dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4, head_dim=64)
-    (folder / "config.json").write_text(json.dumps(config))
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(base / file, folder)
-    return ["--model-id", str(folder), "--load-format", "dummy", "--served-model-name", "demo"]
+    return slow_model(tmp_path_factory.mktemp("slow"))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -46,6 +47,17 @@ def children(pid: int) -> list[int]:
         if int(fields[1]) == pid and fields[0] not in "ZX":
             found.append(int(stat.parent.name))
     return found
+
+
+def slow_model(folder: Path) -> list[str]:
+    """Flags of a server whose steps take milliseconds on any machine: random weights, the demo's tokenizer."""
+    base = REPOSITORY / "models/demo/base"
+    config = json.loads((base / "config.json").read_text())
+    config |= dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4, head_dim=64)
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(base / file, folder)
+    return ["--model-id", str(folder), "--load-format", "dummy", "--served-model-name", "demo"]
 
 
 class Server:

@@ -94,12 +94,12 @@ def flags(faults, root: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def engine(faults, data_dir, tmp_path_factory):
+def engine(faults, tmp_path_factory):
     """Our server as the pod's engine: with a key that the sidecar does not have."""
     ADAPTERS.mkdir(parents=True, exist_ok=True)
     folder = tmp_path_factory.mktemp("engine")
     # No admin key: then these routes are the API keys', and trusted peers'.
-    with Server(*flags(faults, ADAPTERS), "--trust-loopback-adapters", api_key=KEY, data_dir=data_dir, env=environment(faults, folder)) as engine:
+    with Server(*flags(faults, ADAPTERS), "--trust-loopback-adapters", api_key=KEY, data_dir=str(folder / "data"), env=environment(faults, folder)) as engine:
         yield engine
 
 

@@ -21,8 +21,9 @@ FUZZ_S = int(os.environ.get("LORAMUX_FUZZ_SECONDS", "40"))
 
 
 @pytest.fixture(scope="module")
-def guarded(data_dir):
-    """A server with an API key and an admin key: its document has every route."""
+def guarded(tmp_path_factory):
+    """A server with an API key and an admin key: its document has every route. What is pinned by chance stays in its own folder."""
+    data_dir = str(tmp_path_factory.mktemp("guarded"))
     with Server("--admin-key", ADMIN_KEY, "--allow-runtime-adapters", data_dir=data_dir, api_key=KEY) as server:
         yield server
 

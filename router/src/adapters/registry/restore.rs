@@ -116,10 +116,17 @@ impl Registry {
                 Err(failed) => {
                     tracing::warn!(adapter = &*found.key.1, code = failed.code, "adapter is not usable: {failed}");
                     let at = self.inner.clock.now();
-                    self.names().update(&found.key, |entry| {
+                    let mut names = self.names();
+                    let made = names.update(&found.key, |entry| {
                         let reference = entry.reference.clone();
                         entry.error.get_or_insert(names::Noted { failure: failed, reference, at, next_try: None });
+                        entry.made
                     });
+                    // Whoever writes a name on the command line wants no server without it. One that somebody pinned in an
+                    // earlier run and that is gone for good would take all the others with it.
+                    if made != Some(Made::Flag) {
+                        names.awaited.remove(&found.key);
+                    }
                     return;
                 }
             }

@@ -143,6 +143,24 @@ async fn the_server_is_not_ready_while_a_required_adapter_cannot_be_loaded_and_s
 }
 
 #[tokio::test]
+async fn a_pinned_adapter_of_the_last_run_that_is_gone_does_not_hold_the_others_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::with(settings(dir.path()));
+    world.upstream.public("acme/sql", 1);
+    world.registry.load(LoadAsk { pinned: Some(true), ..world.ask("sql", "acme/sql") }).await.unwrap();
+    world.upstream.repos.lock().unwrap().clear();
+    world.upstream.here.lock().unwrap().clear();
+    let world = restart(world, settings(dir.path())).await;
+    assert!(!world.registry.is_ready());
+    world.registry.preload();
+    world.settle().await;
+    assert!(world.registry.is_ready() && world.registry.waiting_for().is_empty());
+    let view = world.registry.get("", "sql").unwrap();
+    assert!(view.pinned && view.error.is_some(), "it stays, and says why");
+    assert!(world.resolve("sql").await.is_err());
+}
+
+#[tokio::test]
 async fn two_servers_do_not_share_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let _one = World::with(settings(dir.path()));
