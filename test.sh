@@ -93,8 +93,9 @@ need_real_model() {
 }
 
 run_fmt() { cargo fmt --all --check; }
-run_clippy() { cargo clippy --locked --workspace --all-targets -- -D warnings; }
-run_doc() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items; }
+# In release like all others: one build of what compiling needs itself, and clippy and doc share what they read.
+run_clippy() { cargo clippy --locked --release --workspace --all-targets -- -D warnings; }
+run_doc() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --release --workspace --no-deps --document-private-items; }
 run_deny() {
   command -v cargo-deny >/dev/null || cargo install -q --locked cargo-deny@0.20.2
   cargo deny --log-level error check bans licenses sources
