@@ -4,6 +4,7 @@ use super::input::{Input, pair_stride, takes_pairs, with_pairs};
 use super::pack::{PANEL, PackedWeight};
 use super::tile;
 use crate::dtype::Dtype;
+use crate::lora_expand::fused::Fused;
 use crate::parallel::{self, SharedMut};
 use crate::rows::Rows;
 use crate::simd::Isa;
@@ -93,7 +94,18 @@ impl<'a> Product<'a> {
 
     pub(crate) fn run(&self, unit: usize) {
         let (rows, panels) = self.block(unit);
-        tile::run(self, panels, rows);
+        tile::run(self, panels, rows, None);
+    }
+
+    /// As [`Self::run`], and `deltas` too, which must be for this product's form of inputs.
+    pub(crate) fn run_with(&self, unit: usize, deltas: &Fused) {
+        let (rows, panels) = self.block(unit);
+        tile::run(self, panels, rows, Some(deltas));
+    }
+
+    /// Whether units can add deltas of bf16 adapters while their sums are in registers.
+    pub(crate) fn takes_deltas(&self) -> bool {
+        matches!(self.x, Input::Pairs(_)) && self.isa != Isa::Amx && self.tile_panels <= 3
     }
 
     /// Asks for the first lines of a unit's weights.

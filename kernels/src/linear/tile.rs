@@ -5,6 +5,7 @@ use super::cpu::Product;
 use super::input::{Input, pair_stride};
 use super::pack::PANEL;
 use crate::dtype::Dtype;
+use crate::lora_expand::fused::{Fused, OfRun};
 use crate::simd::{Isa, Kernel, LANES, Line, Simd};
 use std::ops::Range;
 
@@ -31,11 +32,12 @@ pub(super) const fn group_sizes(isa: Isa, rows: usize, pairs: bool) -> &'static 
     }
 }
 
-/// Rows times panels of a product.
-pub(super) fn run(product: &Product, panels: Range<usize>, rows: Range<usize>) {
+/// Rows times panels of a product, and what adapters add to them. Deltas are only for what takes them: see
+/// [`Fused::of`].
+pub(super) fn run(product: &Product, panels: Range<usize>, rows: Range<usize>, deltas: Option<&Fused>) {
     match (product.x, product.isa) {
         (Input::Pairs(x), Isa::Amx) => amx::run(product, x, panels, rows),
-        _ => product.isa.run(Group { product, panels, rows }),
+        _ => product.isa.run(Group { product, panels, rows, deltas }),
     }
 }
 
@@ -68,6 +70,7 @@ struct Group<'a> {
     product: &'a Product<'a>,
     panels: Range<usize>,
     rows: Range<usize>,
+    deltas: Option<&'a Fused<'a>>,
 }
 
 impl Kernel for Group<'_> {
@@ -87,7 +90,11 @@ impl Group<'_> {
         let w = self.product.w;
         let rows_max = O::rows_max::<S>();
         let is_fetched_ahead = ROWS_FETCHED_AHEAD.contains(&self.rows.len());
-        let tiles = self.rows.len().div_ceil(rows_max).max(if is_fetched_ahead { TILES_FETCHED_AHEAD } else { 1 });
+        let tiles_of = |rows: &Range<usize>| {
+            let is_all = is_fetched_ahead && rows.len() == self.rows.len();
+            rows.len().div_ceil(rows_max).max(if is_all { TILES_FETCHED_AHEAD } else { 1 })
+        };
+        let tiles: usize = self.spans().map(|(rows, _)| tiles_of(&rows)).sum();
         let steps = w.d_in() / O::INPUTS;
         let most = if tiles == 1 { steps } else { K_BLOCK / O::INPUTS };
         let block = steps.div_ceil(steps.div_ceil(most.max(1)).max(1)).max(1);
@@ -95,24 +102,35 @@ impl Group<'_> {
         let mut first = 0;
         while first < steps.max(1) {
             let end = (first + block).min(steps);
-            for tile in 0..tiles {
-                // Tiles of nearly equal height: one of a single row would wait for its own sums.
-                let row = |tile: usize| self.rows.start + self.rows.len() * tile / tiles;
-                let (row, next) = (row(tile), row(tile + 1));
-                let ahead = if is_fetched_ahead { (tile, tiles) } else { (0, 0) };
-                let part = Part { group: self, x, row, first, end, ahead };
-                let mut panel = self.panels.start;
-                while panel < self.panels.end {
-                    let count = match self.panels.end - panel {
-                        left if left >= group && O::group_fits(next - row, group) => group,
-                        _ => 1,
-                    };
-                    part.rows::<S, O>(s, next - row, panel, count);
-                    panel += count;
+            let mut number = 0;
+            for (rows, deltas) in self.spans() {
+                let count = tiles_of(&rows);
+                for tile in 0..count {
+                    // Tiles of nearly equal height: one of a single row would wait for its own sums.
+                    let row = |tile: usize| rows.start + rows.len() * tile / count;
+                    let (row, next) = (row(tile), row(tile + 1));
+                    let ahead = if is_fetched_ahead { (number, tiles) } else { (0, 0) };
+                    let part = Part { group: self, x, row, first, end, ahead, deltas };
+                    part.panels::<S, O>(s, next - row, group);
+                    number += 1;
                 }
             }
             first = end.max(1);
         }
+    }
+
+    /// The rows, cut where adapters change, if they are added here.
+    fn spans(&self) -> impl Iterator<Item = (Range<usize>, Option<OfRun<'_>>)> {
+        let mut at = self.rows.start;
+        std::iter::from_fn(move || {
+            let left = at..self.rows.end;
+            if left.is_empty() {
+                return None;
+            }
+            let (end, deltas) = self.deltas.map_or((left.end, None), |deltas| deltas.span(&left));
+            at = end;
+            Some((left.start..end, deltas))
+        })
     }
 }
 
@@ -126,6 +144,8 @@ pub(crate) trait Operands {
     fn stride(d_in: usize) -> usize;
     /// Rows of a tile at most.
     fn rows_max<S: Simd>() -> usize;
+    /// Whether tiles add deltas of adapters: for one form only, the most used one, since each is code of its own.
+    const TAKES_DELTAS: bool = false;
     /// Whether the sums of so many rows and panels have a form of their own.
     fn group_fits(rows: usize, panels: usize) -> bool {
         match panels {
@@ -226,6 +246,7 @@ pub(crate) struct Pairs;
 impl Operands for Pairs {
     const INPUTS: usize = 2;
     const PER_WORD: usize = 2;
+    const TAKES_DELTAS: bool = true;
     fn stride(d_in: usize) -> usize {
         pair_stride(d_in)
     }
@@ -272,9 +293,22 @@ struct Part<'a> {
     end: usize,
     /// This tile's number among those that share the next group's fetching.
     ahead: (usize, usize),
+    /// What is added to these rows.
+    deltas: Option<OfRun<'a>>,
 }
 
 impl Part<'_> {
+    /// All panels of the unit.
+    #[inline(always)]
+    fn panels<S: Simd, O: Operands>(&self, s: S, rows: usize, group: usize) {
+        let Range { start: mut panel, end } = self.group.panels;
+        while panel < end {
+            let count = if end - panel >= group && O::group_fits(rows, group) { group } else { 1 };
+            self.rows::<S, O>(s, rows, panel, count);
+            panel += count;
+        }
+    }
+
     /// The extents become constants here, so that sums live in registers.
     #[inline(always)]
     fn rows<S: Simd, O: Operands>(&self, s: S, rows: usize, panel: usize, count: usize) {
@@ -366,17 +400,24 @@ impl Part<'_> {
                 }
             }
         }
-        let bias = bias.filter(|_| self.end == steps);
+        let is_last = self.end == steps;
+        if let Some(bias) = bias.filter(|_| is_last) {
+            for acc in &mut acc {
+                for (p, acc) in acc.iter_mut().enumerate() {
+                    // SAFETY: the bias has `d_out` elements.
+                    *acc = unsafe { s.add(*acc, s.load_part(bias.as_ptr().add(column(p)), lanes(p))) };
+                }
+            }
+        }
+        if O::TAKES_DELTAS && const { P <= 3 } {
+            if let Some(deltas) = self.deltas.as_ref().filter(|_| is_last) {
+                deltas.add(s, &mut acc, self.row, column(0));
+            }
+        }
         for (m, acc) in acc.iter().enumerate() {
             for (p, acc) in acc.iter().enumerate() {
-                // SAFETY: as above; the bias has `d_out` elements.
-                unsafe {
-                    let sum = match bias {
-                        Some(bias) => s.add(*acc, s.load_part(bias.as_ptr().add(column(p)), lanes(p))),
-                        None => *acc,
-                    };
-                    s.store_part(at(m, p), sum, lanes(p));
-                }
+                // SAFETY: as above.
+                unsafe { s.store_part(at(m, p), *acc, lanes(p)) };
             }
         }
     }

@@ -163,6 +163,18 @@ pub(crate) fn mixes() -> Vec<Mix> {
             "several a row",
             [(3, vec![(0, 0.5), (3, -1.5), (0, 2.0)]), (1, one(1)), (7, vec![(6, 0.25), (1, 1.0)])],
         ),
+        Mix::new(
+            "prompts and tokens",
+            [
+                (1, one(1)),
+                (130, one(3)),
+                (2, vec![]),
+                (9, vec![(2, 1.0), (4, 0.5)]),
+                (1, one(0)),
+                (75, one(6)),
+                (1, one(2)),
+            ],
+        ),
         Mix::new("base only", [(4, vec![])]),
     ]
 }

@@ -90,15 +90,14 @@ pub(super) fn reference(y: &mut Rows, expand: &Expand) {
                 let v = expand.v.of((item.plane as usize + t) * slices + slice);
                 for o in 0..d_out {
                     let weight = |r: usize| crate::lora::b_at(dtype, b, r, o);
-                    let d = match dtype {
-                        Dtype::F32 => (0..RANK_BLOCK).fold(0.0f32, |sum, r| v[r].mul_add(weight(r), sum)),
-                        Dtype::Bf16 => (0..RANK_BLOCK).step_by(2).fold(0.0f32, |sum, r| {
-                            let odd = dtype.round(v[r + 1]).mul_add(weight(r + 1), sum);
-                            dtype.round(v[r]).mul_add(weight(r), odd)
-                        }),
-                    };
+                    let v = |r: usize| dtype.round(scale * v[r]);
                     let y = &mut y.as_f32_mut()[(item.first_row as usize + t) * width + first + o];
-                    *y = scale.mul_add(d, *y);
+                    *y = match dtype {
+                        Dtype::F32 => (0..RANK_BLOCK).fold(*y, |sum, r| v(r).mul_add(weight(r), sum)),
+                        Dtype::Bf16 => (0..RANK_BLOCK)
+                            .step_by(2)
+                            .fold(*y, |sum, r| v(r).mul_add(weight(r), v(r + 1).mul_add(weight(r + 1), sum))),
+                    };
                 }
             }
         }
@@ -133,15 +132,22 @@ pub(crate) fn lora_expand(isa: Isa, y: &mut Rows, expand: &Expand) {
 /// What one item adds to one slice, looked up.
 #[derive(Clone, Copy)]
 pub(crate) struct Found<'a> {
-    run: usize,
-    item: usize,
-    slice: usize,
-    dtype: Dtype,
-    b: &'a [u8],
-    scale: f32,
+    pub(super) run: usize,
+    pub(super) item: usize,
+    pub(super) slice: usize,
+    pub(super) dtype: Dtype,
+    pub(super) b: &'a [u8],
+    pub(super) scale: f32,
 }
 
 impl<'a> Expand<'a> {
+    /// What the first half made of a row of an item.
+    #[inline(always)]
+    pub(super) fn v_of(&self, item: usize, slice: usize, row: usize) -> &'a [f32; RANK_BLOCK] {
+        let plane = self.work.items[item].plane as usize + row;
+        self.v.of(plane * self.site.slices.len() + slice)
+    }
+
     /// All deltas of the site, run after run and each in the order in which its items are added.
     pub(crate) fn found(&'a self) -> Vec<Found<'a>> {
         let slices = self.site.slices.len();
@@ -153,6 +159,11 @@ impl<'a> Expand<'a> {
             Some(Found { run, item, slice, dtype, b, scale })
         })
         .collect()
+    }
+
+    /// Whether [`Fused`](super::fused::Fused) is for it.
+    pub(crate) fn is_long(&self, found: &Found) -> bool {
+        super::fused::is_long(&self.work.runs[found.run].rows)
     }
 
     /// Asks for what [`Self::add_block`] will read.
@@ -288,7 +299,7 @@ impl Kernel for Unit<'_> {
     }
 }
 
-/// Where sums are added, scaled: `y: [rows][width]`.
+/// Where sums go on: `y: [rows][width]`.
 #[derive(Clone, Copy)]
 struct Target {
     y: SharedMut<f32>,
@@ -336,7 +347,7 @@ impl Delta<'_> {
             let rows = (self.rows.end - row).min(rows_max);
             let mut v: Inputs = [[0; RANK_BLOCK]; TILE_ROWS];
             for (t, v) in v.iter_mut().enumerate().take(rows) {
-                self.inputs::<S, O>(s, row + t, v);
+                self.inputs::<S, O>(s, row + t, to.scale, v);
             }
             match rows {
                 1 => self.tiles::<S, O, 1>(s, to, row, &v),
@@ -351,12 +362,11 @@ impl Delta<'_> {
     }
 
     #[inline(always)]
-    fn inputs<S: Simd, O: Operands>(&self, s: S, row: usize, out: &mut [u32; RANK_BLOCK]) {
-        let plane = self.expand.work.items[self.item].plane as usize + row;
-        let v = self.expand.v.of(plane * self.expand.site.slices.len() + self.slice);
+    fn inputs<S: Simd, O: Operands>(&self, s: S, row: usize, scale: f32, out: &mut [u32; RANK_BLOCK]) {
+        let v = self.expand.v_of(self.item, self.slice, row);
         // SAFETY: 16 f32 are read, and 16 f32 or bf16 are written.
         unsafe {
-            let values = s.load(v.as_ptr());
+            let values = s.mul(s.splat(scale), s.load(v.as_ptr()));
             if O::PER_WORD == 1 {
                 s.store(out.as_mut_ptr().cast(), values);
             } else {
@@ -405,7 +415,13 @@ impl Delta<'_> {
         // SAFETY: `column` starts a panel, and `column + 16 n` is below d_out: all lines of these panels are in the block.
         let b: *const Line = unsafe { self.b.as_ptr().add(column / LANES * bytes) }.cast();
         let ahead: *const Line = self.ahead.wrapping_add(column / LANES * bytes).cast();
-        let mut acc = [[s.splat(0.0); N]; M];
+        // SAFETY: row and columns are in `y` (`lora_expand` checked), and only this unit has them.
+        let at =
+            |m: usize, n: usize| unsafe { to.y.at((to.row + row + m) * to.width + to.column + column + n * LANES) };
+        let lanes = |n: usize| (self.columns.end - column - n * LANES).min(LANES);
+        // SAFETY: as above.
+        let mut acc: [[S::V; N]; M] =
+            std::array::from_fn(|m| std::array::from_fn(|n| unsafe { s.load_part(at(m, n), lanes(n)) }));
         for line in 0..lines {
             // SAFETY: as above; a prefetch may go anywhere.
             let weights: [O::W<S>; N] = std::array::from_fn(|n| unsafe {
@@ -422,16 +438,10 @@ impl Delta<'_> {
                 }
             }
         }
-        let scale = s.splat(to.scale);
         for (m, acc) in acc.iter().enumerate() {
             for (n, acc) in acc.iter().enumerate() {
-                let column = column + n * LANES;
-                let count = (self.columns.end - column).min(LANES);
-                // SAFETY: row and columns are in `y` (`lora_expand` checked), and only this unit has them.
-                unsafe {
-                    let at = to.y.at((to.row + row + m) * to.width + to.column + column);
-                    s.store_part(at, s.fma(scale, *acc, s.load_part(at, count)), count);
-                }
+                // SAFETY: as above.
+                unsafe { s.store_part(at(m, n), *acc, lanes(n)) };
             }
         }
     }

@@ -1,13 +1,14 @@
-//! Per work item in order: `d = sum over r of v[t, r] * b[o, r]` (one chain over the 16 ranks of the block), then
-//! `y[t, o] = fma(item scale * module scale, d, y[t, o])`. Second half of the LoRA delta.
+//! Per work item in order: `y[t, o] += sum over r of (scale * v[t, r]) * b[o, r]`, with the item's scale times the module's: one
+//! chain over the 16 ranks of the block that begins with y. Second half of the LoRA delta.
 //!
 //! `v` from `lora_shrink` at the same site; B lies in rank blocks of panels of 16 outputs,
-//! `[16 ranks][16]` in f32 and `[8][16][2 ranks]` in bf16, where v is rounded to bf16 too; `y: [rows, width]` f32,
+//! `[16 ranks][16]` in f32 and `[8][16][2 ranks]` in bf16, where the scaled v is rounded to bf16 too; `y: [rows, width]` f32,
 //! of which only the site's columns of rows in a work item are touched. Source: Punica (arXiv:2310.18547), SGMV.
 
 pub(crate) mod check;
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+pub(crate) mod fused;
 #[cfg(test)]
 mod tests;
 

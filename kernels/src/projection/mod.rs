@@ -12,6 +12,7 @@ use crate::linear::input::{Input, takes_pairs, with_pairs};
 use crate::linear::{PackedWeight, check_linear};
 use crate::lora::{AdapterTable, LoraScratch, LoraSite, WorkList};
 use crate::lora_expand::cpu::{Expand, Halves};
+use crate::lora_expand::fused::Fused;
 use crate::lora_expand::{self, check_columns};
 use crate::lora_gain_shift::lora_gain_shift;
 use crate::lora_shrink::check_work;
@@ -121,18 +122,28 @@ fn side_by_side(product: &Product, shrink: &Shrink, v: SharedMut<f32>) {
     });
 }
 
-/// The first half of the deltas, then the product and, piece by piece, the second half, so that y is written once.
+/// The first half of the deltas, then the product and, piece by piece, the second half, so that y is written once: those of
+/// long runs while the product's sums are in registers.
 fn in_units(product: &Product, shrink: &Shrink, expand: &Expand) {
     let (isa, cut, found) = (product.isa(), shrink.cut(), expand.found());
+    let (long, short): (Vec<_>, Vec<_>) = found.iter().partition(|found| expand.is_long(found));
     let first = First::new(cut.units);
     parallel::for_each(product.units(), product.work_ns() + shrink.work_ns(), |unit| {
         first.take(|unit| shrink.run(isa, expand.v.values(), cut, unit));
         let (rows, columns) = product.written(unit);
         expand.fetch_block(isa, &rows, &columns, &found);
-        product.run(unit);
-        first.wait();
+        let fused = Fused::of(expand, &long, &columns).filter(|_| product.takes_deltas());
+        let left = if let Some(deltas) = &fused {
+            first.wait();
+            product.run_with(unit, deltas);
+            &short
+        } else {
+            product.run(unit);
+            first.wait();
+            &found
+        };
         // SAFETY: what this unit has just written, and no other does.
-        unsafe { expand.add_block(isa, product.output(), product.width(), rows, columns, &found) };
+        unsafe { expand.add_block(isa, product.output(), product.width(), rows, columns, left) };
     });
 }
 
