@@ -71,14 +71,15 @@ impl Scratch {
     /// If the system has no memory.
     pub(crate) fn words(&mut self, len: usize) -> &mut [u32] {
         let bytes = len.saturating_mul(size_of::<u32>());
-        if self.0.as_ref().is_none_or(|pages| pages.bytes < bytes) {
-            self.0 = None;
-            let bytes = bytes.checked_next_power_of_two().unwrap_or(bytes).max(HUGE_BYTES);
-            self.0 = Some(Pages::new("scratch", bytes).expect("the system has memory for a workspace"));
+        if self.0.as_ref().is_some_and(|pages| pages.bytes < bytes) {
+            self.0 = None; // first: the two need not be there at once
         }
-        let pages = self.0.as_ref().map_or(std::ptr::dangling_mut(), |pages| pages.start.cast());
+        let pages = self.0.get_or_insert_with(|| {
+            let bytes = bytes.checked_next_power_of_two().unwrap_or(bytes).max(HUGE_BYTES);
+            Pages::new("scratch", bytes).expect("the system has memory for a workspace")
+        });
         // SAFETY: the memory is zeroed or was written as words, has these bytes, and `&mut self` makes the access exclusive.
-        unsafe { std::slice::from_raw_parts_mut(pages, len) }
+        unsafe { std::slice::from_raw_parts_mut(pages.start.cast(), len) }
     }
 }
 

@@ -115,8 +115,9 @@ def agreement(checks: dict[str, dict], ours: str = "loramux") -> list[str]:
 
 def one_round(server: Server, args, label: str, seed: int, to: Path) -> dict:
     workload = WORKLOADS[label][0]
-    requests = int(workload.rpartition("requests=")[2])
-    workload = f"{workload.rpartition(':requests=')[0]}:requests={max(4, round(requests * args.scale))}:label={label}"
+    scale = args.scale * (args.own_scale if server.kind.peer == "loramux" else 1)
+    requests = max(4, round(int(workload.rpartition("requests=")[2]) * scale))
+    workload = f"{workload.rpartition(':requests=')[0]}:requests={requests}:label={label}"
     warmup = ["--warmup", str(args.warmup)] if args.warmup is not None else []
     command = [str(args.bench), "bench", "--url", server.url, "--name", server.kind.name, "--workloads", workload, "--repeats", "1",
                "--seed", str(seed), "--timeout", "900s", "--server-pid", str(server.process.pid), "--json", str(to), *warmup, *server.kind.client]
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--starts", type=int, default=3, help="starts of each server; the first is not counted where there are more")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests; below 1 for a quick look")
+    parser.add_argument("--own-scale", type=float, default=1.0, help="of the number of loramux's requests, on top: it needs less time for one")
     parser.add_argument("--warmup", type=int, help="requests before each round; default: as many as run at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, required=True)
@@ -200,7 +202,7 @@ def main() -> int:
     places = Places(args.model.resolve(), args.peers_dir.resolve(), args.loramux.resolve(), args.threads)
     pairs = [pair.rpartition("=") for pair in args.skip.split(",") if pair]
     run = {"schema": "loramux-peers/1", "started_unix_s": int(time.time()), "machine": machine(args.machine), "servers": [], "rounds": [],
-           "failures": [], "skipped": {(workload, server) for server, _, workload in pairs}, "scale": args.scale}
+           "failures": [], "skipped": {(workload, server) for server, _, workload in pairs}, "scale": args.scale, "own_scale": args.own_scale}
     if args.read_gb_s:
         run["machine"]["read_gb_s"] = args.read_gb_s
     found = kinds(places, [peer for peer in args.peers.split(",") if peer])
