@@ -46,6 +46,13 @@ def machine(program: Path | None) -> dict:
     return found
 
 
+def read_beside(args, server: Server, label: str) -> float | None:
+    """Read bandwidth now, for the round that is held against it: on a virtual machine it changes within minutes."""
+    if label != "base-1" or server.kind.peer != "loramux" or args.read_gb_s or not args.machine:
+        return None
+    return machine(args.machine)["read_gb_s"]
+
+
 def busy_share(seconds: float, servers: list[Server]) -> float:
     """Share of the processors that programs other than the servers used in that time."""
     def clocks():
@@ -158,6 +165,7 @@ def measure(args, servers: list[Server], run: dict):
                     wait_idle(other)
                 others_busy = busy_share(1.0, servers)
                 name = f"{label}-{server.kind.name.replace(' ', '-')}-{round_number}.json"
+                reads = [read_beside(args, server, label)]
                 before = time.monotonic()
                 try:
                     got = one_round(server, args, label, 1000 * round_number + place, args.out / name)
@@ -165,11 +173,13 @@ def measure(args, servers: list[Server], run: dict):
                     print(f"FAILED {error}", file=sys.stderr, flush=True)
                     run["failures"].append(str(error))
                     continue
+                took = time.monotonic() - before
+                reads.append(read_beside(args, server, label))
                 run["rounds"].append({"workload": label, "server": server.kind.name, "number": round_number, "others_busy": others_busy,
-                                      "round": got})
+                                      "read_gb_s": max(filter(None, reads), default=None), "round": got})
                 print(f"{round_number} {label:16} {server.kind.name:16} {got['output_tokens_per_s']:8.1f} out tok/s "
                       f"{got['total_tokens_per_s']:8.0f} total tok/s  ttft {got['ttft_ms']['p50']:.0f} ms  others {100 * others_busy:.0f} %  "
-                      f"{time.monotonic() - before:.0f} s", flush=True)
+                      f"{took:.0f} s", flush=True)
                 save(args.out, run)
 
 

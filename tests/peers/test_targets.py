@@ -43,6 +43,15 @@ def test_the_memory_limit_is_the_weights_at_the_read_bandwidth():
     assert abs(measured - 100 / (80e9 / targets.WEIGHT_BYTES)) < 0.001
 
 
+def test_a_round_is_held_against_the_bandwidth_measured_beside_it():
+    made = run(base_1={"loramux": [90, 91, 92]})
+    for entry, read in zip(made["rounds"], (40.0, 64.0, None)):
+        entry["read_gb_s"] = read
+    shares = sorted(100 / (read * 1e9 / targets.WEIGHT_BYTES) for read in (40.0, 64.0, 80.0))
+    found = line(targets.report(made), "base at 1, of the memory limit")
+    assert abs(float(found[1]) - shares[1]) < 0.001 and "40.0, 64.0, 80.0" in found[4]
+
+
 def test_what_was_not_measured_is_neither_reached_nor_missed():
     text = targets.report(run(base={"loramux": [120]}))
     assert line(text, "16 distinct adapters, against the best peer")[1:4] == ["not measured", ">= 4", "-"]
