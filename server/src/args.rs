@@ -344,15 +344,15 @@ pub(crate) struct EngineArgs {
         default_value_t = 256
     )]
     pub(crate) max_num_seqs: u32,
-    /// Token positions in one step (decodes first, then pieces of prompts)
+    /// Token positions in one step (decodes first, then pieces of prompts). Default: 512 on the CPU, 2048 on a GPU, and never
+    /// below --max-num-seqs
     #[arg(
         long,
         alias = "max-batch-prefill-tokens",
         alias = "max-prefill-tokens",
-        env = "LORAMUX_MAX_NUM_BATCHED_TOKENS",
-        default_value_t = 2048
+        env = "LORAMUX_MAX_NUM_BATCHED_TOKENS"
     )]
-    pub(crate) max_num_batched_tokens: u32,
+    pub(crate) max_num_batched_tokens: Option<u32>,
     /// Requests that may wait; more get 429
     #[arg(
         long,

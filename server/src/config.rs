@@ -262,9 +262,9 @@ fn check_ranges(args: &ServeArgs) -> Result<(), ConfigError> {
     if !(1..=4096).contains(&engine.max_num_seqs) {
         return range("max-num-seqs", "1..4096", engine.max_num_seqs.to_string());
     }
-    if engine.max_num_batched_tokens < engine.max_num_seqs || engine.max_num_batched_tokens > 1 << 17 {
+    if let Some(tokens) = engine.max_num_batched_tokens.filter(|n| !(engine.max_num_seqs..=1 << 17).contains(n)) {
         let rule = "at least --max-num-seqs and at most 131072";
-        return range("max-num-batched-tokens", rule, engine.max_num_batched_tokens.to_string());
+        return range("max-num-batched-tokens", rule, tokens.to_string());
     }
     if !(1..=512).contains(&args.adapters.max_lora_rank) {
         return range("max-lora-rank", "1..512", args.adapters.max_lora_rank.to_string());

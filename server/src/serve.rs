@@ -153,7 +153,7 @@ fn start_engine(
         queued_requests_max: args.engine.max_queued_requests,
         queued_tokens_max: args.engine.max_queued_tokens,
         running_max: args.engine.max_num_seqs,
-        step_tokens: args.engine.max_num_batched_tokens,
+        step_tokens: args.engine.max_num_batched_tokens.unwrap_or(u32::MAX),
         prefix_caching: args.engine.prefix_caching,
         prefix_key: random_key(),
         host_adapter_bytes: config.shard.host_adapter_bytes,

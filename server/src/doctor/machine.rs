@@ -96,7 +96,7 @@ pub(crate) fn shard_options(args: &DoctorArgs) -> ShardOptions {
         seed: args.seed,
         context_tokens_max: None,
         arena_bytes: None,
-        step_tokens_max: 256,
+        step_tokens_max: Some(256),
         seqs_max: 16,
         slots_max: None,
         threads: None,

@@ -20,7 +20,8 @@ pub(crate) struct ShardOptions {
     pub(crate) context_tokens_max: Option<u32>,
     /// Bytes for KV and adapters; `None` = from the memory that is free.
     pub(crate) arena_bytes: Option<u64>,
-    pub(crate) step_tokens_max: u32,
+    /// Positions of a step at most; `None` = what suits the device.
+    pub(crate) step_tokens_max: Option<u32>,
     pub(crate) seqs_max: u32,
     /// Adapters on the device at once; `None` = as many as pages.
     pub(crate) slots_max: Option<u32>,
@@ -42,6 +43,13 @@ pub(crate) struct ShardOptions {
     pub(crate) fuse_activation: bool,
     /// Expand the deltas of o and down in the norm behind them.
     pub(crate) fuse_norm: bool,
+}
+
+impl ShardOptions {
+    /// Positions of a step at most, where nothing was asked for as many as suit the device.
+    pub(crate) fn step_tokens_or(&self, suitable: u32) -> u32 {
+        self.step_tokens_max.unwrap_or(suitable.max(self.seqs_max))
+    }
 }
 
 /// What command line and environment say about CUDA's libraries.

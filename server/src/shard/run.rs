@@ -26,6 +26,9 @@ const LOGIT_ROWS_MAX: usize = 64;
 /// Adapter slots at most, whatever the arena holds.
 const SLOTS_MAX: usize = 1 << 16;
 
+/// Positions of a step where nothing was asked for. More do not make products faster, their activations leave the caches, and all
+/// prompts that came at once would get their first token at the end of one long step.
+const STEP_TOKENS: u32 = 512;
 /// Positions of prompts beside decodes: products of so many rows are about as efficient as of more, and the step is short
 /// enough not to be seen as a gap in a stream.
 const PREFILL_TOKENS_BESIDE: u32 = 256;
@@ -125,7 +128,7 @@ impl Executor {
         let (parameters, weight_bytes) = (model.parameters, model.weight_bytes);
         let asked = options.context_tokens_max.map_or(usize::MAX, |tokens| tokens as usize);
         let context = model.spec.context.min(asked);
-        let step_tokens_max = options.step_tokens_max as usize;
+        let step_tokens_max = options.step_tokens_or(STEP_TOKENS) as usize;
         let decoder = Decoder::new(model, DecoderLimits { step_tokens_max, logits_rows_max: LOGIT_ROWS_MAX });
         let layout = kv_layout(&decoder, dtype.arena());
         let pages = arena_pages(options, &layout, context)?;
@@ -154,7 +157,7 @@ impl Executor {
             blocks_per_page: layout.blocks_per_page() as u32,
             block_tokens: layout.block_tokens as u32,
             slots_max: slots_max as u32,
-            step_tokens_max: options.step_tokens_max,
+            step_tokens_max: step_tokens_max as u32,
             seqs_max: options.seqs_max,
             load_ms: 0,
             base_content_id: content_id.to_vec(),

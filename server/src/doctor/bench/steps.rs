@@ -118,7 +118,7 @@ impl Bench {
             load_format: LoadFormatChoice::Dummy,
             context_tokens_max: Some(context as u32),
             arena_bytes: setting.is_emulated.then_some(64 << 20),
-            step_tokens_max: grid.step_tokens_max as u32,
+            step_tokens_max: Some(grid.step_tokens_max as u32),
             seqs_max: grid.sequences_max() as u32,
             slots_max: Some(64),
             host_adapter_bytes: if setting.is_emulated { 64 << 20 } else { 2 << 30 },

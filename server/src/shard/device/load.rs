@@ -29,6 +29,8 @@ use super::{DEPTH, DeviceExecutor};
 
 /// A page is a whole number of blocks near this.
 const PAGE_BYTES_NEAR: usize = 2 << 20;
+/// Positions of a step where nothing was asked for.
+const STEP_TOKENS: u32 = 2048;
 /// Page-locked memory takes at most one part in so many of the host's free memory.
 const PINNED_SHARE: u64 = 2;
 /// Memory that is left alone: the driver's, the libraries', and graphs'.
@@ -164,7 +166,7 @@ fn limits(options: &ShardOptions, context: usize) -> EngineLimits {
     let seqs = options.seqs_max as usize;
     let bucket = DECODE_BUCKETS.into_iter().find(|&bucket| bucket >= seqs);
     EngineLimits {
-        step_tokens_max: options.step_tokens_max as usize,
+        step_tokens_max: options.step_tokens_or(STEP_TOKENS) as usize,
         logit_rows_max: bucket.unwrap_or(DECODE_BUCKETS[DECODE_BUCKETS.len() - 1]),
         decode_rows_max: seqs,
         sequences_max: 2 * seqs + 64,
@@ -306,7 +308,7 @@ fn info(engine: &Engine, options: &ShardOptions, budget: &Budget, slots_max: usi
         blocks_per_page: engine.kv.per_page,
         block_tokens: BLOCK_TOKENS as u32,
         slots_max: slots_max as u32,
-        step_tokens_max: options.step_tokens_max,
+        step_tokens_max: engine.limits.step_tokens_max as u32,
         seqs_max: options.seqs_max,
         kernel_path: device.arch.clone(),
         pipeline_depth: DEPTH as u32,
