@@ -409,10 +409,11 @@ impl Part<'_> {
                 }
             }
         }
-        if O::TAKES_DELTAS && const { P <= 3 } {
-            if let Some(deltas) = self.deltas.as_ref().filter(|_| is_last) {
-                deltas.add(s, &mut acc, self.row, column(0));
-            }
+        if O::TAKES_DELTAS
+            && const { P <= 3 }
+            && let Some(deltas) = self.deltas.as_ref().filter(|_| is_last)
+        {
+            deltas.add(s, &mut acc, self.row, column(0));
         }
         for (m, acc) in acc.iter().enumerate() {
             for (p, acc) in acc.iter().enumerate() {
