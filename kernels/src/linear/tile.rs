@@ -354,7 +354,7 @@ impl Part<'_> {
         if const { M > 8 } || M > O::rows_max::<S>() || !(P == 1 || O::group_fits(M, P)) {
             return; // never asked for; spares the compiler the code
         }
-        let Product { y, w, bias, rows, .. } = *self.group.product;
+        let Product { y, w, rows, .. } = *self.group.product;
         let (d_in, d_out, panel_lines) = (w.d_in(), w.d_out(), w.panel_lines());
         let (stride, steps) = (O::stride(d_in), d_in / O::INPUTS);
         assert!(self.row + M <= rows && self.end <= steps && panel + P <= w.panels());
@@ -400,26 +400,39 @@ impl Part<'_> {
                 }
             }
         }
-        let is_last = self.end == steps;
-        if let Some(bias) = bias.filter(|_| is_last) {
-            for acc in &mut acc {
-                for (p, acc) in acc.iter_mut().enumerate() {
-                    // SAFETY: the bias has `d_out` elements.
-                    *acc = unsafe { s.add(*acc, s.load_part(bias.as_ptr().add(column(p)), lanes(p))) };
-                }
-            }
-        }
-        if O::TAKES_DELTAS
-            && const { P <= 3 }
-            && let Some(deltas) = self.deltas.as_ref().filter(|_| is_last)
-        {
-            deltas.add(s, &mut acc, self.row, column(0));
+        if self.end == steps {
+            self.add_rest::<S, O, M, P>(s, &mut acc, panel);
         }
         for (m, acc) in acc.iter().enumerate() {
             for (p, acc) in acc.iter().enumerate() {
                 // SAFETY: as above.
                 unsafe { s.store_part(at(m, p), *acc, lanes(p)) };
             }
+        }
+    }
+
+    /// What comes on top of the whole sums.
+    #[inline(always)]
+    fn add_rest<S: Simd, O: Operands, const M: usize, const P: usize>(
+        &self,
+        s: S,
+        acc: &mut [[S::V; P]; M],
+        panel: usize,
+    ) {
+        if let Some(bias) = self.group.product.bias {
+            for (p, bias) in bias[panel * PANEL..].chunks(PANEL).take(P).enumerate() {
+                // SAFETY: a chunk has so many elements.
+                let bias = unsafe { s.load_part(bias.as_ptr(), bias.len()) };
+                for acc in acc.iter_mut() {
+                    acc[p] = s.add(acc[p], bias);
+                }
+            }
+        }
+        if O::TAKES_DELTAS
+            && const { P <= 3 }
+            && let Some(deltas) = &self.deltas
+        {
+            deltas.add(s, acc, self.row, panel * PANEL);
         }
     }
 
