@@ -32,8 +32,7 @@ pub(super) const fn group_sizes(isa: Isa, rows: usize, pairs: bool) -> &'static 
     }
 }
 
-/// Rows times panels of a product, and what adapters add to them. Deltas are only for what takes them: see
-/// [`Fused::of`].
+/// Rows times panels of a product, and what adapters add to them; `None` unless [`Product::takes_deltas`].
 pub(super) fn run(product: &Product, panels: Range<usize>, rows: Range<usize>, deltas: Option<&Fused>) {
     match (product.x, product.isa) {
         (Input::Pairs(x), Isa::Amx) => amx::run(product, x, panels, rows),
